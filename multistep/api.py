@@ -1,0 +1,340 @@
+"""The Python front door: fit, resume, load.
+
+run = multistep.fit("reviews.csv", task="classify", metric="f1_macro", budget="5m", out="runs/reviews")
+run.predict(["great film"]); print(run.explain()); multistep.load("runs/reviews")
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from multistep import __version__, data, journal, report
+from multistep.budget import Budget, Clock, parse_budget
+from multistep.bundle import Bundle, find_bundle, load_bundle
+from multistep.config import FitConfig, save_config
+from multistep.controllers import CONTROLLERS, Controller, Problem, Scripted
+from multistep.controllers.more import more
+from multistep.controllers.script import Ask
+from multistep.data import Dataset
+from multistep.journal import Journal
+from multistep.metrics import Scored, check_metric, measure, per_class
+from multistep.models.linear import candidates
+from multistep.report.progress import Progress
+from multistep.strategy import Trial
+from multistep.tasks import Classify, Multilabel, Regress, Task
+from multistep.text import text_facts
+from multistep.tune import tune
+from multistep.tune.actions import Bench
+from multistep.tune.workbench import Workbench
+from multistep.types import Outcome, Prediction, UserError
+
+
+@dataclass
+class Run:
+    """A run's folder, or a bundle's: predict, evaluate, explain."""
+
+    out: Path
+    _bundle: Bundle | None = field(default=None, repr=False)
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle, loaded on first use."""
+        if self._bundle is None:
+            self._bundle = load_bundle(self.out)
+        return self._bundle
+
+    def predict(self, texts: Sequence[str]) -> list[Prediction]:
+        """One prediction a text, in order."""
+        if isinstance(texts, str):
+            raise UserError('predict: give a list of texts, such as ["great film"], not one string.')
+        return self.bundle.predict(list(texts))
+
+    def evaluate(self, source: str | Path) -> dict[str, Any]:
+        """Score the bundle on labelled data: {"metrics": {name: {"value", "stderr"}}, "n", "per_class", ...}."""
+        task = self.bundle.task
+        columns = data.Columns.parse(self.bundle.info["columns"], "columns")
+        examples = data.read_labelled(source, columns, task.kind)
+        targets = task.encode([e.label for e in examples])
+        scored = Scored(targets, *self.bundle.scored([e.text for e in examples]))
+        names = tuple(dict.fromkeys([self.bundle.info["metric"], *task.metrics]))
+        found = measure(names, task, scored)
+        result: dict[str, Any] = {
+            "metrics": {k: {"value": v.value, "stderr": v.stderr} for k, v in found.items()},
+            "n": len(examples),
+            "data": str(source),
+        }
+        if task.kind != "regress":
+            result["per_class"] = per_class(task, scored)
+        return result
+
+    def records(self) -> list[dict[str, Any]]:
+        """The journal."""
+        return journal.read(self.out / "journal.jsonl")
+
+    def explain(self) -> str:
+        """What was tried, what was decided and why, in words and a table."""
+        return report.explain(self.records())
+
+    def summary(self) -> dict[str, Any]:
+        """The journal as one dictionary; "metrics" are those of the test split, once it was read."""
+        found = report.summary(self.records())
+        return {**found, "metrics": found["test"]["metrics"] if found["test"] else {}}
+
+    def resume(self, budget: str | None = None) -> Run:
+        """Go on where the run stopped; `budget` "+5m" adds time."""
+        return resume(self.out, budget)
+
+
+def fit(
+    source: str | Path,
+    *,
+    task: str | None = None,
+    metric: str | None = None,
+    budget: str | float | None = None,
+    seed: int | None = None,
+    out: str | Path | None = None,
+    text: str | Sequence[str] = (),
+    label: str | None = None,
+    model: str | None = None,
+    controller: str | None = None,
+    overrides: Sequence[str] = (),
+    quiet: bool = True,
+) -> Run:
+    """Make a validated model from labelled texts within a budget.
+
+    `source`: a CSV, TSV, JSONL (also .gz) or Parquet file, a folder of splits, a `datasets` folder, a hub name, or a .yaml
+    configuration. `overrides`: "key=value" strings such as "optimizer.lr=1e-4". Raises UserError with one line on bad input.
+    """
+    from multistep.config import resolve
+
+    options = {
+        "task": task, "metric": metric, "budget": budget, "seed": seed, "out": None if out is None else str(out),
+        "text": (text,) if isinstance(text, str) else tuple(text), "label": label, "model": model, "controller": controller,
+    }  # fmt: skip
+    started = time.monotonic()
+    with Progress(quiet=quiet) as progress:
+        return fit_config(resolve(str(source), options, overrides), progress, started)
+
+
+def load(path: str | Path) -> Run:
+    """A run's folder or a bundle. Raises UserError when there is no servable model in it."""
+    find_bundle(Path(path))
+    return Run(Path(path))
+
+
+def fit_config(config: FitConfig, progress: Progress, started: float | None = None) -> Run:
+    """Run a configuration. `started`: when the clock began (time.monotonic), for callers that did work before."""
+    clock = Clock(parse_budget(config.budget), started=started)
+    assert config.out is not None, "resolve() fills it"
+    out = Path(config.out)
+    if (out / "journal.jsonl").exists():
+        raise UserError(f"{out}: there is a run already. Go on with: multistep resume {out}, or choose another --out.")
+    progress.stage("data", f"reading {config.data}")
+    dataset = data.load(config.data, task=config.task, text=config.text, label=config.label, seed=config.seed)
+    task = _task(dataset)
+    metric = check_metric(config.metric or task.default_metric, task.kind)
+    for line in dataset.report.lines():
+        progress.note(line)
+    work = Workbench(config, dataset, task, out)
+    (out / "states").mkdir(parents=True, exist_ok=True)
+    save_config(config, out / "config.yaml")
+    book = Journal(out / "journal.jsonl")
+    machine = {
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "device": work.device,
+    }
+    book.append(
+        "Started",
+        clock=clock.save(),
+        config=config,
+        budget=clock.budget,
+        metric=metric,
+        versions=_versions(),
+        machine=machine,
+    )
+    book.append("Data", clock=clock.save(), report=dataset.report, fingerprint=dataset.fingerprint)
+    return _drive(work, clock, metric, book, [], progress)
+
+
+def resume(run_dir: str | Path, budget: str | None = None, progress: Progress | None = None) -> Run:
+    """Go on with a run that was stopped, with the time that was left; `budget` "+5m" adds to it, "10m" is a new total."""
+    out = Path(run_dir)
+    past = journal.read(out / "journal.jsonl")
+    started = next((r for r in past if r["kind"] == "Started"), None)
+    if started is None:
+        raise UserError(f"{out}: its journal has no beginning. Start the run again with another --out.")
+    config = FitConfig.parse({**started["config"], "out": str(out)})
+    total = _budget_so_far(started, past)
+    extended = budget is not None
+    if budget is not None:
+        total = total.plus(parse_budget(budget[1:])) if budget.startswith("+") else parse_budget(budget)
+    if past[-1]["kind"] == "Finished" and not extended:
+        return Run(out)
+    clock = Clock(total)
+    clock.restore(_clock_then(past))
+    if clock.remaining() <= 0 and extended:
+        raise UserError(f"budget: {total} is already spent by this run. Give more, such as --budget +5m.")
+    with progress or Progress(quiet=True) as shown:
+        shown.stage("data", f"reading {config.data}")
+        dataset = data.load(config.data, task=config.task, text=config.text, label=config.label, seed=config.seed)
+        then = next((r["fingerprint"] for r in past if r["kind"] == "Data"), dataset.fingerprint)
+        if then != dataset.fingerprint:
+            raise UserError(f"{config.data}: the data changed since the run began. Start a new run with another --out.")
+        work = Workbench(config, dataset, _task(dataset), out)
+        book = Journal(out / "journal.jsonl")
+        if not any(r["kind"] == "Data" for r in past):
+            book.append("Data", clock=clock.save(), report=dataset.report, fingerprint=dataset.fingerprint)
+        past.append(book.append("Resumed", clock=clock.save(), budget=total, extended=extended))
+        return _drive(work, clock, started["metric"], book, past, shown)
+
+
+# ---------------------------------------------------------------------------------------------- one run
+
+
+def _drive(
+    work: Workbench, clock: Clock, metric: str, book: Journal, past: list[dict[str, Any]], progress: Progress
+) -> Run:
+    """Tune to the end, showing the records as they are written; then the card."""
+    with _signals() as stop:
+        bench = Bench(work, clock, stop, metric)
+        controller = _Phases(work, clock.budget, metric, past)
+        for record in tune(bench, controller, book, past):
+            _show(progress, record, clock, metric)
+    run = Run(work.out)
+    facts = report.summary(run.records())
+    (work.out / "model" / "README.md").write_text(
+        report.card({**facts, "base_model": work.source, "name": work.out.name, "language": None}), encoding="utf-8"
+    )
+    book.append("Finished", clock=clock.save(), wall_s=clock.wall_s)
+    book.close()
+    return run
+
+
+class _Phases:
+    """The run's script, and after it one more for every time that a finished run was given more budget."""
+
+    def __init__(self, work: Workbench, budget: Budget, metric: str, past: Sequence[Mapping[str, Any]]):
+        rows = {k: len(v) for k, v in work.texts.items()}
+        characters = {k: sum(map(len, v)) for k, v in work.texts.items()}
+        first = parse_budget(work.config.budget)
+        features = candidates(work.task.kind, work.task.n_outputs, text_facts(work.texts["train"]))
+        self._problem = Problem(
+            task=work.task.kind, n_outputs=work.task.n_outputs, metric=metric, rows=rows, characters=characters,
+            budget=first.amount, unit=first.unit, config=work.config, linear=tuple(features),
+        )  # fmt: skip
+        extensions = [
+            r["budget"]["amount"]
+            for before, r in zip(past, past[1:], strict=False)
+            if r["kind"] == "Resumed" and before["kind"] == "Finished"
+        ]
+        self._left = [more] * len(extensions)
+        self._more_budget = budget.amount - first.amount
+        self._now: Controller = Scripted(CONTROLLERS[work.config.controller], self._problem)
+        self._prefix = 0
+
+    def ask(self) -> Ask | None:
+        ask = self._now.ask()
+        while ask is None and self._left:
+            self._prefix += 1
+            problem = self._problem.with_(budget=self._more_budget)
+            self._now = Scripted(self._left.pop(0), problem)
+            ask = self._now.ask()
+        if isinstance(ask, Trial) and self._prefix:
+            return ask.with_(id=f"{self._prefix + 1}-{ask.id}")
+        return ask
+
+    def tell(self, trial: Trial, outcome: Outcome) -> None:
+        self._now.tell(trial, outcome)
+
+
+@contextmanager
+def _signals() -> Iterator[Any]:
+    """SIGINT and SIGTERM become a number that long work asks for; a second one of them acts as usual."""
+    seen = [0]
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+
+    def note(number: int, frame: object) -> None:
+        if seen[0]:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        seen[0] = number
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: seen[0]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _show(progress: Progress, record: Mapping[str, Any], clock: Clock, metric: str) -> None:
+    unit = clock.budget.unit
+    left = max(0.0, clock.budget.amount - clock.spent())
+    progress.remaining(f"{left:.0f} s" if unit == "seconds" else f"{left:.0f} {unit}")
+    match record["kind"]:
+        case "Asked":
+            progress.stage(record["trial"]["stage"], record["trial"]["why"])
+        case "Skipped":
+            progress.note(f"{record['stage']} skipped: {record['why']}")
+        case "Measured":
+            progress.tick(
+                record["progress"], f"update {record['update']}, loss {record['loss_nats']:.3f}, lr {record['lr']:.2g}"
+            )
+        case "Event" if record["event"] in ("nonfinite", "spike"):
+            progress.note(f"{record['event']} at update {record['update']}: {record['action']}")
+        case "Diagnosed":
+            progress.note(f"{record['name']}: {record['action']}")
+        case "Committed":
+            value, stderr = record["metrics"][metric]
+            progress.note(f"committed: {record['rule']}")
+            progress.best(metric, value, stderr)
+        case "RolledBack":
+            progress.note(f"rolled back: {record['rule']}")
+
+
+# ---------------------------------------------------------------------------------------------- small things
+
+
+def _task(dataset: Dataset) -> Task:
+    match dataset.task_kind:
+        case "classify":
+            return Classify(labels=dataset.labels)
+        case "multilabel":
+            return Multilabel(labels=dataset.labels)
+        case "regress":
+            values = [float(e.label) for e in dataset.train]
+            mean = sum(values) / len(values)
+            scale = (sum((v - mean) ** 2 for v in values) / len(values)) ** 0.5
+            return Regress(mean=mean, scale=scale or 1.0)
+
+
+def _budget_so_far(started: Mapping[str, Any], past: Sequence[Mapping[str, Any]]) -> Budget:
+    budgets = [started["budget"], *(r["budget"] for r in past if r["kind"] == "Resumed")]
+    return Budget(**budgets[-1])
+
+
+def _clock_then(past: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The clock to go on from: all the wall time; updates and tokens of finished trials (a live one brings its own)."""
+    told = [r for r in past if r["kind"] == "Told"]
+    counts = told[-1]["clock"] if told else {"updates": 0, "tokens": 0}
+    return {**counts, "wall_s": past[-1]["clock"]["wall_s"]}
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    return {"multistep": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -1,0 +1,149 @@
+"""The bundle: what is served. Weights, tokenizer, task, predictor, card, in one folder that is replaced whole or not at all.
+
+model/  multistep.json           task, predictor, which models, lengths, versions
+        config.json, model.safetensors, tokenizer.json, tokenizer_config.json, head.safetensors    the encoder, if the predictor needs it
+        linear/                  the linear model and its vectorizer, if the predictor needs it
+        README.md                the card
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+from tokenizers import Tokenizer
+
+from multistep import __version__
+from multistep.evaluate import EncoderText, Engine
+from multistep.models.encoder import load_encoder, save_encoder
+from multistep.models.linear import Linear
+from multistep.predictors import Predictor, predict
+from multistep.state import replace_folder
+from multistep.subwords import encode_ids
+from multistep.tasks import Task
+from multistep.types import Prediction, UserError
+
+FORMAT = 1
+_TASK: TypeAdapter[Task] = TypeAdapter(Task)
+_PREDICTOR: TypeAdapter[Predictor] = TypeAdapter(Predictor)
+
+
+@dataclass
+class Bundle:
+    """A loaded bundle: texts in, predictions out."""
+
+    task: Task
+    predictor: Predictor
+    engine: Engine
+    info: dict[str, Any]
+
+    def predict(self, texts: Sequence[str]) -> list[Prediction]:
+        return predict(self.task, self.predictor, self.engine, list(texts))
+
+    def scored(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Logits [N,K] and decisions [N], as predictions are made."""
+        logits = {m: self.engine.logits(m, texts) for m in self.predictor.models()}
+        return self.predictor.decide(self.task, logits)
+
+
+def write_bundle(
+    folder: Path, task: Task, predictor: Predictor, models: Mapping[str, Linear | EncoderText],
+    tokenizer: Tokenizer | None, max_length: int, extra: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Write what `predictor` needs of `models` into `folder`, in one step; an older bundle there is replaced."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        info: dict[str, Any] = {
+            "format": FORMAT, "multistep": __version__, "task": task.model_dump(mode="json"),
+            "predictor": predictor.model_dump(mode="json"), "models": sorted(predictor.models()), **extra,
+        }  # fmt: skip
+        for name in predictor.models():
+            model = models[name]
+            if isinstance(model, Linear):
+                (temporary / "linear").mkdir()
+                model.save(temporary / "linear")
+            else:
+                assert tokenizer is not None
+                save_encoder(model.model, temporary)
+                _save_tokenizer(tokenizer, temporary, max_length)
+                info["encoder"] = {
+                    "max_length": max_length, "pad_id": model.pad_id, "bf16": model.bf16,
+                    "scale": model.scale, "mean": model.mean,
+                }  # fmt: skip
+        (temporary / "multistep.json").write_text(json.dumps(info, indent=1, ensure_ascii=False))
+        replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
+    """tokenizer.json, and a tokenizer_config.json with which AutoTokenizer loads it."""
+    plain = Tokenizer.from_str(tokenizer.to_str())
+    plain.no_padding()
+    plain.no_truncation()
+    plain.save(str(folder / "tokenizer.json"))
+    special = {
+        f"{name}_token": token
+        for name, token in (("pad", "[PAD]"), ("unk", "[UNK]"), ("cls", "[CLS]"), ("sep", "[SEP]"), ("mask", "[MASK]"))
+        if plain.token_to_id(token) is not None
+    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+
+
+def find_bundle(path: Path) -> Path:
+    """The bundle of a run's folder, or `path` itself when it is one. Raises UserError when there is none."""
+    if not path.exists():
+        raise UserError(f"{path}: no such folder. Give the folder named by --out, or its model/ folder.")
+    for folder in (path / "model", path):
+        if (folder / "multistep.json").exists():
+            return folder
+    if (path / "journal.jsonl").exists():
+        raise UserError(f"{path}: this run has no model yet. Go on with: multistep resume {path}")
+    raise UserError(f"{path}: not a run and not a bundle (no multistep.json). Give the folder named by --out.")
+
+
+def load_bundle(path: Path, device: str = "cpu") -> Bundle:
+    """Load a bundle for prediction on `device`. Raises UserError when it is missing, damaged or of a newer format."""
+    folder = find_bundle(path)
+    try:
+        info = json.loads((folder / "multistep.json").read_text())
+        if info["format"] > FORMAT:
+            raise UserError(f"{folder}: made by a newer multistep (format {info['format']}). Update multistep.")
+        task, predictor = _TASK.validate_python(info["task"]), _PREDICTOR.validate_python(info["predictor"])
+        models: dict[str, Any] = {}
+        if "linear" in info["models"]:
+            models["linear"] = Linear.load(folder / "linear")
+        if "encoder" in info["models"]:
+            models["encoder"] = _load_encoder(folder, info["encoder"], device)
+    except (ValueError, KeyError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise UserError(f"{folder}: the bundle is damaged ({reason}). Make it again with: multistep fit") from None
+    return Bundle(task, predictor, Engine(models), {**info, "path": str(folder)})
+
+
+def _load_encoder(folder: Path, settings: Mapping[str, Any], device: str) -> EncoderText:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    max_length = int(settings["max_length"])
+
+    def tokenize(texts: Sequence[str]) -> list[np.ndarray]:
+        return encode_ids(tokenizer, texts, max_length)[0]
+
+    return EncoderText(
+        load_encoder(folder).to(device),
+        tokenize,
+        settings["pad_id"],
+        settings["bf16"],
+        settings["scale"],
+        settings["mean"],
+    )

@@ -1,0 +1,143 @@
+"""The configuration of a run: what the user asked for, from options, a YAML file and `key=value` overrides.
+
+The resolved configuration is written into the run's folder; running it again repeats the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from multistep.budget import parse_budget
+from multistep.schedules import Linear, Schedule
+from multistep.types import Spec, UserError, nearest
+
+
+class OptimizerConfig(Spec):
+    """What may be fixed of AdamW. None: chosen by the run (learning rate: prior and race)."""
+
+    lr: Annotated[float, Field(gt=0, le=1)] | None = None
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.98
+
+
+class FitConfig(Spec):
+    """Everything `fit` can be told. Only `data` is needed."""
+
+    data: str
+    task: str = "auto"  # auto, classify, multilabel, regress
+    metric: str | None = None  # None: the task's own
+    budget: str = "5m"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    out: str | None = None  # None: runs/<name of the data>
+    text: tuple[str, ...] = ()  # None: inferred
+    label: str | None = None
+    model: str = "auto"  # auto, none, a folder, a hub name
+    controller: Literal["staged", "race", "fixed"] = "staged"
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: Schedule = Linear()
+    layers: Annotated[int, Field(ge=0)] | None = None  # last layers to train; None: chosen by the clock
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 32
+    micro_batch: Annotated[int, Field(ge=0)] = 0
+    max_length: Annotated[int, Field(ge=8, le=8192)] | None = None  # tokens; longer texts are cut (and counted)
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget(cls, value: Any) -> str:
+        return str(parse_budget(value))
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+def resolve(source: str, options: Mapping[str, Any], overrides: Sequence[str]) -> FitConfig:
+    """`source` is a .yaml configuration or data; `options` that are not None win over it, `overrides` win over both.
+
+    Raises UserError with one line for an unknown key (naming the nearest), a wrong type or an unreadable file.
+    """
+    data: dict[str, Any] = {}
+    if source.endswith((".yaml", ".yml")):
+        data = _read_yaml(Path(source))
+    else:
+        data["data"] = source
+    data |= {k: v for k, v in options.items() if v is not None and v != ()}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {override!r} is not key=value. Write e.g. optimizer.lr=1e-4.")
+        _set(data, key.split("."), _typed(value), override)
+    if "data" not in data:
+        raise UserError(f"{source}: the key 'data' is missing. Name the file, folder or hub dataset to learn from.")
+    config = FitConfig.parse(data)
+    return config if config.out else config.with_(out=str(Path("runs") / _stem(config.data)))
+
+
+def _stem(source: str) -> str:
+    """The data's name without its folder and endings."""
+    name = Path(source.rstrip("/")).name
+    for suffix in (".gz", ".csv", ".tsv", ".jsonl", ".json", ".parquet"):
+        name = name.removesuffix(suffix)
+    return name or "run"
+
+
+def save_config(config: FitConfig, path: Path) -> None:
+    import yaml
+
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file.") from None
+    except (UnicodeDecodeError, OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())[:160]}).") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a configuration is 'key: value' lines, this is {type(data).__name__}.")
+    if "data" in data and isinstance(data["data"], str):
+        beside = path.parent / data["data"]
+        if not Path(data["data"]).exists() and beside.exists():
+            data["data"] = str(beside)
+    return data
+
+
+def _set(data: dict[str, Any], path: list[str], value: Any, override: str) -> None:
+    if path[0] not in FitConfig.model_fields:
+        raise UserError(f"unknown key {'.'.join(path)!r}.{nearest(path[0], list(FitConfig.model_fields))}")
+    top = data
+    for key in path[:-1]:
+        inner = data.setdefault(key, _default(key) if data is top else {})
+        if not isinstance(inner, dict):
+            raise UserError(f"override {override!r}: {key!r} has no keys below it.")
+        data = inner
+    data[path[-1]] = value
+
+
+def _default(key: str) -> dict[str, Any]:
+    """What a section starts from: the kind of its default, where it has kinds."""
+    default = FitConfig.model_fields[key].default
+    return default.model_dump(include={"kind"}) if isinstance(default, Spec) else {}
+
+
+def _typed(value: str) -> Any:
+    """YAML's types, and 1e-4 as a number too (YAML 1.1 reads it as text)."""
+    import yaml
+
+    try:
+        return float(value) if "e" in value.lower() and value[0] in "0123456789.-+" else yaml.safe_load(value)
+    except (ValueError, yaml.YAMLError):
+        return value

@@ -1,0 +1,22 @@
+"""fixed: the incumbent, a head, and one fine-tuning with the given settings for all of the time. No judgement in between."""
+
+from __future__ import annotations
+
+from multistep.controllers import plan as stages
+from multistep.controllers.plan import Plan
+from multistep.controllers.script import Problem, Steps
+
+
+def fixed(problem: Problem) -> Steps:
+    plan = Plan(problem)
+    yield from stages.profile(plan)
+    yield from stages.incumbent(plan)
+    length, rows = yield from stages.encoder_rows(plan)
+    if length:
+        layers, _ = plan.layers(plan.remaining)
+        start = None
+        if plan.facts["encoder"] != "scratch":
+            start = (yield from stages.head(plan, rows, cut=plan.facts["n_layers"] - layers)).state
+        action = plan.fine_tune(layers=layers)
+        yield from plan.trial("trunk", action, "one run with the given settings", start=start, share=plan.remaining)
+    yield from stages.finish(plan)

@@ -1,0 +1,24 @@
+"""more: a finished run is given more budget. Goes on from the best encoder state; what stands stays unless it is beaten."""
+
+from __future__ import annotations
+
+from multistep.controllers import plan as stages
+from multistep.controllers.plan import Plan
+from multistep.controllers.script import Problem, Skip, Steps
+from multistep.controllers.trunk import average, trunk
+
+
+def more(problem: Problem) -> Steps:
+    plan = Plan(problem)
+    yield from stages.profile(plan)
+    length, rows = yield from stages.encoder_rows(plan)
+    state = plan.families.get("encoder")
+    if not length or rows:
+        yield Skip(stage="trunk", why="the encoder cannot be trained in this time")
+    else:
+        layers, _ = plan.layers(plan.remaining)
+        found = yield from trunk(plan, plan.fine_tune(layers=layers), state)
+        if found is not None:
+            yield from average(plan, found)
+    yield from stages.predict(plan)
+    yield from stages.finish(plan)

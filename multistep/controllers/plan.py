@@ -1,0 +1,270 @@
+"""The arithmetic of a run: what things cost, what the budget can buy, and the stages that several controllers share.
+
+Costs in seconds come from the profile's measured throughput; under budgets in updates or tokens only gradient training costs.
+Every number here is a stated rule; where it was calibrated, LOG.md has the runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from multistep.controllers.script import Ask, Problem, Reserve, Skip
+from multistep.objectives import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, Objective
+from multistep.optimizers import AdamW
+from multistep.predictors import Predictor, Single
+from multistep.strategy import Action, FineTune, FitHead, FitLinear, Predict, Profile, ReadTest, Trial
+from multistep.types import Outcome
+
+LENGTHS = (32, 64, 128, 256)
+FINE_TUNE_LR = 4e-4  # for a width of 384; scaled by (384 / width)^1.5
+SCRATCH_LR = 1e-3
+LINEAR_CHARACTERS_S = (
+    1.5e6  # prior: features and solve, characters of train a second; corrected by what the incumbent took
+)
+ALL_LAYERS_EPOCHS = 8.0  # with fewer epochs for all layers, the last half on cached states is trained for longer
+MOST_EPOCHS = 12.0  # a trunk is not made longer than this: fine-tuning has converged long before
+
+_PREDICTOR: TypeAdapter[Predictor] = TypeAdapter(Predictor)
+
+Step = Generator[Ask, Outcome | None, Outcome]
+
+
+class Plan:
+    """What a script keeps track of while it runs. All methods are arithmetic on the profile and on what was told."""
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        self.timed = problem.unit == "seconds"
+        self.remaining = problem.budget
+        self.facts: dict[str, Any] = {}
+        self.incumbent: Predictor | None = None
+        self.families: dict[str, str] = {}
+        self.max_length = 0
+        self.linear_s = sum(problem.characters.values()) / LINEAR_CHARACTERS_S
+        self._trials = 0
+
+    # ------------------------------------------------------------------ running trials
+
+    def trial(
+        self, stage: str, action: Action, why: str, *, start: str | None = None, share: float = 0.0,
+        against: str | None = None, commit: bool = True, watch_gap: bool = False,
+    ) -> Step:  # fmt: skip
+        """Ask for a trial and take in what came of it."""
+        self._trials += 1
+        trial = Trial(
+            id=f"{self._trials:02d}-{stage}", stage=stage, action=action, start=start, share=round(share, 3),
+            why=why, against=against, commit=commit, watch_gap=watch_gap,
+        )  # fmt: skip
+        outcome = yield trial
+        assert outcome is not None
+        self.remaining = outcome.remaining
+        self.families = dict(outcome.families)
+        if outcome.incumbent is not None:
+            self.incumbent = _PREDICTOR.validate_python(outcome.incumbent)
+        return outcome
+
+    # ------------------------------------------------------------------ costs
+
+    def encode_s(self, rows: float, max_length: int | None = None) -> float:
+        """Seconds of the encoder's forward pass over so many rows."""
+        if not self.timed:
+            return 0.0
+        per_row = self.tokens_a_row(max_length or self.max_length)
+        return rows * per_row / self.facts["forward_tokens_s"]
+
+    def tokens_a_row(self, max_length: int) -> float:
+        tokens = {int(k): v for k, v in self.facts["mean_tokens"].items()}
+        return tokens[min((n for n in tokens if n >= max_length), default=max(tokens))]
+
+    def train_tokens_s(self, layers: int) -> float:
+        """Tokens a second of training the last layers on cached states: backward costs two forwards."""
+        share = layers / self.facts["n_layers"] if self.facts["n_layers"] else 1.0
+        return self.facts["forward_tokens_s"] / (3 * share)
+
+    def epochs(self, amount: float, layers: int) -> float:
+        """How many passes over train `amount` of the budget buys."""
+        rows, per_row = self.problem.rows["train"], self.tokens_a_row(self.max_length)
+        match self.problem.unit:
+            case "seconds":
+                return amount * self.train_tokens_s(layers) / (rows * per_row)
+            case "updates":
+                return amount * self.problem.config.batch_size / rows
+            case "tokens":
+                return amount / (rows * per_row)
+
+    def updates(self, amount: float, layers: int) -> float:
+        return self.epochs(amount, layers) * self.problem.rows["train"] / self.problem.config.batch_size
+
+    def finish_s(self, with_encoder: bool) -> float:
+        """Seconds that the end takes: calibration and test, the bundle, the report."""
+        rows = self.problem.rows
+        linear = self.linear_s * self.problem.characters["test"] / max(1, sum(self.problem.characters.values()))
+        encoder = self.encode_s(rows["calibration"] + rows["test"]) if with_encoder else 0.0
+        return 1.0 + 0.01 * self.problem.budget + 0.5 * linear + 1.15 * encoder
+
+    # ------------------------------------------------------------------ choices
+
+    def choose_length(self) -> tuple[int, int | None]:
+        """(truncation, rows of train to encode or None for all) that the clock can pay; (0, None) when it can pay none."""
+        config = self.problem.config
+        cap = min((n for n in LENGTHS if n >= self.facts["p95_tokens"]), default=LENGTHS[-1])
+        lengths = (config.max_length,) if config.max_length else tuple(n for n in reversed(LENGTHS) if n <= cap)
+        if not self.timed:
+            return lengths[0], None
+        rows = self.problem.rows
+        judged = rows["control"] * 3 + rows["calibration"] + rows["test"]
+        for length in lengths:
+            if self.encode_s(rows["train"] + judged, length) <= 0.6 * self.remaining:
+                return length, None
+        for length in lengths:
+            left = 0.6 * self.remaining - self.encode_s(judged, length)
+            affordable = int(left / max(1e-9, self.encode_s(1, length)))
+            if affordable >= max(2000, 0.1 * rows["train"]):
+                return length, affordable
+        return 0, None
+
+    def half(self) -> int:
+        return max(1, self.facts["n_layers"] // 2)
+
+    def objective(self, label_smoothing: float) -> Objective:
+        match self.problem.task:
+            case "classify":
+                return CrossEntropy(label_smoothing=label_smoothing)
+            case "multilabel":
+                return BinaryCrossEntropy(label_smoothing=label_smoothing)
+            case "regress":
+                return MeanSquaredError()
+
+    def fine_tune(self, lr: float | None = None, layers: int | None = None) -> FineTune:
+        """The calibrated prior, with what the user fixed laid over it."""
+        config = self.problem.config
+        scratch = self.facts["encoder"] == "scratch"
+        prior = SCRATCH_LR if scratch else FINE_TUNE_LR * min(1.0, (384 / self.facts["hidden"]) ** 1.5)
+        optimizer = AdamW(
+            lr=lr or config.optimizer.lr or prior,
+            weight_decay=config.optimizer.weight_decay,
+            beta1=config.optimizer.beta1,
+            beta2=config.optimizer.beta2,
+        )
+        depth = layers or config.layers or self.facts["n_layers"]
+        return FineTune(
+            trains="all" if scratch or not self.facts["n_layers"] else "top",
+            layers=min(depth, self.facts["n_layers"]),
+            optimizer=optimizer,
+            objective=self.objective(config.label_smoothing),
+            schedule=config.schedule,
+            batch_size=config.batch_size,
+            micro_batch=config.micro_batch,
+            clip=config.clip,
+            dropout=config.dropout or (0.1 if scratch else 0.0),
+            max_length=self.max_length,
+            bf16=self.facts["precision"] == "bf16",
+        )
+
+    def layers(self, amount: float) -> tuple[int, str]:
+        """How many layers to train, and the rule that says so."""
+        total, config = self.facts["n_layers"], self.problem.config
+        if config.layers is not None:
+            return min(config.layers, total) or total, "layers was given"
+        if total < 2:
+            return total, "the encoder cannot be cut"
+        whole = self.epochs(amount, total)
+        if self.timed and whole < ALL_LAYERS_EPOCHS:
+            return (
+                self.half(),
+                f"all {total} layers would see {whole:.1f} epochs (< {ALL_LAYERS_EPOCHS:g}): the last {self.half()} only",
+            )
+        return total, f"all {total} layers see {whole:.1f} epochs"
+
+
+# ---------------------------------------------------------------------------------------------- shared stages
+
+
+def profile(plan: Plan) -> Step:
+    outcome = yield from plan.trial(
+        "profile", Profile(), "lengths and throughput on this machine", share=0.02 * plan.problem.budget
+    )
+    plan.facts = outcome.facts
+    return outcome
+
+
+def incumbent(plan: Plan) -> Step:
+    """The failure-proof first model: a linear one on n-gram counts, on a subsample when the data is large."""
+    rows = plan.problem.rows["train"]
+    share = 0.05 * plan.problem.budget if plan.timed else 0.0
+    take = None
+    if plan.timed and plan.linear_s > share:
+        take = max(2000, int(rows * share / plan.linear_s))
+        take = None if take >= rows else take
+    why = "the first servable model" + (f", on {take} of {rows} rows to stay within 5 % of the budget" if take else "")
+    action = FitLinear(features=plan.problem.linear[0], max_rows=take)
+    outcome = yield from plan.trial("incumbent", action, why, share=share)
+    if plan.timed and take is None:
+        plan.linear_s = max(0.2, outcome.cost.wall_s)
+    elif plan.timed and take:
+        plan.linear_s = max(0.2, outcome.cost.wall_s * rows / take)
+    return outcome
+
+
+def encoder_rows(plan: Plan) -> Generator[Ask, Outcome | None, tuple[int, int | None]]:
+    """Choose truncation and rows for the encoder, and reserve the end of the run; (0, None) and a Skip when it cannot be."""
+    if plan.facts["encoder"] == "none":
+        yield Skip(stage="head", why=plan.facts["why_no_encoder"])
+        length, rows = 0, None
+    else:
+        length, rows = plan.choose_length()
+        if not length:
+            need = plan.encode_s(sum(plan.problem.rows.values()), 64)
+            yield Skip(
+                stage="head",
+                why=f"encoding train, validation and test at 64 tokens takes about {need:.0f} s of the {plan.remaining:.0f} s left",
+            )
+    plan.max_length = length
+    if plan.timed:
+        yield Reserve(name="finish", amount=round(plan.finish_s(with_encoder=bool(length)), 2))
+        plan.remaining = max(0.0, plan.remaining - plan.finish_s(with_encoder=bool(length)))
+    return length, rows
+
+
+def head(plan: Plan, rows: int | None, cut: int) -> Step:
+    config = plan.problem.config
+    action = FitHead(max_length=plan.max_length, max_rows=rows, bf16=plan.facts["precision"] == "bf16", cut=cut)
+    why = f"a convex head on the frozen encoder, texts cut at {plan.max_length} tokens"
+    if rows:
+        why += f", {rows} rows of train (what the clock can pay)"
+    if config.max_length:
+        why += " (max_length was given)"
+    return (yield from plan.trial("head", action, why, share=0.5 * plan.remaining if plan.timed else 0.0))
+
+
+def finish(plan: Plan) -> Generator[Ask, Outcome | None, None]:
+    """Give the reservation back and read test, once."""
+    if plan.timed:
+        yield Reserve(name="finish", amount=0.0)
+    if plan.problem.rows["test"]:
+        yield from plan.trial("test", ReadTest(), "read once, at the end")
+    else:
+        yield Skip(stage="test", why="there is no test split")
+
+
+def predict(plan: Plan) -> Generator[Ask, Outcome | None, None]:
+    """Blend of the families, calibration, thresholds: each around what is committed, on the calibration split."""
+    if plan.problem.rows["calibration"] < 20:
+        yield Skip(stage="predict", why=f"{plan.problem.rows['calibration']} calibration rows are too few to decide on")
+        return
+    if len(plan.families) > 1:
+        yield from _predict(plan, "blend", "the families make different mistakes")
+    if plan.problem.task == "regress":
+        yield from _predict(plan, "calibrate", "scale and offset of the answers")
+        return
+    yield from _predict(plan, "calibrate", "probabilities that mean what they say")
+    if plan.problem.metric not in ("accuracy", "log_loss", "auroc", "calibration_error"):
+        yield from _predict(plan, "thresholds", f"decisions for {plan.problem.metric}")
+
+
+def _predict(plan: Plan, what: Any, why: str) -> Step:
+    base = plan.incumbent or Single(model="linear")
+    return (yield from plan.trial("predict", Predict(what=what, base=base), f"{what}: {why}"))

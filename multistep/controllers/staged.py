@@ -1,0 +1,72 @@
+"""staged, the default: calibrated prior -> short race whose probes decay to zero -> one trunk -> averaging -> prediction.
+
+There is an incumbent from the first minutes on; what the clock cannot finish is not begun; the end of the run is reserved first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from multistep.controllers import plan as stages
+from multistep.controllers.plan import Plan
+from multistep.controllers.script import Ask, Problem, Skip, Steps
+from multistep.controllers.trunk import average, race_rates, trunk
+from multistep.strategy import FitLinear
+from multistep.types import Outcome
+
+
+def staged(problem: Problem) -> Steps:
+    plan = Plan(problem)
+    yield from stages.profile(plan)
+    first = yield from stages.incumbent(plan)
+    length, rows = yield from stages.encoder_rows(plan)
+    yield from more_linear(plan, first, long=not length)
+    if length:
+        yield from encoder(plan, rows)
+    yield from stages.predict(plan)
+    yield from stages.finish(plan)
+
+
+def more_linear(plan: Plan, first: Outcome, long: bool) -> Generator[Ask, Outcome | None, None]:
+    """The linear family on all rows and with other features: all of them where there is no encoder, else what is nearly free."""
+    rows, features = plan.problem.rows["train"], plan.problem.linear
+    if first.facts["rows"] < rows:
+        if plan.timed and plan.linear_s > (0.9 if long else 0.2) * plan.remaining:
+            yield Skip(
+                stage="linear",
+                why=f"all {rows} rows take about {plan.linear_s:.0f} s of the {plan.remaining:.0f} s left",
+            )
+            return
+        yield from plan.trial("linear", FitLinear(features=features[0]), f"all {rows} rows", share=0.5 * plan.remaining)
+    for other in features[1:]:
+        if plan.timed and plan.linear_s * 1.5 > (0.5 if long else 0.03) * plan.remaining:
+            yield Skip(
+                stage="linear",
+                why=f"other features take about {1.5 * plan.linear_s:.1f} s each: more than they are worth here",
+            )
+            return
+        yield from plan.trial("linear", FitLinear(features=other), "other features", share=0.4 * plan.remaining)
+
+
+def encoder(plan: Plan, rows: int | None) -> Generator[Ask, Outcome | None, None]:
+    """Head, race, trunk, averages."""
+    scratch = plan.facts["encoder"] == "scratch"
+    start = None
+    if not scratch:
+        left = plan.remaining - plan.encode_s(rows or plan.problem.rows["train"])
+        layers, _ = plan.layers(left)
+        start = (yield from stages.head(plan, rows, cut=plan.facts["n_layers"] - layers)).state
+        if rows:
+            yield Skip(stage="trunk", why="not even the frozen encoder can see all of train in this time")
+            return
+    layers, why = plan.layers(plan.remaining)
+    if scratch:
+        layers, epochs = plan.facts["n_layers"], plan.epochs(plan.remaining, plan.facts["n_layers"])
+        if epochs < 3:
+            yield Skip(stage="trunk", why=f"an encoder from scratch would see {epochs:.1f} epochs (< 3)")
+            return
+    action = plan.fine_tune(layers=layers)
+    rate = yield from race_rates(plan, action, start)
+    state = yield from trunk(plan, plan.fine_tune(lr=rate, layers=layers), start)
+    if state is not None:
+        yield from average(plan, state)

@@ -1,0 +1,91 @@
+"""The stages around gradient training: the race of learning rates, the trunk with its fork, the averages.
+
+Probes and candidates are compared only after their learning rate has decayed to zero (short-horizon bias: Wu et al. 2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from multistep.controllers.plan import MOST_EPOCHS, Plan
+from multistep.controllers.script import Ask, Skip
+from multistep.strategy import Average, FineTune
+from multistep.types import Outcome, Verdict
+
+PROBE_SHARE = 0.06  # of what is left, for each probe
+PROBE_UPDATES = 60  # a shorter probe says nothing
+RATIOS = (2.0, 0.5)  # of the prior learning rate
+LEAST_UPDATES = 30  # a trunk shorter than this is not begun
+
+Finetuned = Generator[Ask, Outcome | None, str | None]
+
+
+def race_rates(plan: Plan, action: FineTune, start: str | None) -> Generator[Ask, Outcome | None, float]:
+    """Short probes at learning rates around the prior, each decaying to zero; the prior wins ties. The rate to go on with."""
+    prior = action.optimizer.lr
+    if plan.problem.config.optimizer.lr is not None:
+        yield Skip(stage="race", why=f"the learning rate was given: {prior:g}")
+        return prior
+    share = PROBE_SHARE * plan.remaining
+    if plan.updates(share, action.layers) < PROBE_UPDATES:
+        n = plan.updates(share, action.layers)
+        yield Skip(
+            stage="race",
+            why=f"a probe of {PROBE_SHARE:.0%} would be {n:.0f} updates (< {PROBE_UPDATES}): the prior {prior:g} is used",
+        )
+        return prior
+    best_rate = prior
+    told = yield from plan.trial(
+        "race", action, f"the prior learning rate {prior:.2g}", start=start, share=share, commit=False
+    )
+    best = told.state
+    for ratio in RATIOS:
+        rate = prior * ratio
+        probe = action.with_(optimizer=action.optimizer.with_(lr=rate))
+        why = f"learning rate {rate:.2g} against {best_rate:.2g}"
+        told = yield from plan.trial("race", probe, why, start=start, share=share, against=best, commit=False)
+        if told.ok and Verdict(**told.facts["family_verdict"]).accept:
+            best_rate, best = rate, told.state
+            break  # the direction is found; the other side of the prior is worse still
+    return best_rate
+
+
+def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
+    """Fine-tune for the time left; when the gap grows, a regularized fork against going on. The state of the result."""
+    updates = plan.updates(plan.remaining, action.layers)
+    if updates < LEAST_UPDATES:
+        yield Skip(stage="trunk", why=f"only {updates:.0f} updates fit into what is left (< {LEAST_UPDATES})")
+        return None
+    longest = MOST_EPOCHS / max(1e-9, plan.epochs(1.0, action.layers))
+    share = min(plan.remaining, longest) if plan.timed else plan.remaining
+    why = f"lr {action.optimizer.lr:.2g}, the last {action.layers} layers, about {plan.epochs(share, action.layers):.1f} epochs"
+    told = yield from plan.trial("trunk", action, why, start=start, share=share, watch_gap=True)
+    if "diagnosis" not in told.facts:
+        return told.state
+    return (yield from _fork(plan, action, told))
+
+
+def _fork(plan: Plan, action: FineTune, paused: Outcome) -> Finetuned:
+    """Overfitting was seen: what is left of the trunk, once with stronger regularization and once as before, half the time each."""
+    stronger = action.with_(
+        dropout=max(0.1, action.dropout),
+        optimizer=action.optimizer.with_(weight_decay=max(0.1, 10 * action.optimizer.weight_decay)),
+        objective=action.objective if action.objective.kind == "mse" else action.objective.with_(label_smoothing=0.1),
+    )
+    share = 0.45 * plan.remaining
+    why = "dropout 0.1, weight decay x10, label smoothing 0.1 from the paused state on"
+    first = yield from plan.trial("regularize", stronger, why, start=paused.state, share=share)
+    why = "the same without the change, for comparison"
+    against = first.state
+    second = yield from plan.trial("go on", action, why, start=paused.state, share=share, against=against)
+    return second.state if Verdict(**second.facts["family_verdict"]).accept else first.state
+
+
+def average(plan: Plan, state: str) -> Generator[Ask, Outcome | None, None]:
+    """The averages of the trunk's weights, each against what is committed."""
+    cost = plan.encode_s(plan.problem.rows["control"]) + 1.0
+    if plan.timed and plan.remaining < 2 * cost:
+        yield Skip(stage="average", why=f"{plan.remaining:.1f} s are left, two averages take {2 * cost:.1f} s to judge")
+        return
+    yield from plan.trial("average", Average(which="ema"), "exponential moving average of the weights", start=state)
+    yield from plan.trial("average", Average(which="tail"), "mean of the last quarter's weights", start=state)

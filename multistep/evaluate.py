@@ -1,0 +1,147 @@
+"""From texts to logits: the engine that predictors ask, and the rows that encoders read.
+
+Encoding runs over length-bucketed batches. Everything here serves both training and serving, so what is evaluated is what is served.
+Shapes: N rows, B batch, T tokens, D hidden width, K outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multistep.data.batches import by_length
+from multistep.models.encoder import Encoder, pad
+
+ENCODE_TOKENS = 2048  # padded tokens in a batch of encoding: large enough for the cores, small enough for their caches
+
+
+class TextModel(Protocol):
+    """A model that a predictor can name."""
+
+    def logits(self, texts: Sequence[str]) -> np.ndarray:
+        """[N,K] float64."""
+        ...
+
+
+class Engine:
+    """The models of a bundle, by name ("linear", "encoder")."""
+
+    def __init__(self, models: Mapping[str, TextModel]):
+        self.models = dict(models)
+
+    def logits(self, model: str, texts: Sequence[str]) -> np.ndarray:
+        return self.models[model].logits(texts)
+
+
+@dataclass
+class Rows:
+    """Encoder inputs of one split: token ids, or the hidden states after `cut` layers; and targets where they are known."""
+
+    ids: list[np.ndarray]
+    pad_id: int
+    device: str
+    targets: Tensor | None = None
+    cut: int = 0
+    hidden_SD: Tensor | None = None  # the rows' hidden states one after the other, S tokens in all
+
+    def __post_init__(self) -> None:
+        self.lengths_N = np.array([len(r) for r in self.ids], dtype=np.int64)
+        self.starts_N = np.concatenate([[0], np.cumsum(self.lengths_N)])
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths_N.sum())
+
+    def inputs(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Token ids [B,T] or hidden states [B,T,D], and the mask [B,T]."""
+        if self.hidden_SD is None:
+            ids_BT, mask_BT = pad([self.ids[r] for r in rows], self.pad_id)
+            return ids_BT.to(self.device), mask_BT.to(self.device)
+        lengths = self.lengths_N[rows]
+        mask = np.arange(lengths.max())[None, :] < lengths[:, None]
+        take = np.where(mask, self.starts_N[rows][:, None] + np.arange(mask.shape[1]), self.starts_N[rows][:, None])
+        hidden_BTD = self.hidden_SD[torch.from_numpy(take).to(self.device)]
+        return hidden_BTD, torch.from_numpy(mask).to(self.device)
+
+    def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.targets is not None
+        x, mask_BT = self.inputs(rows)
+        return x, mask_BT, self.targets[torch.from_numpy(rows)].to(self.device)
+
+    def subset(self, rows: np.ndarray) -> Rows:
+        """Some of the rows, from their token ids."""
+        targets = None if self.targets is None else self.targets[torch.from_numpy(rows)]
+        return Rows([self.ids[r] for r in rows], self.pad_id, self.device, targets)
+
+
+@torch.no_grad()
+def encode(
+    model: Encoder, rows: Rows, *, bf16: bool = False, cut: int = 0, tick: Callable[[float], None] | None = None
+) -> np.ndarray:
+    """Pooled features [N,D] float32. With `cut` > 0 the hidden states after `cut` layers are kept in `rows`."""
+    model.eval()
+    features_ND = np.empty((len(rows.ids), model.config.hidden_size), dtype=np.float32)
+    keep = cut > 0 and rows.cut == 0
+    hidden_SD = torch.empty((rows.tokens, model.config.hidden_size), device=rows.device) if keep else None
+    done = 0
+    for batch in by_length(rows.lengths_N, ENCODE_TOKENS):
+        x, mask_BT = rows.inputs(batch)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            if hidden_SD is not None:
+                hidden_BTD = model.lower(x, mask_BT, cut)
+                places = np.concatenate([np.arange(rows.starts_N[r], rows.starts_N[r + 1]) for r in batch])
+                hidden_SD[torch.from_numpy(places).to(rows.device)] = hidden_BTD[mask_BT].float()
+                features_BD = model.upper(hidden_BTD, mask_BT, cut)
+            else:
+                features_BD = model.upper(x, mask_BT, rows.cut) if rows.cut else model.features(x, mask_BT)
+        features_ND[batch] = features_BD.float().cpu().numpy()
+        done += len(batch)
+        if tick is not None:
+            tick(done / len(rows.ids))
+    if hidden_SD is not None:
+        rows.hidden_SD, rows.cut = hidden_SD, cut
+    return features_ND
+
+
+def head_logits(model: Encoder, features_ND: np.ndarray) -> np.ndarray:
+    """Logits [N,K] float64 of the model's head on pooled features."""
+    weight = model.head.weight.detach().cpu().numpy().astype(np.float64)
+    bias = model.head.bias.detach().cpu().numpy().astype(np.float64)
+    return features_ND.astype(np.float64) @ weight.T + bias
+
+
+@dataclass
+class EncoderText:
+    """An encoder with its tokenizer, as a text model. `scale`, `mean`: a regression head's units (1 and 0 otherwise)."""
+
+    model: Encoder
+    tokenize: Callable[[Sequence[str]], list[np.ndarray]]
+    pad_id: int
+    bf16: bool = False
+    scale: float = 1.0
+    mean: float = 0.0
+
+    def rows(self, texts: Sequence[str]) -> Rows:
+        return Rows(self.tokenize(texts), self.pad_id, self.model.head.weight.device.type)
+
+    def logits(self, texts: Sequence[str]) -> np.ndarray:
+        if not texts:
+            return np.zeros((0, self.model.head.out_features))
+        features_ND = encode(self.model, self.rows(texts), bf16=self.bf16)
+        return head_logits(self.model, features_ND) * self.scale + self.mean
+
+
+def cache_folder() -> Path:
+    """Where encoded features are kept: MULTISTEP_CACHE, else the user's cache folder."""
+    import os
+
+    root = os.environ.get("MULTISTEP_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "multistep"
+    )
+    return Path(root)

@@ -1,0 +1,12 @@
+"""What a predictor is worth: values with standard errors, and the paired comparison of two on the same rows."""
+
+from multistep.metrics.base import Counts, Metric, Scored, TaskLike, log_softmax
+from multistep.metrics.counts import confusion
+from multistep.metrics.judge import compare, judge
+from multistep.metrics.known import ALIASES, METRICS, check_metric
+from multistep.metrics.measure import calibration_error, measure, per_class
+
+__all__ = [
+    "ALIASES", "METRICS", "Counts", "Metric", "Scored", "TaskLike", "calibration_error", "check_metric", "compare",
+    "confusion", "judge", "log_softmax", "measure", "per_class",
+]  # fmt: skip

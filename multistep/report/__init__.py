@@ -1,0 +1,8 @@
+"""Journal -> words, tables, a model card; and the progress line. Needs no torch, and nothing above `journal`."""
+
+from multistep.report.card import card
+from multistep.report.explain import explain, headline
+from multistep.report.progress import Progress
+from multistep.report.summary import summary
+
+__all__ = ["Progress", "card", "explain", "headline", "summary"]

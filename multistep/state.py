@@ -1,0 +1,275 @@
+"""State: everything that training needs to go on bit for bit, and how it is kept on disk.
+
+A state is trained parameters, optimizer, averages, random generator, data position and the schedule's own clock. On disk it is
+one folder of JSON and safetensors, written under a temporary name, synced and renamed: it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from multistep.budget import Budget
+from multistep.types import UserError
+
+if TYPE_CHECKING:
+    from multistep.strategy import FineTune
+
+_AVERAGE_EVERY = 4  # updates; averaging costs memory traffic, and neighbours hardly differ
+_EMA_DECAY = 0.97  # for each averaging: a window of about 130 updates
+_TAIL_FROM = 0.75  # progress from which the tail average counts
+
+
+@dataclass
+class Segment:
+    """The stretch of training that one strategy runs: its length and what is done of it."""
+
+    total: Budget = Budget(amount=1.0)
+    wall_s: float = 0.0
+    updates: int = 0
+    tokens: int = 0
+
+    def progress(self) -> float:
+        done = {"seconds": self.wall_s, "updates": self.updates, "tokens": self.tokens}[self.total.unit]
+        return min(1.0, done / self.total.amount)
+
+
+@dataclass
+class Detector:
+    """Sees a loss that is not finite, or one far above all that was seen: before the update is made.
+
+    A spike is above mean + 6 sigma of the recent losses and above twice the worst of the first 20: small losses near the end of
+    fine-tuning have heavy tails that are no spikes. Thresholds: PaLM-style z-scores, see PAPERS.md.
+    """
+
+    mean: float = 0.0
+    variance: float = 0.0
+    worst_at_start: float = 0.0
+    seen: int = 0
+
+    def see(self, loss_nats: float, grad_norm: float) -> str:
+        """'' when all is well (and the loss is remembered), else 'nonfinite' or 'spike' (and it is not)."""
+        if not (abs(loss_nats) < float("inf") and abs(grad_norm) < float("inf")):  # NaN compares false
+            return "nonfinite"
+        limit = max(self.mean + 6 * self.variance**0.5, 2 * self.worst_at_start)
+        if self.seen >= 20 and loss_nats > limit:
+            return "spike"
+        if self.seen < 20:
+            self.worst_at_start = max(self.worst_at_start, loss_nats)
+        weight = max(0.02, 1 / (self.seen + 1))
+        delta = loss_nats - self.mean
+        self.mean += weight * delta
+        self.variance = (1 - weight) * (self.variance + weight * delta**2)
+        self.seen += 1
+        return ""
+
+
+@dataclass
+class Counters:
+    position: int = 0  # batches drawn since the start of training
+    update: int = 0
+    tokens: int = 0
+    examples: int = 0
+    lr_scale: float = 1.0  # halved by every roll back
+    tail_count: int = 0
+    seed: int = 0
+
+
+@dataclass
+class TrainState:
+    """The model under training. `begin` starts a segment; `train.train` moves it; `fork` copies it."""
+
+    model: nn.Module
+    counters: Counters = field(default_factory=Counters)
+    segment: Segment = field(default_factory=Segment)
+    detector: Detector = field(default_factory=Detector)
+    strategy: FineTune | None = None
+    trained: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+    optimizer: torch.optim.Optimizer | None = None
+    ema: list[Tensor] = field(default_factory=list)
+    tail: list[Tensor] = field(default_factory=list)
+    rng: Tensor = field(default_factory=lambda: torch.Generator().manual_seed(0).get_state())
+
+    def begin(self, strategy: FineTune, budget: Budget) -> None:
+        """Start a segment. Optimizer state is kept when only live fields changed, else made anew."""
+        keep = self.strategy is not None and self.optimizer is not None and strategy.same_but_live(self.strategy)
+        self.strategy = strategy
+        self.segment = Segment(total=budget)
+        if keep:
+            assert self.optimizer is not None
+            self.counters.tail_count = 0  # the tail is this segment's
+            for group in self.optimizer.param_groups:
+                group["weight_decay"] = strategy.optimizer.weight_decay if group["decays"] else 0.0
+            return
+        self._take_parameters(strategy)
+        self.counters = Counters(seed=self.counters.seed)
+        self.detector = Detector()
+        device = self.trained[0][1].device.type
+        self.rng = torch.Generator(device).manual_seed(self.counters.seed).get_state()
+
+    def _take_parameters(self, strategy: FineTune) -> None:
+        self.trained = strategy.trained(self.model)
+        names = {n for n, _ in self.trained}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in names)
+        self.optimizer = strategy.optimizer.build(self.trained)
+        self.ema = [p.detach().clone() for _, p in self.trained]
+        self.tail = [torch.zeros_like(p) for _, p in self.trained]
+
+    def adjust(self, strategy: FineTune) -> None:
+        """Change live fields inside the segment: learning rate, weight decay, dropout, smoothing, clip."""
+        assert self.strategy is not None and strategy.same_but_live(self.strategy), "only live fields may change"
+        segment, tail_count = self.segment, self.counters.tail_count
+        self.begin(strategy, segment.total)
+        self.segment, self.counters.tail_count = segment, tail_count
+
+    def fork(self) -> TrainState:
+        """A copy with the same future; nothing is shared."""
+        twin = TrainState(copy.deepcopy(self.model), strategy=self.strategy)
+        if self.strategy is not None:
+            twin._take_parameters(self.strategy)
+        twin.restore(self.snapshot())
+        return twin
+
+    def average(self) -> None:
+        """Take the current parameters into the running averages. Called after every update."""
+        if self.counters.update % _AVERAGE_EVERY:
+            return
+        now = [p.detach() for _, p in self.trained]
+        torch._foreach_lerp_(self.ema, now, 1 - _EMA_DECAY)
+        if self.segment.progress() >= _TAIL_FROM:
+            self.counters.tail_count += 1
+            torch._foreach_lerp_(self.tail, now, 1 / self.counters.tail_count)
+
+    def shipped(self, which: str = "raw") -> dict[str, Tensor]:
+        """The weights that would ship, by name: 'raw', 'ema' or 'tail' (copies)."""
+        values = {"raw": [p.detach() for _, p in self.trained], "ema": self.ema, "tail": self.tail}[which]
+        return {n: v.clone() for (n, _), v in zip(self.trained, values, strict=True)}
+
+    # ------------------------------------------------------------------ value in memory
+
+    def snapshot(self) -> dict[str, Any]:
+        """A copy of all that moves, as `{"meta": JSON, "tensors": {...}}`."""
+        tensors: dict[str, Tensor] = {"rng": self.rng.clone()}
+        for i, (name, parameter) in enumerate(self.trained):
+            tensors[f"model.{name}"] = parameter.detach().clone()
+            tensors[f"ema.{name}"] = self.ema[i].clone()
+            tensors[f"tail.{name}"] = self.tail[i].clone()
+            assert self.optimizer is not None
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{key}"] = value.detach().clone()
+        meta = {
+            "counters": asdict(self.counters),
+            "detector": asdict(self.detector),
+            "segment": {**asdict(self.segment), "total": self.segment.total.model_dump()},
+        }
+        return {"meta": meta, "tensors": tensors}
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go back to a snapshot of a state with the same strategy; the snapshot stays usable."""
+        meta, tensors = snapshot["meta"], snapshot["tensors"]
+        self.counters = Counters(**meta["counters"])
+        self.detector = Detector(**meta["detector"])
+        self.segment = Segment(**{**meta["segment"], "total": Budget(**meta["segment"]["total"])})
+        self.rng = tensors["rng"].clone()
+        with torch.no_grad():
+            for i, (name, parameter) in enumerate(self.trained):
+                parameter.copy_(tensors[f"model.{name}"])
+                self.ema[i].copy_(tensors[f"ema.{name}"])
+                self.tail[i].copy_(tensors[f"tail.{name}"])
+                assert self.optimizer is not None
+                prefix = f"optimizer.{name}."
+                found = {k[len(prefix) :]: v.to(parameter.device, copy=True) for k, v in tensors.items() if k.startswith(prefix)}
+                if found:
+                    self.optimizer.state[parameter] = found
+                else:
+                    self.optimizer.state.pop(parameter, None)
+
+    def save(self, folder: Path) -> None:
+        snapshot = self.snapshot()
+        write_folder(folder, snapshot["meta"], snapshot["tensors"])
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote; `begin` with the same strategy comes first."""
+        meta, tensors = read_folder(folder)
+        self.restore({"meta": meta, "tensors": tensors})
+
+
+# ---------------------------------------------------------------------------------------------- on disk
+
+
+def write_folder(folder: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """JSON and tensors as one folder, whole or not at all. Raises OSError (disk full) with the old folder in place."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # a killed process of the same number may have left it
+        temporary.mkdir(parents=True)
+        (temporary / "state.json").write_text(json.dumps(meta))
+        unshared = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        try:
+            save_file(unshared, temporary / "tensors.safetensors")
+        except Exception as error:  # safetensors wraps the system's error; the caller wants an OSError
+            raise OSError(str(error)) from error
+        replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write_folder` wrote. Raises UserError when it is not there."""
+    try:
+        return json.loads((folder / "state.json").read_text()), load_file(folder / "tensors.safetensors")
+    except FileNotFoundError:
+        raise UserError(f"state {folder.name!r} is missing from {folder.parent}. Start the run again.") from None
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Sync `new` and put it in the place of `target` in one step; what stood there is deleted."""
+    for path in [*new.rglob("*"), new]:
+        _sync(path)
+    if not target.exists():
+        os.rename(new, target)
+    elif _exchange(new, target):
+        shutil.rmtree(new)
+    else:  # not on this file system: a moment without the folder; its old content stays beside it until the end
+        aside = target.with_name(f".{target.name}.old")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(target, aside)
+        os.rename(new, target)
+        shutil.rmtree(aside)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """renameat2(RENAME_EXCHANGE): Linux swaps two paths atomically."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_cwd, exchange = -100, 2
+    return rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0
+
+
+def now_s() -> float:
+    """The segment's clock: monotonic seconds."""
+    return time.monotonic()

@@ -1,0 +1,83 @@
+"""Subwords for encoders: load a tokenizer, train one, texts to ids. (N-gram features for linear models are in text.py.)"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from multistep.types import UserError
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_BATCH_CHARACTERS = 20_000_000  # texts are handed over in parts, so that a huge file does not become one huge list
+_CUT_CHARACTERS = 12  # characters a token that are looked at: far more than any script needs
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The fast tokenizer of a local folder or of a hub name. Raises UserError when there is none."""
+    path = Path(name) / "tokenizer.json"
+    if path.exists():
+        tokenizer = Tokenizer.from_file(str(path))
+    else:
+        from transformers import AutoTokenizer
+
+        try:
+            loaded = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0][:160]
+            raise UserError(f"model: {name!r} has no tokenizer that can be loaded ({reason}).") from None
+        tokenizer = getattr(loaded, "backend_tokenizer", None)
+        if not isinstance(tokenizer, Tokenizer):
+            raise UserError(f"model: {name!r} has no fast tokenizer (tokenizer.json). Choose another encoder.")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int, path: Path) -> None:
+    """A WordPiece tokenizer trained on `texts` and written to `path`. CJK characters stand alone, as in BERT."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, handle_chinese_chars=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIAL), min_frequency=2, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
+    )
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.save(str(path))
+
+
+def encode_ids(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> tuple[list[np.ndarray], int]:
+    """Ids (int32, special tokens included) of each text, cut at `max_length`; and how many texts were cut."""
+    tokenizer.enable_truncation(max_length)
+    ids: list[np.ndarray] = []
+    cut = 0
+    look = max_length * _CUT_CHARACTERS
+    start = 0
+    while start < len(texts):
+        end, size = start, 0
+        while end < len(texts) and size < _BATCH_CHARACTERS:
+            size += min(len(texts[end]), look)
+            end += 1
+        part = [t[:look] for t in texts[start:end]]
+        for text, encoding in zip(texts[start:end], tokenizer.encode_batch(part), strict=True):
+            ids.append(np.array(encoding.ids, dtype=np.int32))
+            cut += bool(encoding.overflowing) or len(text) > look
+        start = end
+    tokenizer.no_truncation()
+    return ids, cut
+
+
+def unknown_rate(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
+    """The share of tokens that the tokenizer does not know; 0 for tokenizers that know every byte."""
+    unknown = next((i for t in ("[UNK]", "<unk>") if (i := tokenizer.token_to_id(t)) is not None), None)
+    if unknown is None:
+        return 0.0
+    ids = [i for e in tokenizer.encode_batch(list(texts), add_special_tokens=False) for i in e.ids]
+    return ids.count(unknown) / max(1, len(ids))

@@ -1,0 +1,317 @@
+"""What each action of a trial does. Each is a generator: it yields journal records to write and returns its outcome.
+
+A record to write is `(kind, fields)`. Long work asks `stop()` between batches and raises Interrupted after saving.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from multistep import metrics
+from multistep.budget import Budget, Clock
+from multistep.evaluate import Rows, encode, head_logits
+from multistep.metrics import Scored
+from multistep.models.head import solve_head
+from multistep.models.linear import fit_linear
+from multistep.predictors import Predictor, Single
+from multistep.predictors import fit as fitting
+from multistep.strategy import Average, FitHead, FitLinear, Predict, Profile, ReadTest, Trial
+from multistep.subwords import encode_ids
+from multistep.tune.workbench import Workbench
+from multistep.types import Cost, Interrupted, Outcome
+
+Record = tuple[str, dict[str, Any]]
+Run = Generator[Record, None, Outcome]
+LENGTHS = (32, 64, 128, 256, 512)
+
+
+@dataclass
+class Bench:
+    """What an action works with: the workbench, the clock, the stop signal and what is committed so far."""
+
+    work: Workbench
+    clock: Clock
+    stop: Callable[[], int]  # 0, or the number of the signal that asked to stop
+    metric: str
+    families: dict[str, str] = field(default_factory=dict)  # the best state of each family ("linear", "encoder")
+    incumbent: Predictor | None = None
+    bf16: bool = False
+
+    def control(self, family: str, state: str) -> Scored:
+        return self.work.scored(Single(model=family), {family: state}, "control", self.bf16)
+
+    def of_incumbent(self, split: str) -> Scored | None:
+        if self.incumbent is None:
+            return None
+        return self.work.scored(self.incumbent, self.families, split, self.bf16)
+
+    def timed(self) -> bool:
+        return self.clock.budget.unit == "seconds"
+
+
+def decided(bench: Bench, trial: Trial, family: str, state: str, started: float, **more: Any) -> Outcome:
+    """Judge a state on the control split: against the best of its family (or `trial.against`) and the incumbent."""
+    scored = bench.control(family, state)
+    task, seed = bench.work.task, bench.work.config.seed
+    names = dict.fromkeys([bench.metric, *task.metrics])
+    facts: dict[str, Any] = {"family": family, **more.pop("facts", {})}
+    rival = trial.against or bench.families.get(family)
+    if rival is not None:
+        facts["family_verdict"] = metrics.judge(
+            bench.metric, task, scored, bench.control(family, rival), seed=seed, cheaper=False
+        ).model_dump()
+        facts["rival"] = rival
+    verdict = None
+    incumbent = bench.of_incumbent("control")
+    if trial.commit and incumbent is not None:
+        verdict = metrics.judge(bench.metric, task, scored, incumbent, seed=seed)
+    return Outcome(
+        state=state,
+        metrics=metrics.measure(tuple(names), task, scored, seed=seed),
+        verdict=verdict,
+        cost=Cost(wall_s=time.monotonic() - started, **more),
+        facts=facts,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+
+def run_profile(bench: Bench, trial: Trial, action: Profile) -> Run:
+    """Lengths, tokens at every truncation, and the speed of the encoder in fp32 and bf16."""
+    started = time.monotonic()
+    work = bench.work
+    rows = {k: len(v) for k, v in work.texts.items()}
+    characters = {k: sum(map(len, v)) for k, v in work.texts.items()}
+    facts: dict[str, Any] = {"rows": rows, "characters": characters, "device": work.device, "encoder": "none"}
+    facts["why_no_encoder"] = work.find_encoder()
+    if work.config.model != "none" and not work.has_encoder:
+        work.start_from_scratch()
+    if work.has_encoder:
+        assert work.tokenizer is not None
+        sample = work.texts["train"][:: max(1, rows["train"] // 1000)]
+        lengths = np.array([len(i) for i in encode_ids(work.tokenizer, sample, LENGTHS[-1])[0]])
+        per_character = {n: float(np.minimum(lengths, n).sum()) / max(1, len(lengths)) for n in LENGTHS}
+        facts |= {
+            "encoder": "scratch" if work.scratch else str(work.source),
+            "mean_tokens": per_character,  # tokens a row at each truncation
+            "p95_tokens": float(np.percentile(lengths, 95)),
+            "n_layers": work.encoder().n_layers,
+            "hidden": work.backbone().config.hidden_size,
+            **_throughput(bench, lengths),
+        }
+        bench.bf16 = facts["precision"] == "bf16"
+    yield "Event", {"trial": trial.id, "event": "profiled", "facts": facts}
+    return Outcome(facts=facts, cost=Cost(wall_s=time.monotonic() - started))
+
+
+def _throughput(bench: Bench, lengths: np.ndarray) -> dict[str, Any]:
+    """Tokens a second of the forward pass, in fp32 and bf16 where that may be used, on a batch of typical length."""
+    work, wanted = bench.work, bench.work.config.precision
+    assert work.tokenizer is not None
+    if not bench.timed() and wanted == "auto":  # a measurement would make the run depend on the machine's mood
+        return {"precision": "bf16" if work.device == "cuda" else "fp32", "forward_tokens_s": 0.0}
+    typical = int(np.median(lengths))
+    count = max(1, 768 // max(1, typical))
+    texts = sorted(work.texts["train"][:2000], key=len)
+    middle = texts[max(0, len(texts) // 2 - count // 2) :][:count]
+    ids, _ = encode_ids(work.tokenizer, middle, 128)
+    rows, model = Rows(ids, work.pad_id, work.device), work.encoder()
+    speed: dict[str, float] = {}
+    outputs: dict[str, np.ndarray] = {}
+    for name in ("fp32", "bf16") if wanted == "auto" else (wanted,):
+        encode(model, rows.subset(np.arange(min(4, count))), bf16=name == "bf16")  # warm up
+        for _ in range(2):
+            t = time.monotonic()
+            outputs[name] = encode(model, rows, bf16=name == "bf16")
+            speed[name] = max(speed.get(name, 0.0), rows.tokens / (time.monotonic() - t))
+    best = max(speed, key=lambda k: speed[k])
+    agreement = 1.0
+    if len(outputs) == 2:
+        a, b = outputs["fp32"], outputs["bf16"]
+        agreement = float(np.min((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1) + 1e-12)))
+        if best == "bf16" and agreement < 0.999:
+            best = "fp32"
+    return {
+        "precision": best,
+        "forward_tokens_s": speed[best],
+        "tokens_s": {k: round(v) for k, v in speed.items()},
+        "agreement": agreement,
+    }
+
+
+# ---------------------------------------------------------------------------------------------- convex models
+
+
+def run_linear(bench: Bench, trial: Trial, action: FitLinear) -> Run:
+    started = time.monotonic()
+    work = bench.work
+    take = _subsample(work, action.max_rows)
+    texts, targets = work.texts["train"], work.targets["train"]
+    if take is not None:
+        texts, targets = [texts[i] for i in take], targets[take]
+    model, facts = fit_linear(
+        texts,
+        targets,
+        work.task.kind,
+        work.task.n_outputs,
+        features=action.features,
+        l2s=action.l2s,
+        solver=action.solver,
+        valid=(work.texts["control"], work.targets["control"]),
+        deadline=_deadline(bench, trial, started),
+    )
+    folder = work.state_folder(trial.id)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save(folder)
+    yield "Event", {"trial": trial.id, "event": "solved", "facts": facts}
+    return decided(bench, trial, "linear", trial.id, started, facts={**facts, "rows": len(texts)})
+
+
+def run_head(bench: Bench, trial: Trial, action: FitHead) -> Run:
+    started = time.monotonic()
+    work = bench.work
+    take = _subsample(work, action.max_rows)
+    cut = action.cut if take is None and work.fits_hidden(work.rows("train", action.max_length)) else 0
+    features: dict[str, np.ndarray] = {}
+    cached = True
+    for split in ("train", "control"):
+        features[split], from_cache = work.features(
+            split, action.max_length, bf16=action.bf16, cut=cut, take=take if split == "train" else None
+        )
+        cached &= from_cache
+        if signal := bench.stop():
+            raise Interrupted(signal)
+    encode_s = time.monotonic() - started
+    tokens = sum(int(np.sum(work.rows(s, action.max_length).lengths_N)) for s in ("train", "control"))
+    scale, mean = work.units
+    standard = {
+        s: (work.targets[s] - mean) / scale if work.task.kind == "regress" else work.targets[s] for s in features
+    }
+    weights_DK, bias_K, facts = solve_head(
+        features["train"],
+        standard["train"] if take is None else standard["train"][take],
+        work.task.kind,
+        work.task.n_outputs,
+        features["control"],
+        standard["control"],
+        l2s=action.l2s,
+        solver=action.solver,
+        deadline=_deadline(bench, trial, started),
+    )
+    model = work.encoder()
+    with torch.no_grad():
+        model.head.weight.copy_(torch.from_numpy(np.ascontiguousarray(weights_DK.T)))
+        model.head.bias.copy_(torch.from_numpy(bias_K))
+    work.save_weights(trial.id, model, ["head.weight", "head.bias"], start=None)
+    work.keep_logits(trial.id, "control", head_logits(model, features["control"]) * scale + mean)
+    facts |= {"encode_s": encode_s, "encoded_tokens": tokens, "cached": cached, "truncated": dict(work.truncated)}
+    yield "Event", {"trial": trial.id, "event": "solved", "facts": facts}
+    return decided(bench, trial, "encoder", trial.id, started, facts=facts)
+
+
+def _subsample(work: Workbench, max_rows: int | None) -> np.ndarray | None:
+    n = len(work.texts["train"])
+    if max_rows is None or max_rows >= n:
+        return None
+    return np.sort(np.random.default_rng(work.config.seed).choice(n, max_rows, replace=False))
+
+
+def _deadline(bench: Bench, trial: Trial, started: float) -> Callable[[], bool] | None:
+    """Whether a convex solve must end with what it has. Under counted budgets it always runs to its end."""
+    if not bench.timed() or not trial.share:
+        return None
+    return lambda: time.monotonic() - started > trial.share or bench.stop() != 0
+
+
+# ---------------------------------------------------------------------------------------------- averages, prediction, test
+
+
+def run_average(bench: Bench, trial: Trial, action: Average) -> Run:
+    """The averaged weights of a fine-tuned state, against its raw ones."""
+    started = time.monotonic()
+    work = bench.work
+    assert trial.start is not None
+    tensors = load_file(work.state_folder(trial.start) / "tensors.safetensors")
+    prefix = f"{action.which}."
+    values = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    model = work.encoder(trial.start)
+    model.load_state_dict(values, strict=False)
+    work.save_weights(trial.id, model, list(values), start=trial.start)
+    rows = work.rows("control", work.max_length)
+    work.keep_logits(trial.id, "control", work.encoder_logits(model, rows, bench.bf16))
+    yield "Event", {"trial": trial.id, "event": "averaged", "facts": {"which": action.which}}
+    return decided(bench, trial, "encoder", trial.id, started)
+
+
+def run_predict(bench: Bench, trial: Trial, action: Predict) -> Run:
+    """Fit a wrapper of the base predictor on the calibration split; judged on out-of-fold decisions."""
+    started = time.monotonic()
+    work, seed = bench.work, bench.work.config.seed
+    targets = work.targets["calibration"]
+    names = set(action.base.models()) | (set(bench.families) if action.what == "blend" else set())
+    logits = {m: work.logits(m, bench.families[m], "calibration", bench.bf16) for m in sorted(names)}
+    match action.what:
+        case "calibrate":
+            found = fitting.calibrate(work.task, action.base, logits, targets, seed)
+        case "thresholds":
+            found = fitting.thresholds(work.task, action.base, logits, targets, bench.metric, seed)
+        case "blend":
+            members = tuple(Single(model=m) for m in sorted(names))
+            found = fitting.blend(work.task, members, logits, targets, seed)
+    if found is None:
+        return Outcome(ok=False, failure=f"{action.what} has nothing to change here", cost=_wall(started))
+    yield "Event", {"trial": trial.id, "event": "fitted", "facts": {"what": action.what, **found.facts}}
+    base = fitting.baseline(work.task, action.base, logits, targets)
+    metric = "log_loss" if action.what == "calibrate" and work.task.kind != "regress" else bench.metric
+    verdict = metrics.judge(metric, work.task, found.scored, base, seed=seed)
+    names_ = dict.fromkeys([bench.metric, *work.task.metrics])
+    return Outcome(
+        state=trial.id,
+        metrics=metrics.measure(tuple(names_), work.task, found.scored, seed=seed),
+        verdict=verdict,
+        cost=_wall(started),
+        facts={"predictor": found.predictor.model_dump(), **found.facts},
+    )
+
+
+def run_test(bench: Bench, trial: Trial, action: ReadTest) -> Run:
+    """The test split, once."""
+    started = time.monotonic()
+    work = bench.work
+    scored = bench.of_incumbent("test")
+    assert scored is not None
+    report = test_report(work, scored, bench.metric)
+    yield "TestRead", {"trial": trial.id, **report}
+    return Outcome(metrics=report["metrics"], cost=_wall(started))
+
+
+def test_report(work: Workbench, scored: Scored, metric: str) -> dict[str, Any]:
+    """Metrics with errors and, for classes, precision/recall/F1 of each and the confusions."""
+    task = work.task
+    names = tuple(dict.fromkeys([metric, *task.metrics]))
+    report: dict[str, Any] = {
+        "rows": len(scored.targets),
+        "metrics": metrics.measure(names, task, scored, seed=work.config.seed),
+    }
+    if task.kind != "regress":
+        report["per_class"] = metrics.per_class(task, scored)
+    if task.kind == "classify":
+        report["confusion"] = metrics.confusion(scored.targets, scored.decisions, task.n_outputs).tolist()
+        report["labels"] = list(task.labels)
+    return report
+
+
+def _wall(started: float) -> Cost:
+    return Cost(wall_s=time.monotonic() - started)
+
+
+def as_budget(bench: Bench, share: float) -> Budget:
+    return Budget(amount=max(share, 1e-6), unit=bench.clock.budget.unit)

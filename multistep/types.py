@@ -1,0 +1,188 @@
+"""The core types: read this first. No torch here.
+
+A *trial* runs an *action* (a strategy, a predictor, a measurement) from a state; what came of it is an *outcome*;
+a controller turns outcomes into the next trial. Everything in this file is frozen data that survives JSON.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+TaskKind = Literal["classify", "multilabel", "regress"]
+Unit = Literal["seconds", "updates", "tokens"]
+
+
+class UserError(ValueError):
+    """Bad input. The message names the thing and the mend; the CLI prints it and exits with 2."""
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came; everything is saved. `signal` is its number."""
+
+    def __init__(self, signal: int):
+        super().__init__(f"interrupted by signal {signal}")
+        self.signal = signal
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """' Did you mean "x"?' for the known word closest to `word`, or a list of them all when nothing is close."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    return f" Known: {', '.join(sorted(known))}."
+
+
+class Tunable(NamedTuple):
+    """Marks a numeric field that a controller may move. `live`: without losing optimizer state."""
+
+    low: float
+    high: float
+    log: bool = False
+    live: bool = False
+
+
+class Spec(BaseModel):
+    """Frozen, JSON-able configuration. An unknown key is an error that names the nearest known one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], where: str = "") -> Self:
+        """Validate `data`; raises UserError with one line that names the key, the value and the mend."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise UserError(_first_problem(cls, error, where)) from None
+
+    def with_(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again."""
+        return type(self).model_validate({**self.model_dump(), **changes})
+
+
+def _first_problem(cls: type[BaseModel], error: ValidationError, where: str) -> str:
+    problem = error.errors()[0]
+    path = [str(p) for p in problem["loc"]]
+    key = ".".join(([where] if where else []) + path)
+    if problem["type"] == "extra_forbidden":
+        owner = _owner(cls, path[:-1])
+        return f"unknown key {key!r}.{nearest(path[-1], list(owner.model_fields))}"
+    if problem["type"] == "missing":
+        return f"{key!r} is missing."
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key!r}: {message} (got {problem['input']!r})."
+
+
+def _owner(cls: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
+    """The model class whose field the error path points into (members of unions are named by their `kind`)."""
+    for step in path:
+        candidates = _models_below(cls, step)
+        if candidates:
+            cls = candidates[0]
+    return cls
+
+
+def _models_below(cls: type[BaseModel], step: str) -> list[type[BaseModel]]:
+    if step in cls.model_fields:
+        return _models_in(cls.model_fields[step].annotation)
+    every = [m for f in cls.model_fields.values() for m in _models_in(f.annotation)]
+    return [m for m in every if "kind" in m.model_fields and m.model_fields["kind"].default == step]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [m for a in getattr(annotation, "__args__", ()) for m in _models_in(a)]
+
+
+# ---------------------------------------------------------------------------------------------- data and answers
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row. `label` is a str (classify), a tuple of str (multilabel), a float (regress) or None (unlabelled)."""
+
+    text: str
+    label: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One answer. `confidence` is a probability in 0..1 (None for regression); `scores` maps labels to probabilities."""
+
+    value: Any
+    confidence: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+class MetricValue(NamedTuple):
+    value: float
+    stderr: float
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What one update of the loop yields. `event` names something out of the ordinary ("nonfinite", "spike")."""
+
+    update: int
+    tokens: int
+    examples: int
+    loss_nats: float
+    lr: float
+    grad_norm: float
+    event: str = ""
+    rows: tuple[int, ...] = ()  # the batch, named only when there is an event
+
+
+class Cost(Spec):
+    """What a trial spent. `wall_s` is a measurement; updates and tokens are exact."""
+
+    wall_s: float = 0.0
+    updates: int = 0
+    tokens: int = 0
+
+
+# ---------------------------------------------------------------------------------------------- decisions
+
+
+class Comparison(Spec):
+    """A paired comparison of a candidate with the incumbent over the same examples. Differences: candidate - incumbent,
+    signed so that higher is better. `p` is one-sided: the chance of such a gain if there were none."""
+
+    metric: str
+    candidate: float
+    incumbent: float
+    difference: float
+    stderr: float
+    p: float
+    n: int
+
+
+class Verdict(Spec):
+    """The decision on a candidate, the rule that made it and the numbers the rule read."""
+
+    accept: bool
+    rule: str
+    evidence: tuple[Comparison, ...] = ()
+
+
+class Outcome(Spec):
+    """What came of a trial: the only thing a controller learns. Scores are on the control or calibration split."""
+
+    ok: bool = True
+    failure: str = ""
+    state: str | None = None  # the state or predictor id that the trial left
+    metrics: dict[str, MetricValue] = Field(default_factory=dict)
+    verdict: Verdict | None = None
+    cost: Cost = Cost()
+    remaining: float = 0.0  # of the budget, in its unit, after this trial
+    facts: dict[str, Any] = Field(default_factory=dict)  # what else was measured (throughput, train loss, events ...)
+    incumbent: dict[str, Any] | None = None  # the predictor that stands after this trial
+    families: dict[str, str] = Field(default_factory=dict)  # the best state of each family after this trial
