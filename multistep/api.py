@@ -6,6 +6,7 @@ run.predict(["great film"]); print(run.explain()); multistep.load("runs/reviews"
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import signal
@@ -235,7 +236,7 @@ class _Phases:
         )  # fmt: skip
         extensions = [
             r["budget"]["amount"]
-            for before, r in zip(past, past[1:], strict=False)
+            for before, r in itertools.pairwise(past)
             if r["kind"] == "Resumed" and before["kind"] == "Finished"
         ]
         self._left = [more] * len(extensions)

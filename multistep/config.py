@@ -31,7 +31,7 @@ class FitConfig(Spec):
     data: str
     task: str = "auto"  # auto, classify, multilabel, regress
     metric: str | None = None  # None: the task's own
-    budget: str = "5m"
+    budget: Annotated[str, Field(validate_default=True)] = "5m"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     out: str | None = None  # None: runs/<name of the data>
     text: tuple[str, ...] = ()  # None: inferred

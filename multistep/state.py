@@ -25,6 +25,7 @@ from multistep.budget import Budget
 from multistep.types import UserError
 
 if TYPE_CHECKING:
+    from multistep.models.encoder import Encoder
     from multistep.strategy import FineTune
 
 _AVERAGE_EVERY = 4  # updates; averaging costs memory traffic, and neighbours hardly differ
@@ -36,7 +37,7 @@ _TAIL_FROM = 0.75  # progress from which the tail average counts
 class Segment:
     """The stretch of training that one strategy runs: its length and what is done of it."""
 
-    total: Budget = Budget(amount=1.0)
+    total: Budget = field(default_factory=lambda: Budget(amount=1.0))
     wall_s: float = 0.0
     updates: int = 0
     tokens: int = 0
@@ -91,7 +92,7 @@ class Counters:
 class TrainState:
     """The model under training. `begin` starts a segment; `train.train` moves it; `fork` copies it."""
 
-    model: nn.Module
+    model: Encoder
     counters: Counters = field(default_factory=Counters)
     segment: Segment = field(default_factory=Segment)
     detector: Detector = field(default_factory=Detector)
@@ -148,10 +149,10 @@ class TrainState:
         if self.counters.update % _AVERAGE_EVERY:
             return
         now = [p.detach() for _, p in self.trained]
-        torch._foreach_lerp_(self.ema, now, 1 - _EMA_DECAY)
+        torch._foreach_lerp_(self.ema, now, 1 - _EMA_DECAY)  # pyright: ignore[reportPrivateImportUsage]
         if self.segment.progress() >= _TAIL_FROM:
             self.counters.tail_count += 1
-            torch._foreach_lerp_(self.tail, now, 1 / self.counters.tail_count)
+            torch._foreach_lerp_(self.tail, now, 1 / self.counters.tail_count)  # pyright: ignore[reportPrivateImportUsage]
 
     def shipped(self, which: str = "raw") -> dict[str, Tensor]:
         """The weights that would ship, by name: 'raw', 'ema' or 'tail' (copies)."""
@@ -191,7 +192,8 @@ class TrainState:
                 self.tail[i].copy_(tensors[f"tail.{name}"])
                 assert self.optimizer is not None
                 prefix = f"optimizer.{name}."
-                found = {k[len(prefix) :]: v.to(parameter.device, copy=True) for k, v in tensors.items() if k.startswith(prefix)}
+                kept = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                found = {k: v.to(parameter.device, copy=True) for k, v in kept.items()}
                 if found:
                     self.optimizer.state[parameter] = found
                 else:

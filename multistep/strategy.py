@@ -68,7 +68,8 @@ class FineTune(Spec):
         if self.trains == "all" or not model.n_layers:
             body = [(f"backbone.{n}", p) for n, p in model.backbone.named_parameters() if not n.startswith("pooler.")]
             return body + head
-        wanted = {id(p) for layer in list(model.layers())[max(0, model.n_layers - self.layers) :] for p in layer.parameters()}
+        last = list(model.layers())[max(0, model.n_layers - self.layers) :]
+        wanted = {id(p) for layer in last for p in layer.parameters()}
         return [(n, p) for n, p in model.named_parameters() if id(p) in wanted] + head
 
     def same_but_live(self, other: FineTune) -> bool:

@@ -41,6 +41,7 @@ def train(state: TrainState, data: TrainData, bf16: bool = False) -> Iterator[Me
     started = now_s()
     while state.segment.progress() < 1.0:
         counters, strategy = state.counters, state.strategy  # between yields the caller may restore or adjust the state
+        assert strategy is not None
         set_dropout(state.model, strategy.dropout)
         state.model.train()  # ... or have encoded with it
         rows = batches.at(counters.position)

@@ -25,6 +25,7 @@ LINEAR_CHARACTERS_S = (
     1.5e6  # prior: features and solve, characters of train a second; corrected by what the incumbent took
 )
 ALL_LAYERS_EPOCHS = 8.0  # with fewer epochs for all layers, the last half on cached states is trained for longer
+ENCODE_SHARE = 0.75  # of what is left: encoding train once and judging may take so much, the rest is for fine-tuning
 MOST_EPOCHS = 12.0  # a trunk is not made longer than this: fine-tuning has converged long before
 
 _PREDICTOR: TypeAdapter[Predictor] = TypeAdapter(Predictor)
@@ -115,12 +116,12 @@ class Plan:
         if not self.timed:
             return lengths[0], None
         rows = self.problem.rows
-        judged = rows["control"] * 3 + rows["calibration"] + rows["test"]
+        judged = rows["control"] * 2 + rows["calibration"] + rows["test"]
         for length in lengths:
-            if self.encode_s(rows["train"] + judged, length) <= 0.6 * self.remaining:
+            if self.encode_s(rows["train"] + judged, length) <= ENCODE_SHARE * self.remaining:
                 return length, None
         for length in lengths:
-            left = 0.6 * self.remaining - self.encode_s(judged, length)
+            left = ENCODE_SHARE * self.remaining - self.encode_s(judged, length)
             affordable = int(left / max(1e-9, self.encode_s(1, length)))
             if affordable >= max(2000, 0.1 * rows["train"]):
                 return length, affordable

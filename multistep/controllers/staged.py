@@ -59,7 +59,7 @@ def encoder(plan: Plan, rows: int | None) -> Generator[Ask, Outcome | None, None
         if rows:
             yield Skip(stage="trunk", why="not even the frozen encoder can see all of train in this time")
             return
-    layers, why = plan.layers(plan.remaining)
+    layers, _ = plan.layers(plan.remaining)
     if scratch:
         layers, epochs = plan.facts["n_layers"], plan.epochs(plan.remaining, plan.facts["n_layers"])
         if epochs < 3:

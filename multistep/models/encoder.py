@@ -9,9 +9,9 @@ Shapes: B examples, T tokens, D hidden width, K outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,10 +22,8 @@ from multistep.types import UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# Model types whose layers can be called one by one on (hidden states, additive mask), and where the layers are.
-_LAYERED: dict[str, Callable[[nn.Module], nn.ModuleList]] = dict.fromkeys(
-    ("bert", "roberta", "xlm-roberta", "camembert"), lambda m: m.encoder.layer
-)
+# Model types whose layers (backbone.encoder.layer) can be called one by one on (hidden states, additive mask).
+_LAYERED = ("bert", "roberta", "xlm-roberta", "camembert")
 _MASKED = -1e9
 
 
@@ -34,8 +32,8 @@ class Encoder(nn.Module):
 
     def __init__(self, backbone: nn.Module, n_outputs: int):
         super().__init__()
-        self.backbone = backbone
-        self.config = backbone.config
+        self.backbone: Any = backbone
+        self.config: Any = backbone.config
         self.head = nn.Linear(self.config.hidden_size, n_outputs)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -46,8 +44,7 @@ class Encoder(nn.Module):
         return len(self.layers())
 
     def layers(self) -> Sequence[nn.Module]:
-        find = _LAYERED.get(self.config.model_type)
-        return find(self.backbone) if find else []
+        return list(self.backbone.encoder.layer) if self.config.model_type in _LAYERED else []
 
     def lower(self, ids_BT: Tensor, mask_BT: Tensor, n_layers: int) -> Tensor:
         """Hidden states [B,T,D] after the first `n_layers` layers."""

@@ -1,11 +1,11 @@
-"""A linear model on n-gram counts, naive-Bayes weighted or tf-idf: the incumbent, solved to its optimum in seconds.
+"""A linear model on n-gram counts, naive-Bayes weighted or tf-idf: the incumbent, solved in seconds.
 
     logits = x W + b,   x presence of n-grams, W = r * V per output,   r = log of the ratio of how often an n-gram occurs
     inside the class to outside it (each smoothed by alpha);   l2 falls on V, so n-grams that say little must pay more
 
 Source: Wang and Manning 2012, "Baselines and Bigrams" (their MNB-weighted SVM).
 Differs from the source: logistic loss, one ratio an output (one against the rest), no interpolation with plain naive Bayes;
-l2 strengths are relative to the mean squared length of the weighted rows, so one path serves every kind of features.
+l2 is counted in (mean squared length of the weighted rows) / N, so one path serves every kind and size of data.
 Shapes: N texts, D n-grams, K outputs.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.numpy import load_file, save_file
 from scipy import sparse
 from torch import Tensor
@@ -27,7 +28,7 @@ from multistep.optimizers.path import ConvexSolver, solve_path
 from multistep.text import NgramFeatures, TextFacts, Vectorizer
 from multistep.types import TaskKind
 
-RELATIVE_L2S = (1e-3, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6, 3e-7)
+PATH = (3.0, 0.3, 0.1, 0.03, 0.01, 0.003)  # l2 in units of (mean squared row length) / N
 
 
 class Linear:
@@ -67,16 +68,16 @@ def candidates(task_kind: TaskKind, n_outputs: int, facts: TextFacts) -> list[Ng
         triples = NgramFeatures(unit="word", order=3, min_count=3, weight="nb" if two else "tfidf")
         pairs = triples.with_(order=2, min_count=2)
         return [triples, pairs.with_(weight="nb_tfidf"), pairs.with_(weight="tfidf")]
-    both = NgramFeatures(unit="both", weight="nb" if two else "tfidf")
-    pairs = NgramFeatures(unit="word", weight="nb_tfidf" if two else "tfidf")
-    return [both, both.with_(weight="nb_tfidf"), pairs] if two else [pairs, both]
+    both = NgramFeatures(unit="both", weight="nb_tfidf" if two else "tfidf")
+    pairs = both.with_(unit="word")
+    return [both, both.with_(weight="nb"), pairs] if two else [pairs, both]
 
 
 def log_count_ratio(x_ND: sparse.csr_matrix, y_NK: np.ndarray, alpha: float) -> np.ndarray:
     """log of (share of n-gram d in the texts of class k) / (its share in the others) by presence, float32 [D, K]."""
     seen = sparse.csr_matrix((np.ones_like(x_ND.data), x_ND.indices, x_ND.indptr), shape=x_ND.shape)
     inside = np.asarray(seen.T @ y_NK.astype(np.float32), np.float64)
-    every = np.bincount(seen.indices, minlength=seen.shape[1]).astype(np.float64)[:, None]
+    every = np.asarray(seen.sum(0), np.float64).reshape(-1, 1)
     inside, outside = inside + alpha, every - inside + alpha
     return np.log((inside / inside.sum(0)) / (outside / outside.sum(0))).astype(np.float32)
 
@@ -88,7 +89,7 @@ def fit_linear(
     n_outputs: int,
     features: NgramFeatures,
     valid: tuple[Sequence[str], np.ndarray],
-    l2s: Sequence[float] = RELATIVE_L2S,
+    l2s: Sequence[float] = PATH,
     solver: ConvexSolver | None = None,
     deadline: Callable[[], bool] | None = None,
 ) -> tuple[Linear, dict[str, Any]]:
@@ -102,7 +103,7 @@ def fit_linear(
     scale_DK = None
     if features.weight != "tfidf" and task_kind != "regress":
         labels = np.asarray(question.targets)
-        y_NK = np.eye(n_outputs)[labels] if question.loss == "softmax" else labels.reshape(len(labels), -1)
+        y_NK = np.eye(n_outputs)[labels] if question.loss == "softmax" else labels.reshape(len(texts), -1)
         scale_DK = log_count_ratio(x_ND, y_NK, features.nb_alpha)
     problem = ConvexProblem(Sparse(x_ND), question.targets, question.loss, question.columns, 1.0, scale_DK=scale_DK)
     squared_D1 = np.asarray(x_ND.multiply(x_ND).mean(0), np.float64).reshape(-1, 1)
@@ -116,8 +117,13 @@ def fit_linear(
         w_DK, b_K = plain(w)
         return mean_loss(task_kind, valid_ND @ w_DK + b_K, valid[1])
 
-    steps = [l2 * max(length, 1e-12) for l2 in l2s]
-    best, facts = solve_path(problem, steps, solver or NewtonCG(tolerance=3e-3), score, deadline)
+    steps = [l2 * max(length, 1e-12) / len(texts) for l2 in l2s]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the products are scipy's, on one core; waking others for short sums only costs
+    try:
+        best, facts = solve_path(problem, steps, solver or NewtonCG(tolerance=3e-3), score, deadline)
+    finally:
+        torch.set_num_threads(threads)
     weights_DK, bias_K = plain(best)
     model = Linear(weights_DK.astype(np.float32), bias_K.astype(np.float32), vectorizer)
     return model, facts | {"features": vectorizer.settings.model_dump(), "n_features": vectorizer.width}

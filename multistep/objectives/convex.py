@@ -62,8 +62,9 @@ class Sparse:
     """Features as a csr matrix on the CPU. The float64 values share the index arrays with the float32 ones."""
 
     def __init__(self, x_ND: sparse.csr_matrix) -> None:
-        self.x32 = x_ND.astype(np.float32)
-        self.shape = (x_ND.shape[0], x_ND.shape[1])
+        n_rows, n_features = x_ND.get_shape()
+        self.x32 = sparse.csr_matrix(x_ND, dtype=np.float32)
+        self.shape = (n_rows, n_features)
         self.device = torch.device("cpu")
         self.x64 = self._with_values(self.x32.data.astype(np.float64))
         self.squares = self._with_values(self.x32.data**2)
@@ -156,10 +157,9 @@ class ConvexProblem:
     def at(self, w: Tensor, logits_NK: Tensor | None = None) -> Point:
         """Value and gradient at `w`, both float64, with what the Hessian products there need."""
         z = self.logits(w) if logits_NK is None else logits_NK
-        if self.loss == "softmax":
-            mean = torch.softmax(z, 1)
-        else:
-            mean = torch.sigmoid(z) if self.loss == "sigmoid" else z
+        mean = z
+        if self.loss != "squared":
+            mean = torch.softmax(z, 1) if self.loss == "softmax" else torch.sigmoid(z)
         gradient = self._transposed((mean - self.y_NK).mul_(self.share_N1))
         gradient[:-1] += self.l2 * w[:-1]
         return Point(w, z, mean.float(), self.value(w, z), gradient)

@@ -31,9 +31,11 @@ class AdamW(Spec):
         """An optimizer over named parameters: matrices decay, vectors and embeddings do not. Groups are marked `decays`."""
         import torch
 
+        yes = [p for n, p in parameters if decays(n, p.ndim)]
+        no = [p for n, p in parameters if not decays(n, p.ndim)]
         groups = [
-            {"params": [p for n, p in parameters if decays(n, p.ndim)], "weight_decay": self.weight_decay, "decays": True},
-            {"params": [p for n, p in parameters if not decays(n, p.ndim)], "weight_decay": 0.0, "decays": False},
+            {"params": yes, "weight_decay": self.weight_decay, "decays": True},
+            {"params": no, "weight_decay": 0.0, "decays": False},
         ]
         return torch.optim.AdamW(
             [g for g in groups if g["params"]],

@@ -7,6 +7,7 @@ features; the better choice for loose tolerances on sparse features with many ou
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
@@ -53,16 +54,19 @@ class LBFGS(Spec):
             return point.value, point.gradient.reshape(-1).cpu().numpy()
 
         if best_norm > self.tolerance * unit:
-            try:
+            with suppress(_Enough):
                 optimize.minimize(
                     value_gradient,
                     first.w.reshape(-1).cpu().numpy(),
                     jac=True,
                     method="L-BFGS-B",
-                    options={"maxiter": self.max_iterations, "maxcor": self.memory, "ftol": 0.0, "gtol": 0.0,
-                             "maxfun": 2 * self.max_iterations},
-                )  # fmt: skip
-            except _Enough:
-                pass
+                    options={
+                        "maxiter": self.max_iterations,
+                        "maxfun": 2 * self.max_iterations,
+                        "maxcor": self.memory,
+                        "ftol": 0.0,
+                        "gtol": 0.0,
+                    },
+                )
         relative = best_norm / unit
         return Solution(best.w, best.value, relative, calls, 0, relative <= self.tolerance)

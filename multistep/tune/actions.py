@@ -204,7 +204,8 @@ def run_head(bench: Bench, trial: Trial, action: FitHead) -> Run:
         standard["control"],
         l2s=action.l2s,
         solver=action.solver,
-        deadline=_deadline(bench, trial, started),
+        deadline=_deadline(bench, trial, time.monotonic()),
+        device=work.device,
     )
     model = work.encoder()
     with torch.no_grad():

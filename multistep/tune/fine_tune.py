@@ -1,7 +1,7 @@
 """The trial that trains by gradients: forks a state, runs the loop, recovers from bad batches, watches the gap, keeps itself on disk.
 
-On disk there are only snapshots taken every few updates (`states/<trial>.live.<update>`): a killed run goes on from the last one, and so
-does a roll back, which makes both the same under budgets in updates or tokens, bit for bit.
+On disk there are only snapshots taken every few updates (`states/<trial>.live.<position>`): a killed run goes on from the last
+one, and so does a roll back, which makes both the same under budgets in updates or tokens, bit for bit.
 """
 
 from __future__ import annotations
