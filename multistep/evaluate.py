@@ -95,7 +95,7 @@ def encode(
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             if hidden_SD is not None:
                 hidden_BTD = model.lower(x, mask_BT, cut)
-                places = np.concatenate([np.arange(rows.starts_N[r], rows.starts_N[r + 1]) for r in batch])
+                places = np.concatenate([np.arange(int(rows.starts_N[r]), int(rows.starts_N[r + 1])) for r in batch])
                 hidden_SD[torch.from_numpy(places).to(rows.device)] = hidden_BTD[mask_BT].float()
                 features_BD = model.upper(hidden_BTD, mask_BT, cut)
             else:

@@ -22,7 +22,7 @@ from multistep.types import UserError
 
 # What a record may be; `explain` has words for each of them.
 KINDS = (
-    "Started", "Resumed", "Data", "Asked", "Measured", "Event", "Told", "Committed", "RolledBack", "Skipped",
+    "Started", "Resumed", "Data", "Asked", "Measured", "Noted", "Event", "Told", "Committed", "RolledBack", "Skipped",
     "Reserved", "Diagnosed", "Interrupted", "TestRead", "Finished",
 )  # fmt: skip
 _NOT_SYNCED = {"Measured"}

@@ -30,7 +30,7 @@ class FitLinear(Spec):
     kind: Literal["fit_linear"] = "fit_linear"
     features: NgramFeatures
     solver: ConvexSolver = NewtonCG(tolerance=3e-3)  # validation loss has long settled by then
-    l2s: tuple[float, ...] = (1e-3, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6, 3e-7)  # times the features' mean squared length
+    l2s: tuple[float, ...] | None = None  # None: the path of `models.linear.relative_path`
     max_rows: int | None = None  # train on a subsample of this size
 
 

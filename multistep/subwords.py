@@ -25,9 +25,9 @@ def load_tokenizer(name: str) -> Tokenizer:
 
         try:
             loaded = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0][:160]
-            raise UserError(f"model: {name!r} has no tokenizer that can be loaded ({reason}).") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+            raise UserError(f"model: {name!r} has no tokenizer that can be loaded ({reason}). Add tokenizer.json.") from None
         tokenizer = getattr(loaded, "backend_tokenizer", None)
         if not isinstance(tokenizer, Tokenizer):
             raise UserError(f"model: {name!r} has no fast tokenizer (tokenizer.json). Choose another encoder.")
@@ -44,7 +44,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, path: Path) -> None:
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=list(SPECIAL), min_frequency=2, show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((_encodable(t) for t in texts), trainer, length=len(texts))
     cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
@@ -65,7 +65,7 @@ def encode_ids(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> t
         while end < len(texts) and size < _BATCH_CHARACTERS:
             size += min(len(texts[end]), look)
             end += 1
-        part = [t[:look] for t in texts[start:end]]
+        part = [_encodable(t[:look]) for t in texts[start:end]]
         for text, encoding in zip(texts[start:end], tokenizer.encode_batch(part), strict=True):
             ids.append(np.array(encoding.ids, dtype=np.int32))
             cut += bool(encoding.overflowing) or len(text) > look
@@ -79,5 +79,10 @@ def unknown_rate(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
     unknown = next((i for t in ("[UNK]", "<unk>") if (i := tokenizer.token_to_id(t)) is not None), None)
     if unknown is None:
         return 0.0
-    ids = [i for e in tokenizer.encode_batch(list(texts), add_special_tokens=False) for i in e.ids]
+    ids = [i for e in tokenizer.encode_batch([_encodable(t) for t in texts], add_special_tokens=False) for i in e.ids]
     return ids.count(unknown) / max(1, len(ids))
+
+
+def _encodable(text: str) -> str:
+    """Lone surrogates, which no UTF-8 can hold, become question marks."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""The only place where strings become tokens and back: n-gram features for linear models, subwords for encoders.
+"""N-gram features of texts, for linear models. (Subwords, for encoders, are in subwords.py.)
 
 N-grams are counted with numpy over the code points of many texts at once, with no Python object a word: a table gives every
 character its class (letter, single, space), a word is a run of letters and its identity a 64-bit polynomial hash, an n-gram of
@@ -19,7 +19,6 @@ import numpy as np
 from pydantic import Field
 from safetensors.numpy import load_file, save_file
 from scipy import sparse
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from multistep.types import Spec, UserError
 
@@ -59,7 +58,7 @@ def unspaced_share(texts: Sequence[str], sample: int = 500) -> float:
     codes = _code_points("".join(texts[:sample]))
     letters = codes[_classes(codes) == _LETTER].size
     unspaced = np.count_nonzero(_is_unspaced(codes))
-    return unspaced / max(letters + unspaced, 1)
+    return float(unspaced / max(letters + unspaced, 1))
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -324,75 +323,3 @@ def text_facts(texts: Sequence[str], sample: int = 500) -> TextFacts:
     """Measured on texts spread evenly over the data."""
     some = texts[:: max(1, len(texts) // sample)]
     return TextFacts(len(texts), words(some).units_T.size / max(len(some), 1), unspaced_share(some, len(some)))
-
-
-# ---------------------------------------------------------------------------------------------- subwords
-
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The fast tokenizer of a model folder: its tokenizer.json, or what transformers makes of its other files."""
-    if (folder / "tokenizer.json").is_file():
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    try:
-        made = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"tokenizer: none in {str(folder)!r} ({reason}). Add tokenizer.json.") from None
-    if not isinstance(made, PreTrainedTokenizerFast):
-        raise UserError(f"tokenizer: that of {str(folder)!r} has no fast form. Add tokenizer.json.")
-    return Tokenizer.from_str(made.backend_tokenizer.to_str())
-
-
-def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Tokenizer:
-    """A WordPiece tokenizer learned from `texts` (give the train split only), saved as tokenizer.json in `folder`.
-
-    BERT's conventions: lower case, CJK characters apart, [CLS] text [SEP].
-    """
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, min_frequency=2, special_tokens=list(SPECIAL_TOKENS), show_progress=False
-    )
-    tokenizer.train_from_iterator((_encodable(t) for t in texts), trainer, length=len(texts))
-    ends = [(t, SPECIAL_TOKENS.index(t)) for t in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return tokenizer
-
-
-def encode_ids(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> tuple[list[np.ndarray], int]:
-    """Token ids int32 of every text with its special tokens, at most `max_length`, and how many texts were cut."""
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length)
-    ids: list[np.ndarray] = []
-    cut = 0
-    for begin in range(0, len(texts), 4096):  # keeps only some encodings in memory
-        for encoding in tokenizer.encode_batch([_encodable(t) for t in texts[begin : begin + 4096]]):
-            ids.append(np.array(encoding.ids, np.int32))
-            cut += bool(encoding.overflowing)
-    return ids, cut
-
-
-def unknown_rate(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
-    """The share of tokens the tokenizer does not know: near 1 means that the encoder cannot read this script."""
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    names = [n for n in ("[UNK]", "<unk>") if tokenizer.token_to_id(n) is not None]
-    unknown = {tokenizer.token_to_id(n) for n in names}
-    encoded = tokenizer.encode_batch_fast([_encodable(t) for t in texts], add_special_tokens=False)
-    total = sum(len(e.ids) for e in encoded)
-    return sum(i in unknown for e in encoded for i in e.ids) / max(total, 1)
-
-
-def _encodable(text: str) -> str:
-    """Lone surrogates, which no UTF-8 can hold, become question marks."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

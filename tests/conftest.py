@@ -80,6 +80,8 @@ def make_strategy() -> Callable[..., FineTune]:
     from multistep.strategy import FineTune
 
     def make(lr: float = 1e-3, weight_decay: float = 0.01, **fields: Any) -> FineTune:
-        return FineTune(optimizer=AdamW(lr=lr, weight_decay=weight_decay), **{"trains": "all", "batch_size": 8, **fields})
+        return FineTune(
+            optimizer=AdamW(lr=lr, weight_decay=weight_decay), **{"trains": "all", "batch_size": 8, **fields}
+        )
 
     return make

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -67,7 +69,7 @@ def test_by_length_covers_all_within_its_tokens(lengths_N: np.ndarray, batch_tok
         assert len(rows) == 1 or len(rows) * lengths_N[rows].max() <= batch_tokens
     order = lengths_N[np.concatenate(batches)]
     assert (np.diff(order) >= 0).all(), "shortest first"
-    for rows, following in zip(batches, batches[1:], strict=False):
+    for rows, following in pairwise(batches):
         assert (len(rows) + 1) * lengths_N[following[0]] > batch_tokens, "no batch is smaller than it must be"
 
 

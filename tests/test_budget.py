@@ -40,7 +40,24 @@ def test_what_can_be_written(text: str | float, amount: float, unit: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "text", ["", "soon", "-5m", "5 parsecs", "m", "1h30", "1,5h", "nan", "inf", "tokens", "5 m x", "1e", "--", "True", "10m 5 updates"]
+    "text",
+    [
+        "",
+        "soon",
+        "-5m",
+        "5 parsecs",
+        "m",
+        "1h30",
+        "1,5h",
+        "nan",
+        "inf",
+        "tokens",
+        "5 m x",
+        "1e",
+        "--",
+        "True",
+        "10m 5 updates",
+    ],
 )
 def test_what_cannot(text: str) -> None:
     with pytest.raises(UserError) as caught:

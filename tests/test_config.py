@@ -63,7 +63,9 @@ def test_values_of_overrides(override: str, path: tuple[str, ...], value: Any) -
 
 
 def test_two_overrides_of_one_section() -> None:
-    config = resolve("x.csv", {}, ["schedule.kind=constant", "schedule.warmup=0.2", "optimizer.beta1=0.8", "optimizer.beta2=0.9"])
+    config = resolve(
+        "x.csv", {}, ["schedule.kind=constant", "schedule.warmup=0.2", "optimizer.beta1=0.8", "optimizer.beta2=0.9"]
+    )
     assert config.schedule == Constant(warmup=0.2)
     assert (config.optimizer.beta1, config.optimizer.beta2) == (0.8, 0.9)
 

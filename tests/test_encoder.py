@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from multistep.evaluate import Engine, EncoderText, Rows, encode, head_logits
+from multistep.evaluate import EncoderText, Engine, Rows, encode, head_logits
 from multistep.models.encoder import load_backbone, load_encoder, new_backbone, pad, pool, save_encoder, set_dropout
 from multistep.types import UserError
 
@@ -195,13 +195,13 @@ def test_a_bert_that_was_made_a_decoder_is_no_encoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [None, "{", '{"model_type": "no-such-type"}', '{"model_type": "bert"}', "{}"])
-def test_what_cannot_be_loaded_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str | None
-) -> None:
+def test_what_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str | None) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if config is not None:
         (tmp_path / "config.json").write_text(config)
-    with pytest.raises(UserError, match=r"model: .* cannot be loaded \(.*\)\. Give a folder with config\.json") as caught:
+    with pytest.raises(
+        UserError, match=r"model: .* cannot be loaded \(.*\)\. Give a folder with config\.json"
+    ) as caught:
         load_backbone(str(tmp_path))
     assert "\n" not in str(caught.value)
 

@@ -64,7 +64,9 @@ def test_every_kind_can_be_written_and_no_other(path: Path) -> None:
 
 
 def test_what_is_not_finite_is_text(path: Path) -> None:
-    Journal(path).append("Measured", values=[float("nan"), float("inf"), -np.inf, np.float64("nan"), 1.5], deep={"x": (float("nan"),)})
+    Journal(path).append(
+        "Measured", values=[float("nan"), float("inf"), -np.inf, np.float64("nan"), 1.5], deep={"x": (float("nan"),)}
+    )
     (record,) = read(path)
     assert record["values"] == ["nan", "inf", "-inf", "nan", 1.5] and record["deep"] == {"x": ["nan"]}
     assert np.isnan(float(record["values"][0]))
@@ -72,7 +74,7 @@ def test_what_is_not_finite_is_text(path: Path) -> None:
 
 
 def test_line_breaks_and_odd_characters_stay_inside_their_line(path: Path) -> None:
-    text = "a\nb\r\u2028\x00\t\"\\"
+    text = 'a\nb\r\u2028\x00\t"\\'
     journal = Journal(path)
     journal.append("Event", event=text)
     journal.append("Event", event="half a pair: \ud83d")
@@ -123,7 +125,7 @@ def test_a_missing_journal_is_an_error_that_names_the_folder(path: Path) -> None
 
 
 class Full:
-    """A file on a disk that has room for `room` more bytes, and whose sync fails when `sync` is False."""
+    """A file on a disk that has room for `room` more bytes."""
 
     def __init__(self, file: Any, room: int):
         self.file, self.room = file, room

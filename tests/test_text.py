@@ -7,19 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from multistep.subwords import encode_ids, load_tokenizer, train_tokenizer, unknown_rate
 from multistep.text import (
     NgramFeatures,
     Vectorizer,
     characters,
-    encode_ids,
     learn_block,
-    load_tokenizer,
     text_facts,
-    train_tokenizer,
-    unknown_rate,
     unspaced_share,
     words,
 )
@@ -123,9 +121,10 @@ def test_script_is_seen() -> None:
 
 @pytest.mark.parametrize("texts", [TEXTS * 5, CHINESE * 5])
 def test_trained_tokenizer(tmp_path: Path, texts: list[str]) -> None:
-    trained = train_tokenizer(texts, 200, tmp_path)
+    train_tokenizer(texts, 200, tmp_path / "tokenizer.json")
+    trained = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert [trained.token_to_id(t) for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")] == [0, 1, 2, 3, 4]
-    loaded = load_tokenizer(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
     ids, truncated = encode_ids(loaded, texts, 6)
     same, _ = encode_ids(trained, texts, 6)
     assert all(np.array_equal(a, b) and a.dtype == np.int32 for a, b in zip(ids, same, strict=True))
@@ -137,10 +136,10 @@ def test_trained_tokenizer(tmp_path: Path, texts: list[str]) -> None:
 
 
 def test_tokenizer_encodes_surrogates(tmp_path: Path) -> None:
-    trained = train_tokenizer(TEXTS, 100, tmp_path)
-    assert len(encode_ids(trained, ["a \ud800 b"], 10)[0][0]) >= 2
+    train_tokenizer(TEXTS, 100, tmp_path / "tokenizer.json")
+    assert len(encode_ids(load_tokenizer(str(tmp_path)), ["a \ud800 b"], 10)[0][0]) >= 2
 
 
 def test_missing_tokenizer_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tokenizer"):
-        load_tokenizer(tmp_path)
+        load_tokenizer(str(tmp_path))

@@ -45,7 +45,8 @@ def more_linear(plan: Plan, first: Outcome, long: bool) -> Generator[Ask, Outcom
                 why=f"other features take about {1.5 * plan.linear_s:.1f} s each: more than they are worth here",
             )
             return
-        yield from plan.trial("linear", FitLinear(features=other), "other features", share=0.4 * plan.remaining)
+        share = (0.4 if long else 0.06) * plan.remaining
+        yield from plan.trial("linear", FitLinear(features=other), "other features", share=share)
 
 
 def encoder(plan: Plan, rows: int | None) -> Generator[Ask, Outcome | None, None]:

@@ -50,11 +50,17 @@ def race_rates(plan: Plan, action: FineTune, start: str | None) -> Generator[Ask
     return best_rate
 
 
-def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
-    """Fine-tune for the time left; when the gap grows, a regularized fork against going on. The state of the result."""
+def worth_training(plan: Plan, action: FineTune) -> Generator[Ask, Outcome | None, bool]:
+    """Whether enough updates fit into what is left; a Skip when they do not."""
     updates = plan.updates(plan.remaining, action.layers)
     if updates < LEAST_UPDATES:
         yield Skip(stage="trunk", why=f"only {updates:.0f} updates fit into what is left (< {LEAST_UPDATES})")
+    return updates >= LEAST_UPDATES
+
+
+def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
+    """Fine-tune for the time left; when the gap grows, a regularized fork against going on. The state of the result."""
+    if not (yield from worth_training(plan, action)):
         return None
     longest = MOST_EPOCHS / max(1e-9, plan.epochs(1.0, action.layers))
     share = min(plan.remaining, longest) if plan.timed else plan.remaining
@@ -78,7 +84,8 @@ def _fork(plan: Plan, action: FineTune, paused: Outcome) -> Finetuned:
     why = "the same without the change, for comparison"
     against = first.state
     second = yield from plan.trial("go on", action, why, start=paused.state, share=share, against=against)
-    return second.state if Verdict(**second.facts["family_verdict"]).accept else first.state
+    better = second.ok and Verdict(**second.facts["family_verdict"]).accept
+    return second.state if better else first.state
 
 
 def average(plan: Plan, state: str) -> Generator[Ask, Outcome | None, None]:

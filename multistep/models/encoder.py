@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from multistep.types import UserError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # Model types whose layers (backbone.encoder.layer) can be called one by one on (hidden states, additive mask).
 _LAYERED = ("bert", "roberta", "xlm-roberta", "camembert")
@@ -30,7 +30,7 @@ _MASKED = -1e9
 class Encoder(nn.Module):
     """`backbone`: a transformers encoder; `n_outputs`: K. The head starts at zero."""
 
-    def __init__(self, backbone: nn.Module, n_outputs: int):
+    def __init__(self, backbone: PreTrainedModel, n_outputs: int):
         super().__init__()
         self.backbone: Any = backbone
         self.config: Any = backbone.config
@@ -111,11 +111,12 @@ def _reads_both_ways(config: PretrainedConfig) -> bool:
     return config.model_type in MASKED or config.model_type not in CAUSAL
 
 
-def load_backbone(name: str) -> nn.Module:
+def load_backbone(name: str) -> PreTrainedModel:
     """An encoder from a local folder or the hub ("org/name"), in float32, without dropout (training sets its own).
 
     Raises UserError when it cannot be had or is not an encoder.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
 
@@ -127,18 +128,20 @@ def load_backbone(name: str) -> nn.Module:
         if not _reads_both_ways(config):
             raise UserError(f"model: {name!r} is not an encoder but {config.model_type!r}. Give an encoder: {where}.")
         model = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         reason = str(error).strip().splitlines()[0][:160]
         raise UserError(f"model: {name!r} cannot be loaded ({reason}). Give {where}.") from None
     if not hasattr(model.config, "hidden_size"):
         raise UserError(f"model: {name!r} ({model.config.model_type}) is not a text encoder. Give {where}.")
+    if model.config.model_type in _LAYERED:
+        model.pooler = None  # not used, and random where the checkpoint has none
     set_dropout(model, 0.0)
     return model
 
 
-def new_backbone(vocab_size: int, pad_id: int, width: int, layers: int, max_length: int, seed: int) -> nn.Module:
+def new_backbone(vocab_size: int, pad_id: int, width: int, layers: int, max_length: int, seed: int) -> PreTrainedModel:
     """A small BERT with random weights, for data that no pretrained encoder fits."""
     from transformers import BertConfig, BertModel
 

@@ -5,7 +5,7 @@
 
 Source: Wang and Manning 2012, "Baselines and Bigrams" (their MNB-weighted SVM).
 Differs from the source: logistic loss, one ratio an output (one against the rest), no interpolation with plain naive Bayes;
-l2 is counted in (mean squared length of the weighted rows) / N, so one path serves every kind and size of data.
+l2 is counted in the mean squared length of the weighted rows, so one path serves every kind of features.
 Shapes: N texts, D n-grams, K outputs.
 """
 
@@ -28,7 +28,7 @@ from multistep.optimizers.path import ConvexSolver, solve_path
 from multistep.text import NgramFeatures, TextFacts, Vectorizer
 from multistep.types import TaskKind
 
-PATH = (3.0, 0.3, 0.1, 0.03, 0.01, 0.003)  # l2 in units of (mean squared row length) / N
+PATH = (3.0, 0.3, 0.1, 0.03, 0.01, 0.003)  # times the rows' mean squared length, divided by N
 
 
 class Linear:
@@ -73,6 +73,11 @@ def candidates(task_kind: TaskKind, n_outputs: int, facts: TextFacts) -> list[Ng
     return [both, both.with_(weight="nb"), pairs] if two else [pairs, both]
 
 
+def relative_path(n_rows: int) -> tuple[float, ...]:
+    """The calibrated strengths for so many rows: what helps falls as 1/N."""
+    return tuple(strength / n_rows for strength in PATH)
+
+
 def log_count_ratio(x_ND: sparse.csr_matrix, y_NK: np.ndarray, alpha: float) -> np.ndarray:
     """log of (share of n-gram d in the texts of class k) / (its share in the others) by presence, float32 [D, K]."""
     seen = sparse.csr_matrix((np.ones_like(x_ND.data), x_ND.indices, x_ND.indptr), shape=x_ND.shape)
@@ -89,12 +94,13 @@ def fit_linear(
     n_outputs: int,
     features: NgramFeatures,
     valid: tuple[Sequence[str], np.ndarray],
-    l2s: Sequence[float] = PATH,
+    l2s: Sequence[float] | None = None,
     solver: ConvexSolver | None = None,
     deadline: Callable[[], bool] | None = None,
 ) -> tuple[Linear, dict[str, Any]]:
     """The model with the lowest validation loss on the path, and facts (chosen l2, score, path, features).
 
+    `l2s` are in units of the weighted rows' mean squared length; None: `relative_path`.
     Past `deadline()` the best so far is returned; reading the texts is never cut short.
     """
     vectorizer, x_ND = Vectorizer.fit(texts, features)
@@ -117,13 +123,9 @@ def fit_linear(
         w_DK, b_K = plain(w)
         return mean_loss(task_kind, valid_ND @ w_DK + b_K, valid[1])
 
-    steps = [l2 * max(length, 1e-12) / len(texts) for l2 in l2s]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the products are scipy's, on one core; waking others for short sums only costs
-    try:
-        best, facts = solve_path(problem, steps, solver or NewtonCG(tolerance=3e-3), score, deadline)
-    finally:
-        torch.set_num_threads(threads)
+    relative = relative_path(len(texts)) if l2s is None else l2s
+    steps = [l2 * max(length, 1e-12) for l2 in relative]
+    best, facts = solve_path(problem, steps, solver or NewtonCG(tolerance=3e-3), score, deadline)
     weights_DK, bias_K = plain(best)
     model = Linear(weights_DK.astype(np.float32), bias_K.astype(np.float32), vectorizer)
     return model, facts | {"features": vectorizer.settings.model_dump(), "n_features": vectorizer.width}

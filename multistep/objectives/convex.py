@@ -16,6 +16,8 @@ Shapes: N rows, D features, K outputs.
 
 from __future__ import annotations
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -59,29 +61,46 @@ class Dense:
 
 
 class Sparse:
-    """Features as a csr matrix on the CPU. The float64 values share the index arrays with the float32 ones."""
+    """Features as csr matrices on the CPU, X and its transpose, each cut into as many bands of rows as there are threads."""
 
     def __init__(self, x_ND: sparse.csr_matrix) -> None:
         n_rows, n_features = x_ND.get_shape()
-        self.x32 = sparse.csr_matrix(x_ND, dtype=np.float32)
         self.shape = (n_rows, n_features)
         self.device = torch.device("cpu")
-        self.x64 = self._with_values(self.x32.data.astype(np.float64))
-        self.squares = self._with_values(self.x32.data**2)
-
-    def _with_values(self, values: np.ndarray) -> sparse.csr_matrix:
-        return sparse.csr_matrix((values, self.x32.indices, self.x32.indptr), shape=self.shape, copy=False)
+        x_ND = sparse.csr_matrix(x_ND, dtype=np.float32)
+        x_DN = sparse.csr_matrix(x_ND.T)
+        self._x = {torch.float32: _Bands(x_ND), torch.float64: _Bands(x_ND, np.float64)}
+        self._t = {torch.float32: _Bands(x_DN), torch.float64: _Bands(x_DN, np.float64)}
+        self._squares = _Bands(sparse.csr_matrix(x_DN.multiply(x_DN)))
 
     def times(self, w_DK: Tensor) -> Tensor:
-        x = self.x64 if w_DK.dtype == torch.float64 else self.x32
-        return torch.from_numpy(x @ w_DK.numpy())
+        return self._x[w_DK.dtype].times(w_DK)
 
     def transposed_times(self, r_NK: Tensor) -> Tensor:
-        x = self.x64 if r_NK.dtype == torch.float64 else self.x32
-        return torch.from_numpy(x.T @ r_NK.numpy())
+        return self._t[r_NK.dtype].times(r_NK)
 
     def squares_transposed_times(self, r_NK: Tensor) -> Tensor:
-        return torch.from_numpy(self.squares.T @ r_NK.float().numpy())
+        return self._squares.times(r_NK.float())
+
+
+class _Bands:
+    """A csr matrix in bands of about equal numbers of entries; scipy's products leave the interpreter, so threads help."""
+
+    def __init__(self, x: sparse.csr_matrix, dtype: type = np.float32) -> None:
+        x = sparse.csr_matrix(x, dtype=dtype)
+        parts = max(1, torch.get_num_threads()) if x.nnz > _THREADED_ENTRIES else 1
+        edges = np.searchsorted(x.indptr, np.linspace(0, x.nnz, parts + 1)[1:-1])
+        cuts = [0, *(int(e) for e in edges), x.get_shape()[0]]
+        self.bands = [x[a:b] for a, b in itertools.pairwise(cuts)]
+        self.pool = ThreadPoolExecutor(parts) if parts > 1 else None
+
+    def times(self, other: Tensor) -> Tensor:
+        dense = other.numpy()
+        found = self.pool.map(lambda x: x @ dense, self.bands) if self.pool else (x @ dense for x in self.bands)
+        return torch.from_numpy(np.concatenate(list(found)))
+
+
+_THREADED_ENTRIES = 50_000  # below this a thread costs more than it saves
 
 
 class Point(NamedTuple):

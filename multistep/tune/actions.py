@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from multistep import metrics
 from multistep.budget import Budget, Clock
-from multistep.evaluate import Rows, encode, head_logits
+from multistep.evaluate import ENCODE_TOKENS, Rows, encode, head_logits
 from multistep.metrics import Scored
 from multistep.models.head import solve_head
 from multistep.models.linear import fit_linear
@@ -24,12 +24,14 @@ from multistep.predictors import Predictor, Single
 from multistep.predictors import fit as fitting
 from multistep.strategy import Average, FitHead, FitLinear, Predict, Profile, ReadTest, Trial
 from multistep.subwords import encode_ids
+from multistep.state import read_folder
 from multistep.tune.workbench import Workbench
 from multistep.types import Cost, Interrupted, Outcome
 
 Record = tuple[str, dict[str, Any]]
 Run = Generator[Record, None, Outcome]
 LENGTHS = (32, 64, 128, 256, 512)
+_PROFILE_LENGTH = 128  # tokens; longer texts are cut for the measurement of speed
 
 
 @dataclass
@@ -108,7 +110,7 @@ def run_profile(bench: Bench, trial: Trial, action: Profile) -> Run:
             **_throughput(bench, lengths),
         }
         bench.bf16 = facts["precision"] == "bf16"
-    yield "Event", {"trial": trial.id, "event": "profiled", "facts": facts}
+    yield "Noted", {"trial": trial.id, "what": "profiled", "facts": facts}
     return Outcome(facts=facts, cost=Cost(wall_s=time.monotonic() - started))
 
 
@@ -118,20 +120,23 @@ def _throughput(bench: Bench, lengths: np.ndarray) -> dict[str, Any]:
     assert work.tokenizer is not None
     if not bench.timed() and wanted == "auto":  # a measurement would make the run depend on the machine's mood
         return {"precision": "bf16" if work.device == "cuda" else "fp32", "forward_tokens_s": 0.0}
-    typical = int(np.median(lengths))
-    count = max(1, 768 // max(1, typical))
-    texts = sorted(work.texts["train"][:2000], key=len)
-    middle = texts[max(0, len(texts) // 2 - count // 2) :][:count]
-    ids, _ = encode_ids(work.tokenizer, middle, 128)
+    typical = max(1, int(np.median(np.minimum(lengths, _PROFILE_LENGTH))))
+    texts = sorted(work.texts["train"][:4000], key=len)
+    count = min(len(texts), max(1, ENCODE_TOKENS // typical))
+    middle = texts[max(0, (len(texts) - count) // 2) :][:count]
+    ids, _ = encode_ids(work.tokenizer, middle, _PROFILE_LENGTH)
     rows, model = Rows(ids, work.pad_id, work.device), work.encoder()
+    few = rows.subset(np.arange(min(8, count)))
     speed: dict[str, float] = {}
     outputs: dict[str, np.ndarray] = {}
     for name in ("fp32", "bf16") if wanted == "auto" else (wanted,):
-        encode(model, rows.subset(np.arange(min(4, count))), bf16=name == "bf16")  # warm up
+        encode(model, few, bf16=name == "bf16")  # the first calls set up threads and kernels
         for _ in range(2):
             t = time.monotonic()
             outputs[name] = encode(model, rows, bf16=name == "bf16")
             speed[name] = max(speed.get(name, 0.0), rows.tokens / (time.monotonic() - t))
+            if speed[name] < 0.7 * max(speed.values()):
+                break  # far behind: once is enough
     best = max(speed, key=lambda k: speed[k])
     agreement = 1.0
     if len(outputs) == 2:
@@ -171,7 +176,7 @@ def run_linear(bench: Bench, trial: Trial, action: FitLinear) -> Run:
     folder = work.state_folder(trial.id)
     folder.mkdir(parents=True, exist_ok=True)
     model.save(folder)
-    yield "Event", {"trial": trial.id, "event": "solved", "facts": facts}
+    yield "Noted", {"trial": trial.id, "what": "solved", "facts": facts}
     return decided(bench, trial, "linear", trial.id, started, facts={**facts, "rows": len(texts)})
 
 
@@ -214,7 +219,7 @@ def run_head(bench: Bench, trial: Trial, action: FitHead) -> Run:
     work.save_weights(trial.id, model, ["head.weight", "head.bias"], start=None)
     work.keep_logits(trial.id, "control", head_logits(model, features["control"]) * scale + mean)
     facts |= {"encode_s": encode_s, "encoded_tokens": tokens, "cached": cached, "truncated": dict(work.truncated)}
-    yield "Event", {"trial": trial.id, "event": "solved", "facts": facts}
+    yield "Noted", {"trial": trial.id, "what": "solved", "facts": facts}
     return decided(bench, trial, "encoder", trial.id, started, facts=facts)
 
 
@@ -241,6 +246,9 @@ def run_average(bench: Bench, trial: Trial, action: Average) -> Run:
     work = bench.work
     assert trial.start is not None
     tensors = load_file(work.state_folder(trial.start) / "tensors.safetensors")
+    if action.which == "tail" and not read_folder(work.state_folder(trial.start))[0]["counters"]["tail_count"]:
+        yield "Noted", {"trial": trial.id, "what": "averaged", "facts": {"which": "tail", "count": 0}}
+        return Outcome(ok=False, failure="the segment was too short for a tail", cost=_wall(started))
     prefix = f"{action.which}."
     values = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     model = work.encoder(trial.start)
@@ -248,7 +256,7 @@ def run_average(bench: Bench, trial: Trial, action: Average) -> Run:
     work.save_weights(trial.id, model, list(values), start=trial.start)
     rows = work.rows("control", work.max_length)
     work.keep_logits(trial.id, "control", work.encoder_logits(model, rows, bench.bf16))
-    yield "Event", {"trial": trial.id, "event": "averaged", "facts": {"which": action.which}}
+    yield "Noted", {"trial": trial.id, "what": "averaged", "facts": {"which": action.which}}
     return decided(bench, trial, "encoder", trial.id, started)
 
 
@@ -269,7 +277,7 @@ def run_predict(bench: Bench, trial: Trial, action: Predict) -> Run:
             found = fitting.blend(work.task, members, logits, targets, seed)
     if found is None:
         return Outcome(ok=False, failure=f"{action.what} has nothing to change here", cost=_wall(started))
-    yield "Event", {"trial": trial.id, "event": "fitted", "facts": {"what": action.what, **found.facts}}
+    yield "Noted", {"trial": trial.id, "what": "fitted", "facts": {"what": action.what, **found.facts}}
     base = fitting.baseline(work.task, action.base, logits, targets)
     metric = "log_loss" if action.what == "calibrate" and work.task.kind != "regress" else bench.metric
     verdict = metrics.judge(metric, work.task, found.scored, base, seed=seed)

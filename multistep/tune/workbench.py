@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from multistep.state import read_folder, write_folder
 from multistep.subwords import encode_ids, load_tokenizer, train_tokenizer, unknown_rate
 from multistep.tasks import Regress, Task
 from multistep.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 UNKNOWN_LIMIT = 0.05  # a pretrained tokenizer that does not know more of the text than this is not used
 _HIDDEN_BYTES = 3 * 2**30  # cached hidden states may take this much memory
@@ -51,7 +54,7 @@ class Workbench:
         self.scratch = False  # a small encoder with random weights stands in
         self.tokenizer: Tokenizer | None = None
         self.max_length = 0
-        self._backbone: torch.nn.Module | None = None
+        self._backbone: PreTrainedModel | None = None
         self._rows: dict[str, Rows] = {}
         self.truncated: dict[str, int] = {}
         self._logits: dict[tuple[str, str], np.ndarray] = {}
@@ -98,14 +101,13 @@ class Workbench:
     def has_encoder(self) -> bool:
         return self.source is not None or self.scratch
 
-    def backbone(self) -> torch.nn.Module:
-        if self._backbone is None:
+    def backbone(self) -> PreTrainedModel:
+        if self._backbone is None:  # [PAD] is the first special token of a tokenizer of ours: id 0
             if self.source is not None:
                 self._backbone = load_backbone(self.source)
             else:
                 assert self.tokenizer is not None and self.scratch
-                size, pad = self.tokenizer.get_vocab_size(), self.tokenizer.token_to_id("[PAD]")
-                self._backbone = new_backbone(size, pad, SCRATCH_WIDTH, SCRATCH_LAYERS, 512, self.config.seed)
+                self._backbone = new_backbone(self.tokenizer.get_vocab_size(), 0, SCRATCH_WIDTH, SCRATCH_LAYERS, 512, self.config.seed)
         return self._backbone
 
     def encoder(self, state: str | None = None) -> Encoder:

@@ -101,7 +101,10 @@ def test_json_schema(spec: Spec) -> None:
         ({"optimizer": {"lrr": 1e-3}}, r"unknown key 'optimizer\.lrr'\. Did you mean 'lr'\?"),
         ({"optimizer": {"lr": "fast"}}, r"'optimizer\.lr': .*\(got 'fast'\)"),
         ({"optimizer": {"lr": -1.0}}, r"'optimizer\.lr': .*greater than 0"),
-        ({"schedule": {"kind": "linear", "warmupp": 0.1}}, r"unknown key 'schedule\.linear\.warmupp'\. Did you mean 'warmup'"),
+        (
+            {"schedule": {"kind": "linear", "warmupp": 0.1}},
+            r"unknown key 'schedule\.linear\.warmupp'\. Did you mean 'warmup'",
+        ),
         ({"schedule": {"kind": "cosin"}}, r"'schedule': .*'linear'.*'constant'"),
         ({"batch_size": 0}, r"'batch_size': .*greater than or equal to 1"),
         ({"trains": "bottom"}, r"'trains': .*'top' or 'all'"),
@@ -121,7 +124,8 @@ def test_a_missing_field_is_named() -> None:
 def test_predictors_nest_in_json() -> None:
     adapter: TypeAdapter[Any] = TypeAdapter(Predictor)
     nested = Blend(
-        members=(Thresholds(inner=Temperature(inner=BASE, temperature=2.0), offsets=(0.0, 1.0)), BASE), weights=(0.5, 0.5)
+        members=(Thresholds(inner=Temperature(inner=BASE, temperature=2.0), offsets=(0.0, 1.0)), BASE),
+        weights=(0.5, 0.5),
     )
     again = adapter.validate_python(json.loads(nested.model_dump_json()))
     assert again == nested and isinstance(again.members[0].inner, Temperature)

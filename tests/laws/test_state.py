@@ -82,7 +82,9 @@ def test_fork_of_a_state_before_its_first_segment(make_encoder: Callable) -> Non
     assert twin.counters.seed == 5 and twin.model is not parent.model and twin.strategy is None
 
 
-def test_restore_leaves_the_snapshot_usable(make_encoder: Callable, make_rows: Callable, make_strategy: Callable) -> None:
+def test_restore_leaves_the_snapshot_usable(
+    make_encoder: Callable, make_rows: Callable, make_strategy: Callable
+) -> None:
     rows, state = make_rows(), begun(make_encoder(), make_strategy(dropout=0.1))
     run(state, rows, 4)
     snapshot = state.snapshot()
@@ -180,7 +182,7 @@ def test_gradients_of_small_batches_add_up(
 # ---------------------------------------------------------------------------------------------- cover
 
 
-@pytest.mark.parametrize("trains, layers", [("all", 3), ("top", 0), ("top", 1), ("top", 2), ("top", 3), ("top", 9)])
+@pytest.mark.parametrize("trains, layers", [("all", 3), ("top", 0), ("top", 1), ("top", 2), ("top", 3), ("top", 4)])
 def test_every_trained_parameter_is_in_one_group_and_no_other_changes(
     make_encoder: Callable, make_rows: Callable, make_strategy: Callable, trains: str, layers: int
 ) -> None:
@@ -316,9 +318,7 @@ def test_folder_round_trip_and_overwrite(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("I/O error: os error 28")])
-def test_a_full_disk_leaves_the_old_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
-) -> None:
+def test_a_full_disk_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
     folder = tmp_path / "state"
     write_folder(folder, {"value": 1.0}, tensors(1.0))
 

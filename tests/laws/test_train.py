@@ -94,9 +94,8 @@ class Tampered:
     count: int = 0
     cut: int = 0
 
-    @property
-    def lengths_N(self) -> np.ndarray:
-        return self.rows.lengths_N
+    def __post_init__(self) -> None:
+        self.lengths_N: np.ndarray = self.rows.lengths_N
 
     def batch(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x, mask_BT, targets = self.rows.batch(rows)
