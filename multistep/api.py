@@ -6,7 +6,6 @@ run.predict(["great film"]); print(run.explain()); multistep.load("runs/reviews"
 
 from __future__ import annotations
 
-import itertools
 import os
 import platform
 import signal
@@ -209,7 +208,7 @@ def _drive(
     """Tune to the end, showing the records as they are written; then the card."""
     with _signals() as stop:
         bench = Bench(work, clock, stop, metric)
-        controller = _Phases(work, clock.budget, metric, past)
+        controller = _Phases(work, metric, past)
         for record in tune(bench, controller, book, past):
             _show(progress, record, clock, metric)
     run = Run(work.out)
@@ -225,7 +224,7 @@ def _drive(
 class _Phases:
     """The run's script, and after it one more for every time that a finished run was given more budget."""
 
-    def __init__(self, work: Workbench, budget: Budget, metric: str, past: Sequence[Mapping[str, Any]]):
+    def __init__(self, work: Workbench, metric: str, past: Sequence[Mapping[str, Any]]):
         rows = {k: len(v) for k, v in work.texts.items()}
         characters = {k: sum(map(len, v)) for k, v in work.texts.items()}
         first = parse_budget(work.config.budget)
@@ -234,22 +233,21 @@ class _Phases:
             task=work.task.kind, n_outputs=work.task.n_outputs, metric=metric, rows=rows, characters=characters,
             budget=first.amount, unit=first.unit, config=work.config, linear=tuple(features),
         )  # fmt: skip
-        extensions = [
-            r["budget"]["amount"]
-            for before, r in itertools.pairwise(past)
-            if r["kind"] == "Resumed" and before["kind"] == "Finished"
+        totals = [first, *(Budget(**r["budget"]) for r in past if r["kind"] == "Resumed")]
+        resumed = [n for n, r in enumerate(past) if r["kind"] == "Resumed"]
+        self._more = [  # what every extension of a finished run added
+            total.amount - before.amount
+            for n, before, total in zip(resumed, totals, totals[1:], strict=False)
+            if past[n - 1]["kind"] == "Finished"
         ]
-        self._left = [more] * len(extensions)
-        self._more_budget = budget.amount - first.amount
         self._now: Controller = Scripted(CONTROLLERS[work.config.controller], self._problem)
         self._prefix = 0
 
     def ask(self) -> Ask | None:
         ask = self._now.ask()
-        while ask is None and self._left:
+        while ask is None and self._more:
             self._prefix += 1
-            problem = self._problem.with_(budget=self._more_budget)
-            self._now = Scripted(self._left.pop(0), problem)
+            self._now = Scripted(more, self._problem.with_(budget=self._more.pop(0)))
             ask = self._now.ask()
         if isinstance(ask, Trial) and self._prefix:
             return ask.with_(id=f"{self._prefix + 1}-{ask.id}")

@@ -45,8 +45,8 @@ class FitConfig(Spec):
     micro_batch: Annotated[int, Field(ge=0)] = 0
     max_length: Annotated[int, Field(ge=8, le=8192)] | None = None  # tokens; longer texts are cut (and counted)
     clip: Annotated[float, Field(ge=0)] = 1.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None  # None: 0, or 0.1 from scratch
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None  # None: 0.1 for classes, 0 for multilabel
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -59,6 +59,9 @@ class FitConfig(Spec):
     @classmethod
     def _text(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+
+_TEXTS = ("data", "task", "metric", "budget", "out", "text", "label", "model")  # never numbers, whatever they look like
 
 
 def resolve(source: str, options: Mapping[str, Any], overrides: Sequence[str]) -> FitConfig:
@@ -76,7 +79,7 @@ def resolve(source: str, options: Mapping[str, Any], overrides: Sequence[str]) -
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise UserError(f"override {override!r} is not key=value. Write e.g. optimizer.lr=1e-4.")
-        _set(data, key.split("."), _typed(value), override)
+        _set(data, key.split("."), value if key in _TEXTS else _typed(value), override)
     if "data" not in data:
         raise UserError(f"{source}: the key 'data' is missing. Name the file, folder or hub dataset to learn from.")
     config = FitConfig.parse(data)

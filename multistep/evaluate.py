@@ -81,32 +81,32 @@ class Rows:
 
 
 @torch.no_grad()
-def encode(
-    model: Encoder, rows: Rows, *, bf16: bool = False, cut: int = 0, tick: Callable[[float], None] | None = None
-) -> np.ndarray:
+def encode(model: Encoder, rows: Rows, *, bf16: bool = False, cut: int = 0) -> np.ndarray:
     """Pooled features [N,D] float32. With `cut` > 0 the hidden states after `cut` layers are kept in `rows`."""
+    if cut > 0 and rows.cut == 0:
+        keep_hidden(model, rows, cut, bf16=bf16)
     model.eval()
     features_ND = np.empty((len(rows.ids), model.config.hidden_size), dtype=np.float32)
-    keep = cut > 0 and rows.cut == 0
-    hidden_SD = torch.empty((rows.tokens, model.config.hidden_size), device=rows.device) if keep else None
-    done = 0
     for batch in by_length(rows.lengths_N, ENCODE_TOKENS):
         x, mask_BT = rows.inputs(batch)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            if hidden_SD is not None:
-                hidden_BTD = model.lower(x, mask_BT, cut)
-                places = np.concatenate([np.arange(int(rows.starts_N[r]), int(rows.starts_N[r + 1])) for r in batch])
-                hidden_SD[torch.from_numpy(places).to(rows.device)] = hidden_BTD[mask_BT].float()
-                features_BD = model.upper(hidden_BTD, mask_BT, cut)
-            else:
-                features_BD = model.upper(x, mask_BT, rows.cut) if rows.cut else model.features(x, mask_BT)
+            features_BD = model.upper(x, mask_BT, rows.cut) if rows.cut else model.features(x, mask_BT)
         features_ND[batch] = features_BD.float().cpu().numpy()
-        done += len(batch)
-        if tick is not None:
-            tick(done / len(rows.ids))
-    if hidden_SD is not None:
-        rows.hidden_SD, rows.cut = hidden_SD, cut
     return features_ND
+
+
+@torch.no_grad()
+def keep_hidden(model: Encoder, rows: Rows, cut: int, *, bf16: bool = False) -> None:
+    """Keep the hidden states after `cut` layers in `rows`: what training the layers above starts from."""
+    model.eval()
+    hidden_SD = torch.empty((rows.tokens, model.config.hidden_size), device=rows.device)
+    for batch in by_length(rows.lengths_N, ENCODE_TOKENS):
+        x, mask_BT = rows.inputs(batch)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            hidden_BTD = model.lower(x, mask_BT, cut)
+        places = np.concatenate([np.arange(int(rows.starts_N[r]), int(rows.starts_N[r + 1])) for r in batch])
+        hidden_SD[torch.from_numpy(places).to(rows.device)] = hidden_BTD[mask_BT].float()
+    rows.hidden_SD, rows.cut = hidden_SD, cut
 
 
 def head_logits(model: Encoder, features_ND: np.ndarray) -> np.ndarray:

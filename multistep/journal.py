@@ -38,10 +38,10 @@ class Journal:
         self._n = records[-1]["n"] + 1 if records else 0
 
     def append(self, kind: str, **fields: Any) -> dict[str, Any]:
-        """Write one record and return it. Raises OSError (disk full) with the file left whole up to the last record."""
+        """Write one record and return it as `read` will. Raises OSError (disk full) with the file left whole up to the last record."""
         assert kind in KINDS and "n" not in fields, (kind, fields.get("n"))
-        record = {"n": self._n, "kind": kind, **fields}
-        line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+        record: dict[str, Any] = _finite({"n": self._n, "kind": kind, **fields})
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the journal

@@ -125,7 +125,7 @@ class TrainState:
         names = {n for n, _ in self.trained}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in names)
-        self.optimizer = strategy.optimizer.build(self.trained)
+        self.optimizer = strategy.optimizer.build(self.trained, strategy.head_lr)
         self.ema = [p.detach().clone() for _, p in self.trained]
         self.tail = [torch.zeros_like(p) for _, p in self.trained]
 

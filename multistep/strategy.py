@@ -53,6 +53,7 @@ class FineTune(Spec):
     trains: Literal["top", "all"] = "top"  # "top": the last `layers` layers and the head; "all": embeddings too
     layers: Annotated[int, Field(ge=0)] = 3
     optimizer: AdamW = AdamW()
+    head_lr: Annotated[float, Field(gt=0)] = 1.0  # the head's learning rate, as a multiple of the optimizer's
     objective: Objective = CrossEntropy()
     schedule: Schedule = Linear()
     batch_size: Annotated[int, Field(ge=1)] = 32  # examples

@@ -53,7 +53,7 @@ def train(state: TrainState, data: TrainData, bf16: bool = False) -> Iterator[Me
         lr = strategy.optimizer.lr * strategy.schedule(state.segment.progress()) * counters.lr_scale
         if not event:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_scale"]
             optimizer.step()
             counters.update += 1
             state.average()

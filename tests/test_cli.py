@@ -58,7 +58,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     calls: list[Any] = []
     api: Any = ModuleType("multistep.api")
 
-    def fit_config(config: Any, progress: report.Progress) -> FakeRun:
+    def fit_config(config: Any, progress: report.Progress, started: float) -> FakeRun:
         print("a library talks")
         progress.stage("incumbent", "first")
         calls.append(config)
@@ -264,7 +264,7 @@ def test_bad_input_is_one_line_and_2(
     (UserError("several\nlines"), "several lines"),
 ])  # fmt: skip
 def test_errors_a_user_can_mend(error: Exception, words: str, fake: Fake, say: Callable[..., Said]) -> None:
-    def fail(config: Any, progress: Any) -> None:
+    def fail(*_: Any) -> None:
         raise error
 
     fake.api.fit_config = fail
@@ -273,7 +273,7 @@ def test_errors_a_user_can_mend(error: Exception, words: str, fake: Fake, say: C
 
 
 def test_our_own_errors_keep_their_traceback(fake: Fake, say: Callable[..., Said]) -> None:
-    def fail(config: Any, progress: Any) -> None:
+    def fail(*_: Any) -> None:
         raise RuntimeError("a bug")
 
     fake.api.fit_config = fail

@@ -83,7 +83,7 @@ class Machine:
                     accept = action.optimizer.lr == pytest.approx((self.better_rate or 0) * self.first_rate)
                 facts = {"family": "encoder"}
                 if self.diagnosis and trial.watch_gap:
-                    facts["diagnosis"] = {"name": "overfitting"}
+                    facts |= {"diagnosis": {"name": "overfitting"}, "progress": 0.5}
                     cost_s *= 0.5
             case Average():
                 facts, cost_s = {"family": "encoder"}, self.encode_s("control")
@@ -100,7 +100,7 @@ class Machine:
             else None
         )
         if family in self.families or trial.against:
-            facts["family_verdict"] = self.verdict(accept).model_dump()
+            facts["family_verdict"] = facts["against_verdict"] = self.verdict(accept).model_dump()
         if family and trial.commit and "diagnosis" not in facts:
             if accept or family not in self.families:
                 self.families[family] = trial.id

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from multistep.controllers import plan as stages
 from multistep.controllers.plan import Plan
-from multistep.controllers.script import Problem, Steps
+from multistep.controllers.script import Problem, Skip, Steps
 from multistep.controllers.trunk import worth_training
 
 
@@ -19,6 +19,8 @@ def fixed(problem: Problem) -> Steps:
         if plan.facts["encoder"] != "scratch":
             start = (yield from stages.head(plan, rows, cut=plan.facts["n_layers"] - layers)).state
         action = plan.fine_tune(layers=layers)
-        if (yield from worth_training(plan, action)):
+        if rows:
+            yield Skip(stage="trunk", why=stages.PARTIAL)
+        elif (yield from worth_training(plan, action)):
             yield from plan.trial("trunk", action, "one run with the given settings", start=start, share=plan.remaining)
     yield from stages.finish(plan)

@@ -19,7 +19,9 @@ from multistep.strategy import Action, FineTune, FitHead, FitLinear, Predict, Pr
 from multistep.types import Outcome
 
 LENGTHS = (32, 64, 128, 256)
-FINE_TUNE_LR = 4e-4  # for a width of 384; scaled by (384 / width)^1.5
+FINE_TUNE_LR = 3e-4  # for a width of 384; scaled by (384 / width)^1.5
+SOLVED_HEAD_LR = 0.05  # a head that is solved to its optimum moves slowly while the encoder under it moves
+LABEL_SMOOTHING = 0.1  # of cross-entropy; the temperature fitted afterwards takes the softness back
 SCRATCH_LR = 1e-3
 LINEAR_CHARACTERS_S = (
     1.5e6  # prior: features and solve, characters of train a second; corrected by what the incumbent took
@@ -27,6 +29,8 @@ LINEAR_CHARACTERS_S = (
 ALL_LAYERS_EPOCHS = 8.0  # with fewer epochs for all layers, the last half on cached states is trained for longer
 ENCODE_SHARE = 0.75  # of what is left: encoding train once and judging may take so much, the rest is for fine-tuning
 MOST_EPOCHS = 12.0  # a trunk is not made longer than this: fine-tuning has converged long before
+
+PARTIAL = "not even the frozen encoder can see all of train in this time"
 
 _PREDICTOR: TypeAdapter[Predictor] = TypeAdapter(Predictor)
 
@@ -130,12 +134,12 @@ class Plan:
     def half(self) -> int:
         return max(1, self.facts["n_layers"] // 2)
 
-    def objective(self, label_smoothing: float) -> Objective:
+    def objective(self, label_smoothing: float | None) -> Objective:
         match self.problem.task:
             case "classify":
-                return CrossEntropy(label_smoothing=label_smoothing)
+                return CrossEntropy(label_smoothing=LABEL_SMOOTHING if label_smoothing is None else label_smoothing)
             case "multilabel":
-                return BinaryCrossEntropy(label_smoothing=label_smoothing)
+                return BinaryCrossEntropy(label_smoothing=label_smoothing or 0.0)
             case "regress":
                 return MeanSquaredError()
 
@@ -155,12 +159,13 @@ class Plan:
             trains="all" if scratch or not self.facts["n_layers"] else "top",
             layers=min(depth, self.facts["n_layers"]),
             optimizer=optimizer,
+            head_lr=1.0 if scratch else SOLVED_HEAD_LR,
             objective=self.objective(config.label_smoothing),
             schedule=config.schedule,
             batch_size=config.batch_size,
             micro_batch=config.micro_batch,
             clip=config.clip,
-            dropout=config.dropout or (0.1 if scratch else 0.0),
+            dropout=config.dropout if config.dropout is not None else (0.1 if scratch else 0.0),
             max_length=self.max_length,
             bf16=self.facts["precision"] == "bf16",
         )

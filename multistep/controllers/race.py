@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from multistep.controllers import plan as stages
 from multistep.controllers.plan import Plan
-from multistep.controllers.script import Problem, Steps
+from multistep.controllers.script import Problem, Skip, Steps
 from multistep.controllers.trunk import race_rates, worth_training
 
 
@@ -20,7 +20,9 @@ def race(problem: Problem) -> Steps:
             start = (yield from stages.head(plan, rows, cut=plan.facts["n_layers"] - layers)).state
         rate = yield from race_rates(plan, plan.fine_tune(layers=layers), start)
         action = plan.fine_tune(lr=rate, layers=layers)
-        if (yield from worth_training(plan, action)):
+        if rows:
+            yield Skip(stage="trunk", why=stages.PARTIAL)
+        elif (yield from worth_training(plan, action)):
             yield from plan.trial("trunk", action, f"the race's winner, lr {rate:.2g}", start=start, share=plan.remaining)
     yield from stages.predict(plan)
     yield from stages.finish(plan)

@@ -10,7 +10,7 @@ from collections.abc import Generator
 from multistep.controllers import plan as stages
 from multistep.controllers.plan import Plan
 from multistep.controllers.script import Ask, Problem, Skip, Steps
-from multistep.controllers.trunk import average, race_rates, trunk
+from multistep.controllers.trunk import average, race_rates, trunk, worth_training
 from multistep.strategy import FitLinear
 from multistep.types import Outcome
 
@@ -58,7 +58,7 @@ def encoder(plan: Plan, rows: int | None) -> Generator[Ask, Outcome | None, None
         layers, _ = plan.layers(left)
         start = (yield from stages.head(plan, rows, cut=plan.facts["n_layers"] - layers)).state
         if rows:
-            yield Skip(stage="trunk", why="not even the frozen encoder can see all of train in this time")
+            yield Skip(stage="trunk", why=stages.PARTIAL)
             return
     layers, _ = plan.layers(plan.remaining)
     if scratch:
@@ -67,6 +67,8 @@ def encoder(plan: Plan, rows: int | None) -> Generator[Ask, Outcome | None, None
             yield Skip(stage="trunk", why=f"an encoder from scratch would see {epochs:.1f} epochs (< 3)")
             return
     action = plan.fine_tune(layers=layers)
+    if not (yield from worth_training(plan, action)):
+        return
     rate = yield from race_rates(plan, action, start)
     state = yield from trunk(plan, plan.fine_tune(lr=rate, layers=layers), start)
     if state is not None:

@@ -14,8 +14,8 @@ from multistep.types import Outcome, Verdict
 
 PROBE_SHARE = 0.06  # of what is left, for each probe
 PROBE_UPDATES = 60  # a shorter probe says nothing
-RATIOS = (2.0, 0.5)  # of the prior learning rate
 LEAST_UPDATES = 30  # a trunk shorter than this is not begun
+LEAST_EPOCHS = 1.0  # nor one that does not see train once: it only disturbs the solved head (measured, LOG.md)
 
 Finetuned = Generator[Ask, Outcome | None, str | None]
 
@@ -39,23 +39,24 @@ def race_rates(plan: Plan, action: FineTune, start: str | None) -> Generator[Ask
         "race", action, f"the prior learning rate {prior:.2g}", start=start, share=share, commit=False
     )
     best = told.state
-    for ratio in RATIOS:
-        rate = prior * ratio
-        probe = action.with_(optimizer=action.optimizer.with_(lr=rate))
+    for higher, otherwise in ((2.0, 2.0), (4.0, 0.5)):  # up while it helps, else one step down
+        rate = prior * (higher if best_rate >= prior * higher / 2 else otherwise)
+        probe = action.with_(optimizer=action.optimizer.with_(lr=min(1.0, rate)))
         why = f"learning rate {rate:.2g} against {best_rate:.2g}"
         told = yield from plan.trial("race", probe, why, start=start, share=share, against=best, commit=False)
-        if told.ok and Verdict(**told.facts["family_verdict"]).accept:
+        if told.ok and Verdict(**told.facts["against_verdict"]).accept:
             best_rate, best = rate, told.state
-            break  # the direction is found; the other side of the prior is worse still
     return best_rate
 
 
 def worth_training(plan: Plan, action: FineTune) -> Generator[Ask, Outcome | None, bool]:
-    """Whether enough updates fit into what is left; a Skip when they do not."""
-    updates = plan.updates(plan.remaining, action.layers)
-    if updates < LEAST_UPDATES:
-        yield Skip(stage="trunk", why=f"only {updates:.0f} updates fit into what is left (< {LEAST_UPDATES})")
-    return updates >= LEAST_UPDATES
+    """Whether enough training fits into what is left; a Skip when it does not."""
+    updates, epochs = plan.updates(plan.remaining, action.layers), plan.epochs(plan.remaining, action.layers)
+    if updates < LEAST_UPDATES or (plan.timed and epochs < LEAST_EPOCHS):
+        limits = f"(< {LEAST_UPDATES} or < {LEAST_EPOCHS:g})"
+        yield Skip(stage="trunk", why=f"{updates:.0f} updates, {epochs:.1f} epochs fit into what is left {limits}")
+        return False
+    return True
 
 
 def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
@@ -63,36 +64,40 @@ def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
     if not (yield from worth_training(plan, action)):
         return None
     longest = MOST_EPOCHS / max(1e-9, plan.epochs(1.0, action.layers))
-    share = min(plan.remaining, longest) if plan.timed else plan.remaining
+    share = min(plan.remaining - average_s(plan), longest) if plan.timed else plan.remaining
     why = f"lr {action.optimizer.lr:.2g}, the last {action.layers} layers, about {plan.epochs(share, action.layers):.1f} epochs"
     told = yield from plan.trial("trunk", action, why, start=start, share=share, watch_gap=True)
     if "diagnosis" not in told.facts:
         return told.state
-    return (yield from _fork(plan, action, told))
+    rest = share * (1 - told.facts["progress"])
+    return (yield from _fork(plan, action, told, min(rest, 0.48 * (plan.remaining - average_s(plan)))))
 
 
-def _fork(plan: Plan, action: FineTune, paused: Outcome) -> Finetuned:
-    """Overfitting was seen: what is left of the trunk, once with stronger regularization and once as before, half the time each."""
+def _fork(plan: Plan, action: FineTune, paused: Outcome, share: float) -> Finetuned:
+    """Overfitting was seen: the rest of the trunk with stronger regularization, and as before, for `share` each."""
     stronger = action.with_(
         dropout=max(0.1, action.dropout),
         optimizer=action.optimizer.with_(weight_decay=max(0.1, 10 * action.optimizer.weight_decay)),
-        objective=action.objective if action.objective.kind == "mse" else action.objective.with_(label_smoothing=0.1),
     )
-    share = 0.45 * plan.remaining
-    why = "dropout 0.1, weight decay x10, label smoothing 0.1 from the paused state on"
+    why = "dropout 0.1 and ten times the weight decay from the paused state on"
     first = yield from plan.trial("regularize", stronger, why, start=paused.state, share=share)
     why = "the same without the change, for comparison"
     against = first.state
     second = yield from plan.trial("go on", action, why, start=paused.state, share=share, against=against)
-    better = second.ok and Verdict(**second.facts["family_verdict"]).accept
+    better = second.ok and Verdict(**second.facts["against_verdict"]).accept
     return second.state if better else first.state
+
+
+def average_s(plan: Plan) -> float:
+    """Seconds to judge two averages and to put the better one on disk."""
+    return 2 * plan.encode_s(plan.problem.rows["control"]) + 2.0 if plan.timed else 0.0
 
 
 def average(plan: Plan, state: str) -> Generator[Ask, Outcome | None, None]:
     """The averages of the trunk's weights, each against what is committed."""
-    cost = plan.encode_s(plan.problem.rows["control"]) + 1.0
-    if plan.timed and plan.remaining < 2 * cost:
-        yield Skip(stage="average", why=f"{plan.remaining:.1f} s are left, two averages take {2 * cost:.1f} s to judge")
+    if plan.timed and plan.remaining < 0.5 * average_s(plan):
+        why = f"{plan.remaining:.1f} s are left, two averages take {average_s(plan):.1f} s to judge"
+        yield Skip(stage="average", why=why)
         return
     yield from plan.trial("average", Average(which="ema"), "exponential moving average of the weights", start=state)
     yield from plan.trial("average", Average(which="tail"), "mean of the last quarter's weights", start=state)

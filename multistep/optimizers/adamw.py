@@ -27,18 +27,27 @@ class AdamW(Spec):
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.98
     eps: Annotated[float, Field(gt=0)] = 1e-8
 
-    def build(self, parameters: Sequence[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
-        """An optimizer over named parameters: matrices decay, vectors and embeddings do not. Groups are marked `decays`."""
+    def build(
+        self, parameters: Sequence[tuple[str, torch.nn.Parameter]], head_lr: float = 1.0
+    ) -> torch.optim.Optimizer:
+        """An optimizer over named parameters: matrices decay, vectors and embeddings do not; the head's learning rate is `lr`
+        times `head_lr`. Every group says so (`decays`, `lr_scale`), for those who set rates later."""
         import torch
 
-        yes = [p for n, p in parameters if decays(n, p.ndim)]
-        no = [p for n, p in parameters if not decays(n, p.ndim)]
-        groups = [
-            {"params": yes, "weight_decay": self.weight_decay, "decays": True},
-            {"params": no, "weight_decay": 0.0, "decays": False},
-        ]
+        groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
+        for name, parameter in parameters:
+            key = decays(name, parameter.ndim), head_lr if name.startswith("head.") else 1.0
+            groups.setdefault(key, []).append(parameter)
         return torch.optim.AdamW(
-            [g for g in groups if g["params"]],
+            [
+                {
+                    "params": members,
+                    "decays": decayed,
+                    "lr_scale": scale,
+                    "weight_decay": self.weight_decay if decayed else 0.0,
+                }
+                for (decayed, scale), members in groups.items()
+            ],
             lr=self.lr,
             betas=(self.beta1, self.beta2),
             eps=self.eps,

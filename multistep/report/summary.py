@@ -16,7 +16,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     started = _last(records, "Started")
     config = _mapping(started.get("config"))
     trials = _trials(records)
-    metric = config.get("metric") or _metric_of(trials)
+    metric = started.get("metric") or config.get("metric") or _metric_of(trials)
     for trial in trials:
         trial["value"], trial["stderr"] = trial["metrics"].get(metric, (None, None))
     tests = _all(records, "TestRead")
@@ -41,7 +41,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "events": _all(records, "Event"),
         "interruptions": _all(records, "Interrupted"),
         "resumptions": _all(records, "Resumed"),
-        "test": {**tests[0], "metrics": measured(tests[0].get("metrics"))} if tests else None,
+        "test": {**tests[-1], "metrics": measured(tests[-1].get("metrics"))} if tests else None,
         "test_reads": len(tests),
         "decided_after_test": _decided_after_test(records),
         "finished": finished,

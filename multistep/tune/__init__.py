@@ -123,16 +123,16 @@ def _apply(bench: Bench, trial: Trial, outcome: Outcome) -> bool:
             return True
         return False
     family = facts.get("family")
-    if family is None or not trial.commit or outcome.state is None:
+    if family is None or not trial.commit or "diagnosis" in facts or outcome.state is None:
         return False
     better = "family_verdict" not in facts or Verdict(**facts["family_verdict"]).accept
-    if better:
+    if bench.incumbent is None or (better and outcome.verdict is not None and outcome.verdict.accept):
         bench.families[family] = outcome.state
-    used = bench.incumbent.models() if bench.incumbent is not None else ()
-    if bench.incumbent is None or (outcome.verdict is not None and outcome.verdict.accept and better):
         bench.incumbent = Single(model=family)
         return True
-    return better and family in used
+    if better and family not in bench.incumbent.models():
+        bench.families[family] = outcome.state  # a better member for a blend to come
+    return False
 
 
 def ship(bench: Bench) -> None:

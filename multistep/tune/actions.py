@@ -59,17 +59,15 @@ class Bench:
 
 
 def decided(bench: Bench, trial: Trial, family: str, state: str, started: float, **more: Any) -> Outcome:
-    """Judge a state on the control split: against the best of its family (or `trial.against`) and the incumbent."""
+    """Judge a state on the control split: against the best of its family, `trial.against` and the incumbent."""
     scored = bench.control(family, state)
     task, seed = bench.work.task, bench.work.config.seed
     names = dict.fromkeys([bench.metric, *task.metrics])
     facts: dict[str, Any] = {"family": family, **more.pop("facts", {})}
-    rival = trial.against or bench.families.get(family)
-    if rival is not None:
-        facts["family_verdict"] = metrics.judge(
-            bench.metric, task, scored, bench.control(family, rival), seed=seed, cheaper=False
-        ).model_dump()
-        facts["rival"] = rival
+    for name, rival in (("family", bench.families.get(family)), ("against", trial.against)):
+        if rival is not None:
+            found = metrics.judge(bench.metric, task, scored, bench.control(family, rival), seed=seed)
+            facts |= {f"{name}_verdict": found.model_dump(), f"{name}_rival": rival}
     verdict = None
     incumbent = bench.of_incumbent("control")
     if trial.commit and incumbent is not None:

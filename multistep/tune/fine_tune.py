@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from multistep.budget import Budget
-from multistep.evaluate import Rows, encode, head_logits
+from multistep.evaluate import Rows, encode, head_logits, keep_hidden
 from multistep.models.encoder import Encoder
 from multistep.state import TrainState, read_folder, write_folder
 from multistep.strategy import FineTune, Trial
@@ -140,7 +140,7 @@ def training_rows(bench: Bench, action: FineTune) -> Rows:
         if part.cut > cut:  # cached above what is trained now
             part.hidden_SD, part.cut = None, 0
     if cut > 0 and rows.cut == 0 and work.fits_hidden(rows):
-        encode(model, rows, bf16=action.bf16, cut=cut)
+        keep_hidden(model, rows, cut, bf16=action.bf16)
     return rows
 
 

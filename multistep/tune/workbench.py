@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,11 @@ from tokenizers import Tokenizer
 
 from multistep.config import FitConfig
 from multistep.data import Dataset
-from multistep.evaluate import EncoderText, Rows, cache_folder, encode, head_logits
+from multistep.evaluate import EncoderText, Rows, cache_folder, encode, head_logits, keep_hidden
 from multistep.metrics import Scored
 from multistep.models.encoder import Encoder, load_backbone, new_backbone
 from multistep.models.linear import Linear
-from multistep.models.source import default_encoders, fingerprint
+from multistep.models.source import HUB_ENGLISH, default_encoders, fingerprint, packaged_encoder
 from multistep.predictors import Predictor
 from multistep.state import read_folder, write_folder
 from multistep.subwords import encode_ids, load_tokenizer, train_tokenizer, unknown_rate
@@ -98,6 +98,13 @@ class Workbench:
             self.source, self.tokenizer = facts["encoder"], load_tokenizer(facts["encoder"])
 
     @property
+    def base_model(self) -> str | None:
+        """The pretrained encoder by a name that means something elsewhere: no path of this machine."""
+        if self.source is None or not Path(self.source).is_dir():
+            return self.source
+        return HUB_ENGLISH if self.source == packaged_encoder() else Path(self.source).name
+
+    @property
     def has_encoder(self) -> bool:
         return self.source is not None or self.scratch
 
@@ -167,16 +174,18 @@ class Workbench:
         return rows.tokens * self.backbone().config.hidden_size * 4 <= _HIDDEN_BYTES
 
     def features(
-        self, split: str, max_length: int, *, bf16: bool, cut: int = 0, take: np.ndarray | None = None,
-        tick: Callable[[float], None] | None = None,
-    ) -> tuple[np.ndarray, bool]:  # fmt: skip
+        self, split: str, max_length: int, *, bf16: bool, cut: int = 0, take: np.ndarray | None = None
+    ) -> tuple[np.ndarray, bool]:
         """Pooled features [N,D] of the frozen encoder (of the rows `take`), and whether they came from the disk cache."""
         rows = self.rows(split, max_length)
         part = rows if take is None else rows.subset(take)
         path = self._feature_path(part, max_length, bf16)
-        if path is not None and path.exists() and cut == 0:
+        cut = cut if take is None else 0
+        if path is not None and path.exists():
+            if cut > 0 and part.cut == 0:
+                keep_hidden(self.encoder(), part, cut, bf16=bf16)
             return load_file(path)["features_ND"], True
-        features_ND = encode(self.encoder(), part, bf16=bf16, cut=cut if take is None else 0, tick=tick)
+        features_ND = encode(self.encoder(), part, bf16=bf16, cut=cut)
         if path is not None:
             _store(path, features_ND)
         return features_ND, False
