@@ -25,6 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
+import ours
 import peer_trainer
 from _common import Results, Row, load, load_average, markdown, mean_sd, parser, select, values
 
@@ -163,13 +164,17 @@ def bare_fp32(texts: list[str], labels: list[str], limit_s: float) -> float:
     return bare(texts, labels, limit_s, bf16=False)
 
 
-# Measured in this order, round after round. Ours belongs here: a function like the others and a line.
+# Measured in this order, round after round.
 SYSTEMS: dict[str, Measure] = {
     "trainer-defaults": trainer_defaults,
     "trainer-bf16-32": trainer_bf16,
     "trainer-fp32-32": trainer_fp32,
     "bare-bf16-32": bare_bf16,
     "bare-fp32-32": bare_fp32,
+    "ours": ours.all_layers,
+    "bare-on-our-batches": ours.bare_all_layers,
+    "ours-last-3-layers": ours.half,
+    "bare-on-our-batches-last-3": ours.bare_half,
 }
 
 

@@ -87,7 +87,8 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """The journal as one dictionary; "metrics" are those of the test split, once it was read."""
         found = report.summary(self.records())
-        return {**found, "metrics": found["test"]["metrics"] if found["test"] else {}}
+        test = found["test"]["metrics"] if found["test"] else {}
+        return {**found, "metrics": {k: {"value": v, "stderr": e} for k, (v, e) in test.items()}}
 
     def resume(self, budget: str | None = None) -> Run:
         """Go on where the run stopped; `budget` "+5m" adds time."""

@@ -61,7 +61,7 @@ class FitConfig(Spec):
         return (value,) if isinstance(value, str) else value
 
 
-_TEXTS = ("data", "task", "metric", "budget", "out", "text", "label", "model")  # never numbers, whatever they look like
+_TEXTS = ("task", "metric", "budget", "out", "label", "model")  # never numbers, whatever they look like
 
 
 def resolve(source: str, options: Mapping[str, Any], overrides: Sequence[str]) -> FitConfig:

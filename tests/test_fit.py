@@ -1,0 +1,201 @@
+"""Whole runs on small data: every task, controller and source of a model; what is served is what was evaluated."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from multistep import api, cli, data, metrics
+from multistep.types import UserError, Verdict
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.tiny_encoder(tmp_path_factory.mktemp("models") / "encoder")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return runs.write_rows(tmp_path / "rows.csv")
+
+
+def write(path: Path, header: list[str], rows: list[list[object]]) -> Path:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+@pytest.mark.parametrize("controller", ["staged", "race", "fixed"])
+@pytest.mark.parametrize("budget", ["200 updates", "12000 tokens"])
+def test_every_controller_ends_with_a_served_model(
+    rows: Path, encoder: Path, tmp_path: Path, controller: str, budget: str
+) -> None:
+    cfg = runs.config(rows, tmp_path / "run", encoder, controller=controller, budget=budget, optimizer={})
+    done = runs.run(cfg)
+    assert runs.of_kind(done, "Finished") and len(runs.of_kind(done, "TestRead")) == 1
+    assert done.summary()["metrics"]["accuracy"]["value"] > 0.5
+    assert {p.value for p in done.predict(["alpha up 1", "down beta 2"])} <= set(runs.LABELS)
+    assert "accuracy" in done.explain()
+
+
+def test_what_is_served_is_what_was_evaluated(rows: Path, encoder: Path, tmp_path: Path) -> None:
+    done = runs.run(runs.config(rows, tmp_path / "run", encoder))
+    read = runs.of_kind(done, "TestRead")[0]["metrics"]["accuracy"]
+    dataset = data.load(rows, seed=0)
+    write(tmp_path / "test.csv", ["text", "label"], [[e.text, e.label] for e in dataset.test])
+    again = api.load(tmp_path / "run").evaluate(tmp_path / "test.csv")
+    assert again["metrics"]["accuracy"]["value"] == pytest.approx(read[0])
+    alone = [done.predict([e.text])[0] for e in dataset.test[:5]]
+    together = done.predict([e.text for e in dataset.test])[:5]
+    for one, other in zip(alone, together, strict=True):
+        assert one.value == other.value
+        assert one.confidence == pytest.approx(other.confidence, abs=1e-5)
+
+
+def test_the_bundle_is_a_folder_others_can_load(
+    rows: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "judge", lambda *a, **k: Verdict(accept=True, rule="whatever comes last"))
+    done = runs.run(runs.config(rows, tmp_path / "run", encoder))
+    model = done.out / "model"
+    assert AutoModel.from_pretrained(model).config.hidden_size == 32
+    assert AutoTokenizer.from_pretrained(model)("alpha up")["input_ids"][0] == 2
+    assert (model / "README.md").read_text().startswith("---")
+    info = json.loads((model / "multistep.json").read_text())
+    assert str(tmp_path) not in json.dumps(info)
+
+
+def test_regression(encoder: Path, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    said = {"poor": 1.0, "fair": 2.5, "good": 4.0}
+    lines: list[list[object]] = []
+    for i in range(300):
+        words = rng.choices(list(said), k=2)
+        lines.append([f"{' and '.join(words)} {i}", round(sum(said[w] for w in words) / 2 + rng.gauss(0, 0.2), 2)])
+    path = write(tmp_path / "scores.csv", ["text", "score"], lines)
+    done = runs.run(runs.config(path, tmp_path / "run", encoder))
+    assert done.bundle.task.kind == "regress"
+    assert done.summary()["metrics"]["r2"]["value"] > 0.7
+    assert done.predict(["good and good 1"])[0].value > done.predict(["poor and poor 1"])[0].value
+
+
+def test_multilabel(encoder: Path, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    lines: list[list[object]] = []
+    for i in range(300):
+        some = [w for w in ("fire", "water", "wind") if rng.random() < 0.4]
+        lines.append([" ".join(rng.sample([*some, "stone", "cloud", str(i)], len(some) + 3)), json.dumps(some)])
+    path = write(tmp_path / "tags.csv", ["text", "tags"], lines)
+    done = runs.run(runs.config(path, tmp_path / "run", encoder))
+    assert done.bundle.task.kind == "multilabel"
+    assert done.summary()["metrics"]["f1_micro"]["value"] > 0.8
+    assert done.predict(["fire water 3"])[0].value == ("fire", "water")
+
+
+def test_binary_with_thresholds_for_f1(encoder: Path, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    lines: list[list[object]] = []
+    for i in range(500):
+        rare = rng.random() < 0.12
+        shown = rng.random() < (0.8 if rare else 0.05)
+        lines.append([f"{'fire' if shown else 'stone'} {rng.choice(runs.WORDS)} {i}", "yes" if rare else "no"])
+    path = write(tmp_path / "rare.csv", ["text", "label"], lines)
+    done = runs.run(runs.config(path, tmp_path / "run", encoder, metric="f1_macro"))
+    tried = [r["trial"]["action"] for r in runs.of_kind(done, "Asked") if r["trial"]["stage"] == "predict"]
+    assert "thresholds" in {a["what"] for a in tried}
+    assert done.summary()["metrics"]["f1_macro"]["value"] > 0.6
+
+
+def test_without_a_pretrained_encoder(rows: Path, tmp_path: Path) -> None:
+    done = runs.run(runs.config(rows, tmp_path / "none", "none"))
+    assert any("--model none" in r["why"] for r in runs.of_kind(done, "Skipped"))
+    assert not (done.out / "model" / "config.json").exists()
+
+
+def test_a_text_that_the_encoder_cannot_read_gets_one_from_scratch(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from multistep.tune import workbench
+
+    monkeypatch.setattr(workbench, "default_encoders", lambda: iter([str(encoder)]))
+    monkeypatch.setattr(workbench, "SCRATCH_WIDTH", 32)
+    monkeypatch.setattr(workbench, "SCRATCH_LAYERS", 1)
+    rng = random.Random(0)
+    good, bad, other = "好棒喜欢推荐", "差坏失望退货", "书店房间电脑服务早餐"
+    lines: list[list[object]] = []
+    for _ in range(300):
+        label = rng.random() < 0.5
+        text = "".join(rng.choices(other, k=8)) + rng.choice(good if label else bad) + "".join(rng.choices(other, k=5))
+        lines.append([text, "positive" if label else "negative"])
+    path = write(tmp_path / "zh.csv", ["text", "label"], lines)
+    done = runs.run(runs.config(path, tmp_path / "run", "auto", budget="150 updates"))
+    profile = next(r for r in runs.of_kind(done, "Noted") if r["what"] == "profiled")
+    assert profile["facts"]["encoder"] == "scratch"
+    assert any(r["trial"]["stage"] == "trunk" for r in runs.of_kind(done, "Asked"))
+    assert done.predict(["房间很好"])[0].value == "positive"
+
+
+def test_more_budget_after_the_end(rows: Path, encoder: Path, tmp_path: Path) -> None:
+    done = runs.run(runs.config(rows, tmp_path / "run", encoder, budget="100 updates"))
+    before = len(done.records())
+    more = api.resume(done.out, "+80 updates")
+    twice = api.resume(more.out, "+80 updates")
+    kinds = [r["kind"] for r in twice.records()]
+    assert kinds.count("Finished") == 3 and kinds.count("Resumed") == 2 and len(kinds) > before
+    assert twice.summary()["spent"]["updates"] <= 260 * 1.05
+    with pytest.raises(UserError, match="cannot add"):
+        api.resume(done.out, "+5m")
+
+
+def test_the_same_seed_gives_the_same_run(rows: Path, encoder: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        runs.run(runs.config(rows, tmp_path / name, encoder))
+    runs.same_states(tmp_path / "a", tmp_path / "b")
+
+
+def test_an_old_run_is_not_overwritten(rows: Path, encoder: Path, tmp_path: Path) -> None:
+    runs.run(runs.config(rows, tmp_path / "run", encoder, budget="40 updates"))
+    before = (tmp_path / "run" / "journal.jsonl").read_bytes()
+    with pytest.raises(UserError, match="there is a run already"):
+        runs.run(runs.config(rows, tmp_path / "run", encoder))
+    assert (tmp_path / "run" / "journal.jsonl").read_bytes() == before
+
+
+def test_changed_data_cannot_be_resumed(rows: Path, encoder: Path, tmp_path: Path) -> None:
+    done = runs.run(runs.config(rows, tmp_path / "run", encoder, budget="40 updates"))
+    runs.write_rows(rows, seed=5)
+    with pytest.raises(UserError, match="data changed"):
+        api.resume(done.out, "+40 updates")
+
+
+def test_the_command_line_end_to_end(
+    rows: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "run")
+    words = ["fit", str(rows), f"model={encoder}", "budget=60 updates", "batch_size=8", "--out", out, "--json"]
+    assert cli.run(words) == 0
+    fitted = json.loads(capsys.readouterr().out)
+    assert 0 <= fitted["metrics"]["accuracy"]["value"] <= 1
+    for verb in (["explain", out], ["evaluate", out, str(rows)], ["predict", out, "alpha up"], ["predict", out, str(rows)]):
+        assert cli.run([*verb, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)
+
+
+def test_text_longer_than_the_encoder_reads_is_counted(encoder: Path, tmp_path: Path) -> None:
+    lines: list[list[object]] = [
+        [f"{'up' if i % 2 else 'down'} " + " ".join(runs.WORDS * 3) + f" {i}", "ab"[i % 2]] for i in range(120)
+    ]
+    path = write(tmp_path / "long.csv", ["text", "label"], lines)
+    done = runs.run(runs.config(path, tmp_path / "run", encoder, budget="40 updates", max_length=16))
+    head = next(r["outcome"] for r in runs.of_kind(done, "Told") if r["stage"] == "head")
+    assert head["facts"]["truncated"]["train"] > 50
+    assert np.isfinite(head["metrics"]["log_loss"][0])
+    assert torch.get_num_threads() >= 1
