@@ -240,12 +240,16 @@ class Ran(NamedTuple):
     stderr: str
 
 
-def multistep(*arguments: str, limit_s: float) -> Ran:
-    """Run `python -m multistep ... --json` as a user would. Killed after `limit_s`, which then is the status 124."""
+def multistep(*arguments: str, limit_s: float, cache: Path | None = None) -> Ran:
+    """Run `python -m multistep ... --json` as a user would. Killed after `limit_s`, which then is the status 124.
+
+    `cache`: where encoded features are kept; an empty folder makes sure that nothing comes from an earlier run.
+    """
+    env = {**os.environ, **({"MULTISTEP_CACHE": str(cache)} if cache else {})}
     command = [sys.executable, "-m", "multistep", *arguments, "--json"]
     start = time.monotonic()
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s, check=False)
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:
         return Ran({}, 124, time.monotonic() - start, f"killed after {limit_s:.0f} s")
     wall_s = time.monotonic() - start
@@ -256,18 +260,26 @@ def multistep(*arguments: str, limit_s: float) -> Ran:
     return Ran(payload, done.returncode, wall_s, done.stderr[-500:])
 
 
-def fit_and_test(dataset: str, budget: str, seed: int, extra_tests: Sequence[str] = ()) -> Row:
+def fit_and_test(
+    dataset: str, budget: str, seed: int, extra_tests: Sequence[str] = (), journals: Path | None = None
+) -> Row:
     """`multistep fit` on a dataset in a temporary folder; its test accuracy and whole-process wall seconds.
 
     The accuracy is the one that the run itself read, once, at its end (`metrics` of the fit's JSON); where the run did
     not get that far, `multistep evaluate` reads it from the bundle. Extra test files are always read by `evaluate`.
+    The run's journal is kept in `journals`.
     """
     folder = data_folder(dataset)
     with tempfile.TemporaryDirectory(prefix="multistep-bench-") as place:
         out = str(Path(place) / "run")
         options = ["--task", "classify", "--metric", "accuracy", "--text", "text", "--label", "label"]
         options += ["--budget", budget, "--seed", str(seed), "--out", out]
-        ran = multistep("fit", str(folder), *options, limit_s=2 * seconds(budget) + 120)
+        cache = Path(place) / "cache"
+        ran = multistep("fit", str(folder), *options, limit_s=2 * seconds(budget) + 120, cache=cache)
+        if journals is not None and (Path(out) / "journal.jsonl").exists():
+            journals.mkdir(parents=True, exist_ok=True)
+            text = (Path(out) / "journal.jsonl").read_bytes()
+            (journals / f"{dataset}-{budget}-{seed}.jsonl.gz").write_bytes(gzip.compress(text, mtime=0))
         if ran.status != 0:
             return {"ok": False, "status": ran.status, "wall_s": round(ran.wall_s, 2), "error": ran.stderr}
         metrics = ran.payload.get("metrics") or {}
