@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 
 import numpy as np
-import peer_trainer
 import torch
 from torch import Tensor
 
+import peer_trainer
 from multistep.budget import Budget
 from multistep.data.batches import Batches
 from multistep.evaluate import Rows, keep_hidden

@@ -91,7 +91,9 @@ def main() -> None:
         for dataset, budget in todo:
             if not results.has(dataset, budget, SYSTEM, seed):
                 before = load_average()
-                measured = fit_and_test(dataset, budget, seed, EXTRA_TESTS.get(dataset, ()), results.folder / "journals")
+                measured = fit_and_test(
+                    dataset, budget, seed, EXTRA_TESTS.get(dataset, ()), results.folder / "journals"
+                )
                 results.add(dataset, budget, SYSTEM, seed, measured, before)
 
 

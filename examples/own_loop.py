@@ -37,7 +37,9 @@ def main() -> None:
         if measure.update == 150:
             break  # stopping loses nothing
 
-    twin = state.fork()  # a second future of the same state, with stronger weight decay; a live field, so momentum is kept
+    twin = (
+        state.fork()
+    )  # a second future of the same state, with stronger weight decay; a live field, so momentum is kept
     twin.adjust(strategy.with_(optimizer=AdamW(lr=3e-3, weight_decay=0.1)))
     for name, one in (("as before", state), ("more decay", twin)):
         last = 0.0

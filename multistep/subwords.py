@@ -27,7 +27,9 @@ def load_tokenizer(name: str) -> Tokenizer:
             loaded = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-            raise UserError(f"model: {name!r} has no tokenizer that can be loaded ({reason}). Add tokenizer.json.") from None
+            raise UserError(
+                f"model: {name!r} has no tokenizer that can be loaded ({reason}). Add tokenizer.json."
+            ) from None
         tokenizer = getattr(loaded, "backend_tokenizer", None)
         if not isinstance(tokenizer, Tokenizer):
             raise UserError(f"model: {name!r} has no fast tokenizer (tokenizer.json). Choose another encoder.")

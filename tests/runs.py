@@ -16,7 +16,24 @@ from multistep.config import FitConfig
 from multistep.report.progress import Progress
 from multistep.subwords import train_tokenizer
 
-WORDS = "alpha beta gamma delta river stone cloud light paper glass metal wood fire water earth wind".split()
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "river",
+    "stone",
+    "cloud",
+    "light",
+    "paper",
+    "glass",
+    "metal",
+    "wood",
+    "fire",
+    "water",
+    "earth",
+    "wind",
+]
 LABELS = ("north", "south", "west")
 
 

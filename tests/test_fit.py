@@ -184,7 +184,12 @@ def test_the_command_line_end_to_end(
     assert cli.run(words) == 0
     fitted = json.loads(capsys.readouterr().out)
     assert 0 <= fitted["metrics"]["accuracy"]["value"] <= 1
-    for verb in (["explain", out], ["evaluate", out, str(rows)], ["predict", out, "alpha up"], ["predict", out, str(rows)]):
+    for verb in (
+        ["explain", out],
+        ["evaluate", out, str(rows)],
+        ["predict", out, "alpha up"],
+        ["predict", out, str(rows)],
+    ):
         assert cli.run([*verb, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)
 

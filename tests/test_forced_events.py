@@ -121,7 +121,9 @@ def _spoil(monkeypatch: pytest.MonkeyPatch, at: set[int], factor: float) -> None
     monkeypatch.setattr(CrossEntropy, "loss", spoiled)
 
 
-@pytest.mark.parametrize(("factor", "name"), [(float("nan"), "nonfinite"), (float("inf"), "nonfinite"), (100.0, "spike")])
+@pytest.mark.parametrize(
+    ("factor", "name"), [(float("nan"), "nonfinite"), (float("inf"), "nonfinite"), (100.0, "spike")]
+)
 def test_a_bad_batch_is_left_out(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, name: str
 ) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from multistep.subwords import encode_ids, load_tokenizer, train_tokenizer, unknown_rate
 from multistep.text import (

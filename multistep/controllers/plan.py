@@ -22,14 +22,16 @@ LENGTHS = (32, 64, 128, 256)
 FINE_TUNE_LR = 3e-4  # for a width of 384; scaled by (384 / width)^1.5
 SOLVED_HEAD_LR = 0.05  # a head that is solved to its optimum moves slowly while the encoder under it moves
 LABEL_SMOOTHING = 0.1  # of cross-entropy; the temperature fitted afterwards takes the softness back
-SCRATCH_LR = 1e-3
+SCRATCH_LR = 2e-3  # for a width of 128
 LINEAR_CHARACTERS_S = (
     1.5e6  # prior: features and solve, characters of train a second; corrected by what the incumbent took
 )
 ALL_LAYERS_EPOCHS = 8.0  # with fewer epochs for all layers, the last half on cached states is trained for longer
 ENCODE_SHARE = 0.75  # of what is left: encoding train once and judging may take so much, the rest is for fine-tuning
+LEAST_READ = 0.5  # of the tokens: texts are not cut so far that the encoder sees less
 MOST_EPOCHS = 12.0  # a trunk is not made longer than this: fine-tuning has converged long before
 
+SCRATCH_EPOCHS = 4.0  # the same from scratch: a small encoder on small data overfits soon after
 PARTIAL = "not even the frozen encoder can see all of train in this time"
 
 _PREDICTOR: TypeAdapter[Predictor] = TypeAdapter(Predictor)
@@ -116,7 +118,7 @@ class Plan:
         """(truncation, rows of train to encode or None for all) that the clock can pay; (0, None) when it can pay none."""
         config = self.problem.config
         cap = min((n for n in LENGTHS if n >= self.facts["p95_tokens"]), default=LENGTHS[-1])
-        lengths = (config.max_length,) if config.max_length else tuple(n for n in reversed(LENGTHS) if n <= cap)
+        lengths = (config.max_length,) if config.max_length else self._lengths(cap)
         if not self.timed:
             return lengths[0], None
         rows = self.problem.rows
@@ -130,6 +132,11 @@ class Plan:
             if affordable >= max(2000, 0.1 * rows["train"]):
                 return length, affordable
         return 0, None
+
+    def _lengths(self, cap: int) -> tuple[int, ...]:
+        """Truncations worth having, longest first: a model that reads less than half of the text is not."""
+        half = LEAST_READ * self.tokens_a_row(cap)
+        return tuple(n for n in reversed(LENGTHS) if n <= cap and self.tokens_a_row(n) >= half)
 
     def half(self) -> int:
         return max(1, self.facts["n_layers"] // 2)
@@ -223,11 +230,9 @@ def encoder_rows(plan: Plan) -> Generator[Ask, Outcome | None, tuple[int, int | 
     else:
         length, rows = plan.choose_length()
         if not length:
-            need = plan.encode_s(sum(plan.problem.rows.values()), 64)
-            yield Skip(
-                stage="head",
-                why=f"encoding train, validation and test at 64 tokens takes about {need:.0f} s of the {plan.remaining:.0f} s left",
-            )
+            need = plan.encode_s(sum(plan.problem.rows.values()), 128)
+            why = f"encoding all texts at 128 tokens takes about {need:.0f} s of the {plan.remaining:.0f} s left"
+            yield Skip(stage="head", why=f"{why}, and cut further the encoder would read too little")
     plan.max_length = length
     if plan.timed:
         yield Reserve(name="finish", amount=round(plan.finish_s(with_encoder=bool(length)), 2))

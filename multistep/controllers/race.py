@@ -23,6 +23,8 @@ def race(problem: Problem) -> Steps:
         if rows:
             yield Skip(stage="trunk", why=stages.PARTIAL)
         elif (yield from worth_training(plan, action)):
-            yield from plan.trial("trunk", action, f"the race's winner, lr {rate:.2g}", start=start, share=plan.remaining)
+            yield from plan.trial(
+                "trunk", action, f"the race's winner, lr {rate:.2g}", start=start, share=plan.remaining
+            )
     yield from stages.predict(plan)
     yield from stages.finish(plan)

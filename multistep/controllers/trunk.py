@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from multistep.controllers.plan import MOST_EPOCHS, Plan
+from multistep.controllers.plan import MOST_EPOCHS, SCRATCH_EPOCHS, Plan
 from multistep.controllers.script import Ask, Skip
 from multistep.strategy import Average, FineTune
 from multistep.types import Outcome, Verdict
@@ -63,7 +63,8 @@ def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
     """Fine-tune for the time left; when the gap grows, a regularized fork against going on. The state of the result."""
     if not (yield from worth_training(plan, action)):
         return None
-    longest = MOST_EPOCHS / max(1e-9, plan.epochs(1.0, action.layers))
+    most = SCRATCH_EPOCHS if plan.facts["encoder"] == "scratch" else MOST_EPOCHS
+    longest = most / max(1e-9, plan.epochs(1.0, action.layers))
     share = min(plan.remaining - average_s(plan), longest) if plan.timed else plan.remaining
     why = f"lr {action.optimizer.lr:.2g}, the last {action.layers} layers, about {plan.epochs(share, action.layers):.1f} epochs"
     told = yield from plan.trial("trunk", action, why, start=start, share=share, watch_gap=True)

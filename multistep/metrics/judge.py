@@ -70,11 +70,10 @@ def judge(
     candidate: Scored,
     incumbent: Scored,
     seed: int = 0,
-    cheaper: bool = False,
     alpha: float = 0.1,
 ) -> Verdict:
-    """Accept a candidate that is better beyond noise on the metric; or not worse on it and better on the loss; or
-    cheaper and not worse beyond noise. Outputs that are not finite lose to any that are."""
+    """Accept a candidate that is better beyond noise on the metric; or not worse on it and better beyond noise on the
+    loss. All else stays with the incumbent, which is the cheaper. Outputs that are not finite lose to any that are."""
     if not np.isfinite(candidate.logits_NK).all():
         return Verdict(accept=False, rule="the candidate's outputs are not finite: refused")
     if not np.isfinite(incumbent.logits_NK).all():
@@ -90,8 +89,6 @@ def judge(
         if first.difference >= 0 and second.difference > 0 and second.p <= alpha / 2:
             rule = f"{said}: not worse; {_said(second)}, p = {second.p:.2g} <= {alpha / 2:g}: better"
             return Verdict(accept=True, rule=rule, evidence=tuple(evidence))
-    if cheaper and first.difference >= -first.stderr:
-        return Verdict(accept=True, rule=f"{said}: not worse beyond noise, and cheaper", evidence=tuple(evidence))
     reason = "worse" if first.difference < 0 else f"p = {first.p:.2g} > {alpha:g}: not better beyond noise"
     return Verdict(
         accept=False, rule=f"{said}{': ' if first.difference < 0 else ', '}{reason}", evidence=tuple(evidence)

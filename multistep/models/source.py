@@ -25,7 +25,9 @@ def packaged_encoder() -> str | None:
 
 def hub_reachable(timeout_s: float = 2.0) -> bool:
     """Whether the hub answers a connection; False at once when the environment says offline."""
-    if any(os.environ.get(n, "").upper() in ("1", "ON", "YES", "TRUE") for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")):
+    if any(
+        os.environ.get(n, "").upper() in ("1", "ON", "YES", "TRUE") for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    ):
         return False
     host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("//")[-1].split("/")[0].split(":")[0]
     try:

@@ -22,9 +22,10 @@ from multistep.models.head import solve_head
 from multistep.models.linear import fit_linear
 from multistep.predictors import Predictor, Single
 from multistep.predictors import fit as fitting
+from multistep.predictors.temperature import fit_temperature
+from multistep.state import read_folder
 from multistep.strategy import Average, FitHead, FitLinear, Predict, Profile, ReadTest, Trial
 from multistep.subwords import encode_ids
-from multistep.state import read_folder
 from multistep.tune.workbench import Workbench
 from multistep.types import Cost, Interrupted, Outcome
 
@@ -47,7 +48,16 @@ class Bench:
     bf16: bool = False
 
     def control(self, family: str, state: str) -> Scored:
+        """A state's answers on the control split, as they are."""
         return self.work.scored(Single(model=family), {family: state}, "control", self.bf16)
+
+    def judged(self, predictor: Predictor, states: dict[str, str]) -> Scored:
+        """A predictor's answers on the control split after a temperature of its own: one parameter, so that models that
+        differ only in how sure they are (a smoothed objective, a long training) are compared by what they know."""
+        targets = self.work.targets["control"]
+        logits = {m: self.work.logits(m, states[m], "control", self.bf16) for m in predictor.models()}
+        fitted = fit_temperature(self.work.task, predictor, logits, targets)
+        return Scored(targets, *(fitted or predictor).decide(self.work.task, logits))
 
     def of_incumbent(self, split: str) -> Scored | None:
         if self.incumbent is None:
@@ -61,17 +71,19 @@ class Bench:
 def decided(bench: Bench, trial: Trial, family: str, state: str, started: float, **more: Any) -> Outcome:
     """Judge a state on the control split: against the best of its family, `trial.against` and the incumbent."""
     scored = bench.control(family, state)
+    candidate = bench.judged(Single(model=family), {family: state})
     task, seed = bench.work.task, bench.work.config.seed
     names = dict.fromkeys([bench.metric, *task.metrics])
     facts: dict[str, Any] = {"family": family, **more.pop("facts", {})}
     for name, rival in (("family", bench.families.get(family)), ("against", trial.against)):
         if rival is not None:
-            found = metrics.judge(bench.metric, task, scored, bench.control(family, rival), seed=seed)
+            known = bench.judged(Single(model=family), {family: rival})
+            found = metrics.judge(bench.metric, task, candidate, known, seed=seed)
             facts |= {f"{name}_verdict": found.model_dump(), f"{name}_rival": rival}
     verdict = None
-    incumbent = bench.of_incumbent("control")
-    if trial.commit and incumbent is not None:
-        verdict = metrics.judge(bench.metric, task, scored, incumbent, seed=seed)
+    if trial.commit and bench.incumbent is not None:
+        incumbent = bench.judged(bench.incumbent, bench.families)
+        verdict = metrics.judge(bench.metric, task, candidate, incumbent, seed=seed)
     return Outcome(
         state=state,
         metrics=metrics.measure(tuple(names), task, scored, seed=seed),

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 UNKNOWN_LIMIT = 0.05  # a pretrained tokenizer that does not know more of the text than this is not used
 _HIDDEN_BYTES = 3 * 2**30  # cached hidden states may take this much memory
 _CACHED_FILES = 24
-SCRATCH_WIDTH, SCRATCH_LAYERS, SCRATCH_VOCABULARY = 256, 4, 8000
+SCRATCH_WIDTH, SCRATCH_LAYERS, SCRATCH_VOCABULARY = 128, 1, 8000  # deeper and wider did worse in minutes (LOG.md)
 
 
 class Workbench:
@@ -114,7 +114,9 @@ class Workbench:
                 self._backbone = load_backbone(self.source)
             else:
                 assert self.tokenizer is not None and self.scratch
-                self._backbone = new_backbone(self.tokenizer.get_vocab_size(), 0, SCRATCH_WIDTH, SCRATCH_LAYERS, 512, self.config.seed)
+                self._backbone = new_backbone(
+                    self.tokenizer.get_vocab_size(), 0, SCRATCH_WIDTH, SCRATCH_LAYERS, 512, self.config.seed
+                )
         return self._backbone
 
     def encoder(self, state: str | None = None) -> Encoder:
