@@ -278,8 +278,15 @@ def fit_and_test(
         ran = multistep("fit", str(folder), *options, limit_s=2 * seconds(budget) + 120, cache=cache)
         if journals is not None and (Path(out) / "journal.jsonl").exists():
             journals.mkdir(parents=True, exist_ok=True)
-            text = (Path(out) / "journal.jsonl").read_bytes()
-            (journals / f"{dataset}-{budget}-{seed}.jsonl.gz").write_bytes(gzip.compress(text, mtime=0))
+            text = (Path(out) / "journal.jsonl").read_text(encoding="utf-8")
+            for here, name in (
+                (place, "TMP"),
+                (str(folder), f"DATA/{dataset}"),
+                (sys.prefix, "PREFIX"),
+                (str(ROOT), "."),
+            ):
+                text = text.replace(here, name)  # what is published names no folder of this machine
+            (journals / f"{dataset}-{budget}-{seed}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
         if ran.status != 0:
             return {"ok": False, "status": ran.status, "wall_s": round(ran.wall_s, 2), "error": ran.stderr}
         metrics = ran.payload.get("metrics") or {}

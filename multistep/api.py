@@ -35,7 +35,9 @@ from multistep.text import text_facts
 from multistep.tune import tune
 from multistep.tune.actions import Bench
 from multistep.tune.workbench import Workbench
-from multistep.types import Outcome, Prediction, UserError
+from multistep.types import Interrupted, Outcome, Prediction, UserError
+
+_WARNINGS = ("leakage", "conflict", "duplicates", "empty")  # lines of the data report that a card repeats
 
 
 @dataclass
@@ -209,17 +211,52 @@ def _drive(
     """Tune to the end, showing the records as they are written; then the card."""
     with _signals() as stop:
         bench = Bench(work, clock, stop, metric)
+
+        def watch(done: float) -> None:
+            """Long encoding comes by here after every batch."""
+            if number := stop():
+                raise Interrupted(number)
+            progress.remaining(_left(clock))
+            progress.tick(done, "through the encoder")
+
+        work.watch = watch
         controller = _Phases(work, metric, past)
         for record in tune(bench, controller, book, past):
             _show(progress, record, clock, metric)
     run = Run(work.out)
-    facts = report.summary(run.records())
-    (work.out / "model" / "README.md").write_text(
-        report.card({**facts, "base_model": work.source, "name": work.out.name, "language": None}), encoding="utf-8"
-    )
+    card = report.card(_card_facts(work, run, bench, clock))
+    (work.out / "model" / "README.md").write_text(card, encoding="utf-8")
     book.append("Finished", clock=clock.save(), wall_s=clock.wall_s)
     book.close()
     return run
+
+
+def _card_facts(work: Workbench, run: Run, bench: Bench, clock: Clock) -> dict[str, Any]:
+    """What the model card says; its keys are those of `report.card`."""
+    found = run.summary()
+    used = bench.incumbent.models() if bench.incumbent is not None else ()
+    test = found["test"] or {}
+    return {
+        "name": work.out.name,
+        "task": work.task.kind,
+        "labels": work.task.labels,
+        "base_model": work.base_model if "encoder" in used else None,
+        "dataset": work.config.data,
+        "rows": {k: len(v) for k, v in work.texts.items()},
+        "warnings": [
+            line.strip()
+            for line in work.dataset.report.lines()
+            if line.startswith(_WARNINGS) and "none between" not in line
+        ],
+        "metrics": found["metrics"],
+        "per_class": test.get("per_class"),
+        "decisions": [f"{r['stage']}: {r['rule']}" for r in run.records() if r["kind"] == "Committed"],
+        "predictor": " and ".join(used) + ("" if bench.incumbent is None else f" ({bench.incumbent.kind})"),
+        "max_length": work.max_length if "encoder" in used else None,
+        "budget": str(clock.budget),
+        "wall_s": clock.wall_s,
+        "versions": _versions(),
+    }
 
 
 class _Phases:
@@ -281,9 +318,7 @@ def _signals() -> Iterator[Any]:
 
 
 def _show(progress: Progress, record: Mapping[str, Any], clock: Clock, metric: str) -> None:
-    unit = clock.budget.unit
-    left = max(0.0, clock.budget.amount - clock.spent())
-    progress.remaining(f"{left:.0f} s" if unit == "seconds" else f"{left:.0f} {unit}")
+    progress.remaining(_left(clock))
     match record["kind"]:
         case "Asked":
             progress.stage(record["trial"]["stage"], record["trial"]["why"])
@@ -306,6 +341,11 @@ def _show(progress: Progress, record: Mapping[str, Any], clock: Clock, metric: s
 
 
 # ---------------------------------------------------------------------------------------------- small things
+
+
+def _left(clock: Clock) -> str:
+    left = max(0.0, clock.budget.amount - clock.spent())
+    return f"{left:.0f} {'s' if clock.budget.unit == 'seconds' else clock.budget.unit}"
 
 
 def _task(dataset: Dataset) -> Task:

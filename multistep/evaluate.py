@@ -18,6 +18,7 @@ from torch import Tensor
 from multistep.data.batches import by_length
 from multistep.models.encoder import Encoder, pad
 
+Watch = Callable[[float], None]  # told the share that is done, after every batch; may raise to stop
 ENCODE_TOKENS = 2048  # padded tokens in a batch of encoding: large enough for the cores, small enough for their caches
 
 
@@ -81,31 +82,39 @@ class Rows:
 
 
 @torch.no_grad()
-def encode(model: Encoder, rows: Rows, *, bf16: bool = False, cut: int = 0) -> np.ndarray:
+def encode(model: Encoder, rows: Rows, *, bf16: bool = False, cut: int = 0, watch: Watch | None = None) -> np.ndarray:
     """Pooled features [N,D] float32. With `cut` > 0 the hidden states after `cut` layers are kept in `rows`."""
     if cut > 0 and rows.cut == 0:
-        keep_hidden(model, rows, cut, bf16=bf16)
+        keep_hidden(model, rows, cut, bf16=bf16, watch=watch)
     model.eval()
     features_ND = np.empty((len(rows.ids), model.config.hidden_size), dtype=np.float32)
+    done = 0
     for batch in by_length(rows.lengths_N, ENCODE_TOKENS):
         x, mask_BT = rows.inputs(batch)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             features_BD = model.upper(x, mask_BT, rows.cut) if rows.cut else model.features(x, mask_BT)
         features_ND[batch] = features_BD.float().cpu().numpy()
+        done += len(batch)
+        if watch is not None:
+            watch(done / len(rows.ids))
     return features_ND
 
 
 @torch.no_grad()
-def keep_hidden(model: Encoder, rows: Rows, cut: int, *, bf16: bool = False) -> None:
+def keep_hidden(model: Encoder, rows: Rows, cut: int, *, bf16: bool = False, watch: Watch | None = None) -> None:
     """Keep the hidden states after `cut` layers in `rows`: what training the layers above starts from."""
     model.eval()
     hidden_SD = torch.empty((rows.tokens, model.config.hidden_size), device=rows.device)
+    done = 0
     for batch in by_length(rows.lengths_N, ENCODE_TOKENS):
         x, mask_BT = rows.inputs(batch)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             hidden_BTD = model.lower(x, mask_BT, cut)
         places = np.concatenate([np.arange(int(rows.starts_N[r]), int(rows.starts_N[r + 1])) for r in batch])
         hidden_SD[torch.from_numpy(places).to(rows.device)] = hidden_BTD[mask_BT].float()
+        done += len(batch)
+        if watch is not None:
+            watch(done / len(rows.ids))
     rows.hidden_SD, rows.cut = hidden_SD, cut
 
 

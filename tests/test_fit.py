@@ -68,7 +68,9 @@ def test_the_bundle_is_a_folder_others_can_load(
     model = done.out / "model"
     assert AutoModel.from_pretrained(model).config.hidden_size == 32
     assert AutoTokenizer.from_pretrained(model)("alpha up")["input_ids"][0] == 2
-    assert (model / "README.md").read_text().startswith("---")
+    card = (model / "README.md").read_text()
+    assert card.startswith("---") and "| accuracy" in card and "precision" in card and "north" in card
+    assert "whatever comes last" in card and str(tmp_path) not in card
     info = json.loads((model / "multistep.json").read_text())
     assert str(tmp_path) not in json.dumps(info)
 

@@ -107,6 +107,29 @@ def test_a_signal_saves_and_the_rest_is_the_same(
     same_states(folder / "straight", tmp_path / "run")
 
 
+def test_a_signal_while_texts_go_through_the_encoder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from multistep.models.encoder import Encoder
+
+    features, calls = Encoder.features, [0]
+
+    def signalled(self: Encoder, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 6:  # after the profile
+            os.kill(os.getpid(), signal.SIGTERM)
+        return features(self, ids_BT, mask_BT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "features", signalled)
+        with pytest.raises(Interrupted):
+            run(config(folder / "rows.csv", tmp_path / "run", folder / "encoder"))
+    last = journal.read(tmp_path / "run" / "journal.jsonl")[-1]
+    assert last["kind"] == "Interrupted" and last["trial"]
+    api.resume(tmp_path / "run")
+    same_states(folder / "straight", tmp_path / "run")
+
+
 def _spoil(monkeypatch: pytest.MonkeyPatch, at: set[int], factor: float) -> None:
     """Batches with these numbers come with inputs times `factor` (NaN or huge), counted over the whole process."""
     from multistep.objectives import CrossEntropy

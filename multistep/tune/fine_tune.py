@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from multistep.budget import Budget
-from multistep.evaluate import Rows, encode, head_logits, keep_hidden
+from multistep.evaluate import Rows, keep_hidden
 from multistep.models.encoder import Encoder
 from multistep.state import TrainState, read_folder, write_folder
 from multistep.strategy import FineTune, Trial
@@ -47,11 +47,14 @@ def run_fine_tune(bench: Bench, trial: Trial, action: FineTune) -> Run:
     watch = _GapWatch(bench, action, data) if trial.watch_gap else None
     keeper = _Keeper(bench, trial.id, watch)
     if keeper.load(state):
+        if bench.timed():  # loading and encoding took time again, and the end of the run stays where it is
+            left = (1 - state.segment.progress()) * state.segment.total.amount
+            _stretch(state, max(0.5, min(left, bench.clock.remaining())))
         yield "Event", {"trial": trial.id, "event": "resumed", "update": state.counters.update}
     facts = yield from _loop(bench, trial, state, data, keeper, watch)
     _save_whole(state, work.state_folder(trial.id), trial.start, action)
     keeper.clear()
-    _keep_control_logits(bench, trial.id, state.model, data.cut)
+    _keep_control_logits(bench, trial.id, state.model)
     spent = keeper.spent
     facts |= {"epochs": state.counters.examples / len(data.lengths_N), "examples": state.counters.examples}
     facts["tokens_s"] = spent["tokens"] / max(1e-9, time.monotonic() - started)
@@ -140,7 +143,7 @@ def training_rows(bench: Bench, action: FineTune) -> Rows:
         if part.cut > cut:  # cached above what is trained now
             part.hidden_SD, part.cut = None, 0
     if cut > 0 and rows.cut == 0 and work.fits_hidden(rows):
-        keep_hidden(model, rows, cut, bf16=action.bf16)
+        keep_hidden(model, rows, cut, bf16=action.bf16, watch=work.watch)
     return rows
 
 
@@ -163,11 +166,10 @@ def _stretch(state: TrainState, share: float) -> None:
     state.segment.tokens = round(state.segment.tokens * factor)
 
 
-def _keep_control_logits(bench: Bench, state: str, model: Encoder, cut: int) -> None:
+def _keep_control_logits(bench: Bench, state: str, model: Encoder) -> None:
     work = bench.work
     rows = work.rows("control", work.max_length)
-    scale, mean = work.units
-    work.keep_logits(state, "control", head_logits(model, encode(model, rows, bf16=bench.bf16)) * scale + mean)
+    work.keep_logits(state, "control", work.encoder_logits(model, rows, bench.bf16))
 
 
 # ---------------------------------------------------------------------------------------------- on disk

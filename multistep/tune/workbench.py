@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from multistep.config import FitConfig
 from multistep.data import Dataset
-from multistep.evaluate import EncoderText, Rows, cache_folder, encode, head_logits, keep_hidden
+from multistep.evaluate import EncoderText, Rows, Watch, cache_folder, encode, head_logits, keep_hidden
 from multistep.metrics import Scored
 from multistep.models.encoder import Encoder, load_backbone, new_backbone
 from multistep.models.linear import Linear
@@ -43,6 +43,7 @@ class Workbench:
 
     def __init__(self, config: FitConfig, dataset: Dataset, task: Task, out: Path):
         self.config, self.dataset, self.task, self.out = config, dataset, task, out
+        self.watch: Watch | None = None  # long encoding tells it how far it is
         self.device = _device(config.device)
         splits = {
             "train": dataset.train, "control": dataset.control,
@@ -185,9 +186,9 @@ class Workbench:
         cut = cut if take is None else 0
         if path is not None and path.exists():
             if cut > 0 and part.cut == 0:
-                keep_hidden(self.encoder(), part, cut, bf16=bf16)
+                keep_hidden(self.encoder(), part, cut, bf16=bf16, watch=self.watch)
             return load_file(path)["features_ND"], True
-        features_ND = encode(self.encoder(), part, bf16=bf16, cut=cut)
+        features_ND = encode(self.encoder(), part, bf16=bf16, cut=cut, watch=self.watch)
         if path is not None:
             _store(path, features_ND)
         return features_ND, False
@@ -242,7 +243,7 @@ class Workbench:
 
     def encoder_logits(self, model: Encoder, rows: Rows, bf16: bool) -> np.ndarray:
         scale, mean = self.units
-        return head_logits(model, encode(model, rows, bf16=bf16)) * scale + mean
+        return head_logits(model, encode(model, rows, bf16=bf16, watch=self.watch)) * scale + mean
 
     def text_model(self, family: str, state: str, bf16: bool) -> Linear | EncoderText:
         """The state as it will be served."""
