@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import peer_trainer
 from multistep.budget import Budget
 from multistep.data.batches import Batches
-from multistep.evaluate import Rows, keep_hidden
+from multistep.evaluate import Rows, encode, keep_hidden
 from multistep.models.encoder import Encoder, load_backbone
 from multistep.optimizers import AdamW
 from multistep.state import TrainState
@@ -19,75 +20,88 @@ from multistep.strategy import FineTune
 from multistep.subwords import encode_ids, load_tokenizer
 from multistep.train import train
 
-WARM_UPDATES = 3
+TURN_UPDATES = 20
 BATCH = 32
 LENGTH = 64  # tokens; what `fit` chooses on banking77
 
 
-def state_and_rows(texts: list[str], labels: list[str], layers: int) -> tuple[TrainState, Rows]:
-    """A training of the last `layers` layers, begun; the rows as `fit` gives them: cached below the trained layers."""
+def state_and_rows(texts: list[str], labels: list[str], layers: int) -> tuple[TrainState, Rows, bool]:
+    """A training of the last `layers` layers, begun; the rows as `fit` gives them: cached below the trained layers; bf16 or not."""
     folder = peer_trainer.encoder_folder()
     names = sorted(set(labels))
     torch.manual_seed(0)
     model = Encoder(load_backbone(folder), len(names))
     ids, _ = encode_ids(load_tokenizer(folder), texts, LENGTH)
     rows = Rows(ids, 0, "cpu", torch.tensor([names.index(label) for label in labels]))
+    bf16 = bf16_is_faster(model, ids)
     if layers < model.n_layers:
-        keep_hidden(model, rows, model.n_layers - layers)
+        keep_hidden(model, rows, model.n_layers - layers, bf16=bf16)
     state = TrainState(model)
     state.begin(FineTune(layers=layers, optimizer=AdamW(lr=2e-4), batch_size=BATCH), Budget(amount=1e9, unit="updates"))
-    return state, rows
+    return state, rows, bf16
 
 
-def tokens_per_s(texts: list[str], labels: list[str], limit_s: float, layers: int) -> float:
-    """Non-padding tokens a second of our loop."""
-    state, rows = state_and_rows(texts, labels, layers)
-    start, tokens = 0.0, 0
-    for measure in train(state, rows):
-        if measure.update == WARM_UPDATES:
-            start, tokens = time.monotonic(), measure.tokens
-        elif measure.update > WARM_UPDATES and time.monotonic() - start >= limit_s:
-            return (measure.tokens - tokens) / (time.monotonic() - start)
-    raise AssertionError("the segment has no end")
+def bf16_is_faster(model: Encoder, ids: list[np.ndarray]) -> bool:
+    """As the profile of `fit` decides: by the time of the forward pass."""
+    some, seconds = Rows(ids[:256], 0, "cpu"), {}
+    for bf16 in (False, True):
+        encode(model, some, bf16=bf16)
+        start = time.monotonic()
+        encode(model, some, bf16=bf16)
+        seconds[bf16] = time.monotonic() - start
+    return seconds[True] < seconds[False]
 
 
-def bare_tokens_per_s(texts: list[str], labels: list[str], limit_s: float, layers: int) -> float:
-    """The same batches, forward pass, clip and fused AdamW in a hand-written loop: nothing else is done between updates."""
-    state, rows = state_and_rows(texts, labels, layers)
+def our_updates(state: TrainState, rows: Rows, bf16: bool) -> Iterator[int]:
+    """Our loop: the tokens of every update."""
+    before = 0
+    for measure in train(state, rows, bf16=bf16):
+        yield measure.tokens - before
+        before = measure.tokens
+
+
+def bare_updates(state: TrainState, rows: Rows, bf16: bool) -> Iterator[int]:
+    """The same batches, already tensors; forward pass, clip and fused AdamW by hand: nothing else is done between updates."""
     model, parameters = state.model.train(), [p for _, p in state.trained]
-    order = Batches(rows.lengths_N, BATCH, seed=0)
-    ready: list[tuple[Tensor, Tensor, Tensor, int]] = []
-    for position in range(order.per_epoch):
-        take: np.ndarray = order.at(position)
-        ready.append((*rows.batch(take), int(rows.lengths_N[take].sum())))
     optimizer = torch.optim.AdamW(parameters, lr=2e-4, fused=True)
-    start, tokens, update = 0.0, 0, 0
-    while update <= WARM_UPDATES or time.monotonic() - start < limit_s:
-        x, mask_BT, targets, count = ready[update % len(ready)]
-        loss = torch.nn.functional.cross_entropy(model(x, mask_BT, rows.cut), targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        update += 1
-        if update == WARM_UPDATES:
+    order = Batches(rows.lengths_N, BATCH, seed=0)
+    ready = [
+        (*rows.batch(take), int(rows.lengths_N[take].sum())) for take in map(order.at, range(min(order.per_epoch, 100)))
+    ]
+    while True:
+        for x, mask_BT, targets, count in ready:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = torch.nn.functional.cross_entropy(model(x, mask_BT, rows.cut), targets)
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            yield count
+
+
+def in_turns(texts: list[str], labels: list[str], limit_s: float, layers: int) -> tuple[float, float]:
+    """Non-padding tokens a second of our loop and of the bare one, which take turns every few updates for `limit_s` each.
+
+    The ratio of two loops that run minutes apart tells of the machine's mood; of turns of a second, of the loops.
+    """
+    loops: list[Iterator[int]] = []
+    for make in (our_updates, bare_updates):
+        loops.append(make(*state_and_rows(texts, labels, layers)))
+    spent, tokens, turn = [0.0, 0.0], [0, 0], 0
+    while min(spent) < limit_s:
+        for which in (0, 1) if turn % 2 else (1, 0):
             start = time.monotonic()
-        elif update > WARM_UPDATES:
-            tokens += count
-    return tokens / (time.monotonic() - start)
+            count = sum(islice(loops[which], TURN_UPDATES))
+            if turn:  # the first turn warms up
+                spent[which] += time.monotonic() - start
+                tokens[which] += count
+        turn += 1
+    return tokens[0] / spent[0], tokens[1] / spent[1]
 
 
-def all_layers(texts: list[str], labels: list[str], limit_s: float) -> float:
-    return tokens_per_s(texts, labels, limit_s, 6)
+def all_layers(texts: list[str], labels: list[str], limit_s: float) -> tuple[float, float]:
+    return in_turns(texts, labels, limit_s, 6)
 
 
-def half(texts: list[str], labels: list[str], limit_s: float) -> float:
-    return tokens_per_s(texts, labels, limit_s, 3)
-
-
-def bare_all_layers(texts: list[str], labels: list[str], limit_s: float) -> float:
-    return bare_tokens_per_s(texts, labels, limit_s, 6)
-
-
-def bare_half(texts: list[str], labels: list[str], limit_s: float) -> float:
-    return bare_tokens_per_s(texts, labels, limit_s, 3)
+def half(texts: list[str], labels: list[str], limit_s: float) -> tuple[float, float]:
+    return in_turns(texts, labels, limit_s, 3)

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from multistep.models.encoder import Encoder
     from multistep.strategy import FineTune
 
-_AVERAGE_EVERY = 4  # updates; averaging costs memory traffic, and neighbours hardly differ
-_EMA_DECAY = 0.97  # for each averaging: a window of about 130 updates
+_EMA_EVERY = 8  # updates; averaging costs memory traffic, and neighbours hardly differ
+_EMA_DECAY = 0.94  # for each averaging: a window of about 130 updates
 _TAIL_FROM = 0.75  # progress from which the tail average counts
+_TAIL_EVERY = 4  # updates; a short run's last quarter has few
 
 
 @dataclass
@@ -146,11 +147,14 @@ class TrainState:
 
     def average(self) -> None:
         """Take the current parameters into the running averages. Called after every update."""
-        if self.counters.update % _AVERAGE_EVERY:
+        update = self.counters.update
+        tail = update % _TAIL_EVERY == 0 and self.segment.progress() >= _TAIL_FROM
+        if update % _EMA_EVERY and not tail:
             return
         now = [p.detach() for _, p in self.trained]
-        torch._foreach_lerp_(self.ema, now, 1 - _EMA_DECAY)  # pyright: ignore[reportPrivateImportUsage]
-        if self.segment.progress() >= _TAIL_FROM:
+        if update % _EMA_EVERY == 0:
+            torch._foreach_lerp_(self.ema, now, 1 - _EMA_DECAY)  # pyright: ignore[reportPrivateImportUsage]
+        if tail:
             self.counters.tail_count += 1
             torch._foreach_lerp_(self.tail, now, 1 / self.counters.tail_count)  # pyright: ignore[reportPrivateImportUsage]
 

@@ -12,10 +12,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from multistep.data.batches import Batches
-from multistep.models.encoder import set_dropout
 from multistep.state import TrainState, now_s
 from multistep.types import Measure
 
@@ -37,19 +36,25 @@ def train(state: TrainState, data: TrainData, bf16: bool = False) -> Iterator[Me
     assert state.strategy is not None and optimizer is not None, "begin() comes first"
     batches = Batches(data.lengths_N, state.strategy.batch_size, state.counters.seed)
     parameters = [p for _, p in state.trained]
+    dropouts = [m for m in state.model.modules() if isinstance(m, nn.Dropout)]
     cuda = parameters[0].device.type == "cuda"
     started = now_s()
     while state.segment.progress() < 1.0:
         counters, strategy = state.counters, state.strategy  # between yields the caller may restore or adjust the state
         assert strategy is not None
-        set_dropout(state.model, strategy.dropout)
-        state.model.train()  # ... or have encoded with it
+        for dropout in dropouts:
+            dropout.p = strategy.dropout
+        if not state.model.training:  # ... or have encoded with it
+            state.model.train()
         rows = batches.at(counters.position)
         _set_rng(state.rng, cuda)
         with torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, enabled=bf16):
             loss_nats, tokens = _backward(state, data, rows)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, strategy.clip if strategy.clip else float("inf"))
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         event = state.detector.see(loss_nats, norm_value := float(norm))
+        if strategy.clip and norm_value > strategy.clip:  # else the pass over all gradients would multiply them by 1
+            torch.nn.utils.clip_grads_with_norm_(parameters, strategy.clip, norm)
         lr = strategy.optimizer.lr * strategy.schedule(state.segment.progress()) * counters.lr_scale
         if not event:
             for group in optimizer.param_groups:
