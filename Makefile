@@ -29,6 +29,8 @@ lint: setup
 examples: setup
 	$(BIN)/python examples/quickstart.py
 	$(BIN)/python examples/own_loop.py
+	$(BIN)/python examples/any_module.py
+	$(BIN)/python examples/sklearn_pipeline.py
 
 clean:
 	rm -rf $(VENV) runs

@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/banking77"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, default=9000, help="fewer rows for a quick look")
+    parser.add_argument("--problems", type=int, choices=(1, 2, 3), default=3, help="the first so many of the problems")
     options = parser.parse_args()
     raw, y = encoded(options.data, options.rows)
     spread = raw.std(0)
@@ -114,7 +115,7 @@ def main() -> None:
     standard = (raw - raw.mean(0)) / np.where(spread > 1e-6, spread, 1.0)
     problems = (("length one", unit, 10.0), ("length one", unit, 0.1), ("standardised", standard, 0.01))
     results = []
-    for name, x, c in problems:
+    for name, x, c in problems[: options.problems]:
         n_classes = int(y.max()) + 1
         zero = gradient_norm(x, y, c, np.zeros((x.shape[1], n_classes)), np.zeros(n_classes))
         solvers: dict[str, Solver] = {"ours newton-cg": ours}

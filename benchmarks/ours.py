@@ -15,6 +15,7 @@ from multistep.data.batches import Batches
 from multistep.evaluate import Rows, encode, keep_hidden
 from multistep.models.encoder import Encoder, load_backbone
 from multistep.optimizers import AdamW
+from multistep.schedules import Constant
 from multistep.state import TrainState
 from multistep.strategy import FineTune
 from multistep.subwords import encode_ids, load_tokenizer
@@ -37,7 +38,9 @@ def state_and_rows(texts: list[str], labels: list[str], layers: int) -> tuple[Tr
     if layers < model.n_layers:
         keep_hidden(model, rows, model.n_layers - layers, bf16=bf16)
     state = TrainState(model)
-    state.begin(FineTune(layers=layers, optimizer=AdamW(lr=2e-4), batch_size=BATCH), Budget(amount=1e9, unit="updates"))
+    # A warm-up of this endless segment would never end: gradients of a head at zero are subnormal numbers, slow to multiply.
+    strategy = FineTune(layers=layers, optimizer=AdamW(lr=2e-4), schedule=Constant(warmup=0.0), batch_size=BATCH)
+    state.begin(strategy, Budget(amount=1e9, unit="updates"))
     return state, rows, bf16
 
 
@@ -65,13 +68,11 @@ def bare_updates(state: TrainState, rows: Rows, bf16: bool) -> Iterator[int]:
     model, parameters = state.model.train(), [p for _, p in state.trained]
     optimizer = torch.optim.AdamW(parameters, lr=2e-4, fused=True)
     order = Batches(rows.lengths_N, BATCH, seed=0)
-    ready = [
-        (*rows.batch(take), int(rows.lengths_N[take].sum())) for take in map(order.at, range(min(order.per_epoch, 100)))
-    ]
+    ready = [(*rows.load(take), rows.tokens(take)) for take in map(order.at, range(min(order.per_epoch, 100)))]
     while True:
-        for x, mask_BT, targets, count in ready:
+        for inputs, targets, count in ready:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = torch.nn.functional.cross_entropy(model(x, mask_BT, rows.cut), targets)
+                loss = torch.nn.functional.cross_entropy(model(*inputs, rows.cut), targets)
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from multistep.api import Run, fit, load
+    from multistep.modules import Optimized, optimize
 
 __version__ = "0.1.0"
-__all__ = ["Run", "__version__", "fit", "load"]
+__all__ = ["Optimized", "Run", "__version__", "fit", "load", "optimize"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from multistep import api
 
         return getattr(api, name)
+    if name in ("Optimized", "optimize"):
+        from multistep import modules
+
+        return getattr(modules, name)
     raise AttributeError(f"module 'multistep' has no attribute {name!r}")

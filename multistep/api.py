@@ -23,6 +23,7 @@ from multistep.bundle import Bundle, find_bundle, load_bundle
 from multistep.config import FitConfig, save_config
 from multistep.controllers import CONTROLLERS, Controller, Problem, Scripted
 from multistep.controllers.more import more
+from multistep.controllers.plan import check_objective
 from multistep.controllers.script import Ask
 from multistep.data import Dataset
 from multistep.journal import Journal
@@ -34,6 +35,7 @@ from multistep.tasks import Classify, Multilabel, Regress, Task
 from multistep.text import text_facts
 from multistep.tune import tune
 from multistep.tune.actions import Bench
+from multistep.tune.text import TextWorks
 from multistep.tune.workbench import Workbench
 from multistep.types import Interrupted, Outcome, Prediction, UserError
 
@@ -145,6 +147,7 @@ def fit_config(config: FitConfig, progress: Progress, started: float | None = No
     dataset = data.load(config.data, task=config.task, text=config.text, label=config.label, seed=config.seed)
     task = _task(dataset)
     metric = check_metric(config.metric or task.default_metric, task.kind)
+    check_objective(config.objective, task.kind, task.n_outputs)
     for line in dataset.report.lines():
         progress.note(line)
     work = Workbench(config, dataset, task, out)
@@ -178,14 +181,14 @@ def resume(run_dir: str | Path, budget: str | None = None, progress: Progress | 
     if started is None:
         raise UserError(f"{out}: its journal has no beginning. Start the run again with another --out.")
     config = FitConfig.parse({**started["config"], "out": str(out)})
-    total = _budget_so_far(started, past)
+    total = budget_so_far(started, past)
     extended = budget is not None
     if budget is not None:
         total = total.plus(parse_budget(budget[1:])) if budget.startswith("+") else parse_budget(budget)
     if past[-1]["kind"] == "Finished" and not extended:
         return Run(out)
     clock = Clock(total)
-    clock.restore(_clock_then(past))
+    clock.restore(clock_then(past))
     if clock.remaining() <= 0 and extended:
         raise UserError(f"budget: {total} is already spent by this run. Give more, such as --budget +5m.")
     with progress or Progress(quiet=True) as shown:
@@ -209,7 +212,7 @@ def _drive(
     work: Workbench, clock: Clock, metric: str, book: Journal, past: list[dict[str, Any]], progress: Progress
 ) -> Run:
     """Tune to the end, showing the records as they are written; then the card."""
-    with _signals() as stop:
+    with signals() as stop:
         bench = Bench(work, clock, stop, metric)
 
         def watch(done: float) -> None:
@@ -221,8 +224,8 @@ def _drive(
 
         work.watch = watch
         controller = _Phases(work, metric, past)
-        for record in tune(bench, controller, book, past):
-            _show(progress, record, clock, metric)
+        for record in tune(TextWorks(bench), controller, book, past):
+            show(progress, record, clock, metric)
     run = Run(work.out)
     card = report.card(_card_facts(work, run, bench, clock))
     (work.out / "model" / "README.md").write_text(card, encoding="utf-8")
@@ -278,14 +281,14 @@ class _Phases:
             for n, before, total in zip(resumed, totals, totals[1:], strict=False)
             if past[n - 1]["kind"] == "Finished"
         ]
-        self._now: Controller = Scripted(CONTROLLERS[work.config.controller], self._problem)
+        self._now: Controller = Scripted(CONTROLLERS[work.config.controller](self._problem))
         self._prefix = 0
 
     def ask(self) -> Ask | None:
         ask = self._now.ask()
         while ask is None and self._more:
             self._prefix += 1
-            self._now = Scripted(more, self._problem.with_(budget=self._more.pop(0)))
+            self._now = Scripted(more(self._problem.with_(budget=self._more.pop(0))))
             ask = self._now.ask()
         if isinstance(ask, Trial) and self._prefix:
             return ask.with_(id=f"{self._prefix + 1}-{ask.id}")
@@ -296,7 +299,7 @@ class _Phases:
 
 
 @contextmanager
-def _signals() -> Iterator[Any]:
+def signals() -> Iterator[Any]:
     """SIGINT and SIGTERM become a number that long work asks for; a second one of them acts as usual."""
     seen = [0]
     if threading.current_thread() is not threading.main_thread():
@@ -317,7 +320,7 @@ def _signals() -> Iterator[Any]:
             signal.signal(number, handler)
 
 
-def _show(progress: Progress, record: Mapping[str, Any], clock: Clock, metric: str) -> None:
+def show(progress: Progress, record: Mapping[str, Any], clock: Clock, metric: str) -> None:
     progress.remaining(_left(clock))
     match record["kind"]:
         case "Asked":
@@ -361,12 +364,12 @@ def _task(dataset: Dataset) -> Task:
             return Regress(mean=mean, scale=scale or 1.0)
 
 
-def _budget_so_far(started: Mapping[str, Any], past: Sequence[Mapping[str, Any]]) -> Budget:
+def budget_so_far(started: Mapping[str, Any], past: Sequence[Mapping[str, Any]]) -> Budget:
     budgets = [started["budget"], *(r["budget"] for r in past if r["kind"] == "Resumed")]
     return Budget(**budgets[-1])
 
 
-def _clock_then(past: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def clock_then(past: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The clock to go on from: all the wall time; updates and tokens of finished trials (a live one brings its own)."""
     told = [r for r in past if r["kind"] == "Told"]
     counts = told[-1]["clock"] if told else {"updates": 0, "tokens": 0}

@@ -199,6 +199,31 @@ def main() -> None:
     sys.exit(run())
 
 
+@app.command("list")
+def list_members(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="optimizers, objectives, schedules, metrics ...")],
+    as_json: JsonOption = False,
+) -> None:
+    """List what there is to choose from, with what each is for."""
+    from multistep.catalog import rows_of
+
+    rows = rows_of(kind)
+    if as_json:
+        _print_json({kind: rows})
+        return
+    from multistep.report.words import table
+
+    typer.echo(table(list(rows[0]), [list(row.values()) for row in rows]))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a configuration file: for editors that complete and check keys."""
+    from multistep.catalog import config_schema
+
+    _print_json(config_schema())
+
+
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code. What a user can mend becomes one line on standard error."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]

@@ -7,22 +7,47 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from multistep.budget import parse_budget
+from multistep.objectives import Objective
+from multistep.optimizers import GRADIENT_OPTIMIZERS, SECOND_ORDER, AdamW
+from multistep.optimizers.base import GradientOptimizer
 from multistep.schedules import Linear, Schedule
 from multistep.types import Spec, UserError, nearest
 
+KINDS: Mapping[str, type[GradientOptimizer]] = {
+    m.model_fields["kind"].default: m for m in (*GRADIENT_OPTIMIZERS, *SECOND_ORDER)
+}
+
 
 class OptimizerConfig(Spec):
-    """What may be fixed of AdamW. None: chosen by the run (learning rate: prior and race)."""
+    """What may be fixed of the optimizer: its kind, and any of that kind's settings. lr None: chosen by the run."""
 
-    lr: Annotated[float, Field(gt=0, le=1)] | None = None
-    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    kind: str = "auto"  # auto: AdamW (see docs/optimizers.md), or one of `multistep list optimizers`
+    lr: Annotated[float, Field(gt=0, le=1000)] | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        self.at(self.lr or 1e-3)
+        return self
+
+    @property
+    def member(self) -> type[GradientOptimizer]:
+        if self.kind == "auto":
+            return AdamW
+        if self.kind not in KINDS:
+            raise ValueError(f"kind {self.kind!r} is not an optimizer.{nearest(self.kind, list(KINDS))}")
+        return KINDS[self.kind]
+
+    def at(self, lr: float) -> Any:
+        """The optimizer with these settings and this learning rate. Raises ValueError naming a key that it does not have."""
+        settings = {k: v for k, v in (self.model_extra or {}).items() if v is not None}
+        return self.member.parse({**settings, "lr": lr}, "optimizer")
 
 
 class FitConfig(Spec):
@@ -39,6 +64,7 @@ class FitConfig(Spec):
     model: str = "auto"  # auto, none, a folder, a hub name
     controller: Literal["staged", "race", "fixed"] = "staged"
     optimizer: OptimizerConfig = OptimizerConfig()
+    objective: Objective | None = None  # None: the task's own
     schedule: Schedule = Linear()
     layers: Annotated[int, Field(ge=0)] | None = None  # last layers to train; None: chosen by the clock
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 32
@@ -54,6 +80,12 @@ class FitConfig(Spec):
     @classmethod
     def _budget(cls, value: Any) -> str:
         return str(parse_budget(value))
+
+    @model_validator(mode="after")
+    def _one_smoothing(self) -> Self:
+        if self.objective is not None and self.label_smoothing is not None:
+            raise UserError("label_smoothing: an objective was given too. Write objective.label_smoothing instead.")
+        return self
 
     @field_validator("text", mode="before")
     @classmethod

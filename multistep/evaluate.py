@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multistep.data.batches import by_length
+from multistep.data.batches import Batches, by_length
 from multistep.models.encoder import Encoder, pad
 
 Watch = Callable[[float], None]  # told the share that is done, after every batch; may raise to stop
@@ -55,9 +55,11 @@ class Rows:
         self.lengths_N = np.array([len(r) for r in self.ids], dtype=np.int64)
         self.starts_N = np.concatenate([[0], np.cumsum(self.lengths_N)])
 
-    @property
-    def tokens(self) -> int:
-        return int(self.lengths_N.sum())
+    def order(self, batch_size: int, seed: int) -> Batches:
+        return Batches(self.lengths_N, batch_size, seed)
+
+    def tokens(self, rows: np.ndarray) -> int:
+        return int(self.lengths_N[rows].sum())
 
     def inputs(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Token ids [B,T] or hidden states [B,T,D], and the mask [B,T]."""
@@ -70,10 +72,14 @@ class Rows:
         hidden_BTD = self.hidden_SD[torch.from_numpy(take).to(self.device)]
         return hidden_BTD, torch.from_numpy(mask).to(self.device)
 
-    def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    def load(self, rows: np.ndarray) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """((inputs, mask), targets) of these rows."""
         assert self.targets is not None
-        x, mask_BT = self.inputs(rows)
-        return x, mask_BT, self.targets[torch.from_numpy(rows)].to(self.device)
+        return self.inputs(rows), self.targets[torch.from_numpy(rows)].to(self.device)
+
+    def outputs(self, model: Encoder, inputs: tuple[Tensor, Tensor]) -> Tensor:
+        """The model's outputs [B,K] for inputs that `load` gave."""
+        return model(*inputs, self.cut)
 
     def subset(self, rows: np.ndarray) -> Rows:
         """Some of the rows, from their token ids."""
@@ -104,7 +110,7 @@ def encode(model: Encoder, rows: Rows, *, bf16: bool = False, cut: int = 0, watc
 def keep_hidden(model: Encoder, rows: Rows, cut: int, *, bf16: bool = False, watch: Watch | None = None) -> None:
     """Keep the hidden states after `cut` layers in `rows`: what training the layers above starts from."""
     model.eval()
-    hidden_SD = torch.empty((rows.tokens, model.config.hidden_size), device=rows.device)
+    hidden_SD = torch.empty((int(rows.lengths_N.sum()), model.config.hidden_size), device=rows.device)
     done = 0
     for batch in by_length(rows.lengths_N, ENCODE_TOKENS):
         x, mask_BT = rows.inputs(batch)

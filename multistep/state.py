@@ -25,8 +25,7 @@ from multistep.budget import Budget
 from multistep.types import UserError
 
 if TYPE_CHECKING:
-    from multistep.models.encoder import Encoder
-    from multistep.strategy import FineTune
+    from multistep.strategy import Training
 
 _EMA_EVERY = 8  # updates; averaging costs memory traffic, and neighbours hardly differ
 _EMA_DECAY = 0.94  # for each averaging: a window of about 130 updates
@@ -93,18 +92,18 @@ class Counters:
 class TrainState:
     """The model under training. `begin` starts a segment; `train.train` moves it; `fork` copies it."""
 
-    model: Encoder
+    model: Any  # an nn.Module that the strategy knows
     counters: Counters = field(default_factory=Counters)
     segment: Segment = field(default_factory=Segment)
     detector: Detector = field(default_factory=Detector)
-    strategy: FineTune | None = None
+    strategy: Training | None = None
     trained: list[tuple[str, nn.Parameter]] = field(default_factory=list)
     optimizer: torch.optim.Optimizer | None = None
     ema: list[Tensor] = field(default_factory=list)
     tail: list[Tensor] = field(default_factory=list)
     rng: Tensor = field(default_factory=lambda: torch.Generator().manual_seed(0).get_state())
 
-    def begin(self, strategy: FineTune, budget: Budget) -> None:
+    def begin(self, strategy: Training, budget: Budget) -> None:
         """Start a segment. Optimizer state is kept when only live fields changed, else made anew."""
         keep = self.strategy is not None and self.optimizer is not None and strategy.same_but_live(self.strategy)
         self.strategy = strategy
@@ -121,16 +120,21 @@ class TrainState:
         device = self.trained[0][1].device.type
         self.rng = torch.Generator(device).manual_seed(self.counters.seed).get_state()
 
-    def _take_parameters(self, strategy: FineTune) -> None:
+    def _take_parameters(self, strategy: Training) -> None:
         self.trained = strategy.trained(self.model)
         names = {n for n, _ in self.trained}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in names)
-        self.optimizer = strategy.optimizer.build(self.trained, strategy.head_lr)
+        self.optimizer = strategy.optimizer.build(self._named(), strategy.head_lr)
         self.ema = [p.detach().clone() for _, p in self.trained]
         self.tail = [torch.zeros_like(p) for _, p in self.trained]
 
-    def adjust(self, strategy: FineTune) -> None:
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        """The trained parameters; tables of embeddings bear that word in their names, by which optimizers know them."""
+        tables = {id(p) for m in self.model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        return [(f"embeddings.{n}" if id(p) in tables and "embeddings" not in n else n, p) for n, p in self.trained]
+
+    def adjust(self, strategy: Training) -> None:
         """Change live fields inside the segment: learning rate, weight decay, dropout, smoothing, clip."""
         assert self.strategy is not None and strategy.same_but_live(self.strategy), "only live fields may change"
         segment, tail_count = self.segment, self.counters.tail_count
@@ -158,6 +162,11 @@ class TrainState:
             self.counters.tail_count += 1
             torch._foreach_lerp_(self.tail, now, 1 / self.counters.tail_count)  # pyright: ignore[reportPrivateImportUsage]
 
+    def settle(self, training: bool) -> None:
+        """Put the weights to be judged (False) into the model, or those to be trained (True): most optimizers have one set."""
+        if self.strategy is not None and self.optimizer is not None:
+            self.strategy.optimizer.settle(self.optimizer, training)
+
     def shipped(self, which: str = "raw") -> dict[str, Tensor]:
         """The weights that would ship, by name: 'raw', 'ema' or 'tail' (copies)."""
         values = {"raw": [p.detach() for _, p in self.trained], "ema": self.ema, "tail": self.tail}[which]
@@ -168,14 +177,15 @@ class TrainState:
     def snapshot(self) -> dict[str, Any]:
         """A copy of all that moves, as `{"meta": JSON, "tensors": {...}}`."""
         tensors: dict[str, Tensor] = {"rng": self.rng.clone()}
+        for name, buffer in self._buffers():
+            tensors[f"buffer.{name}"] = buffer.clone()
         for i, (name, parameter) in enumerate(self.trained):
             tensors[f"model.{name}"] = parameter.detach().clone()
             tensors[f"ema.{name}"] = self.ema[i].clone()
             tensors[f"tail.{name}"] = self.tail[i].clone()
-            assert self.optimizer is not None
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{name}.{key}"] = value.detach().clone()
+        inner = None if self.optimizer is None else self.optimizer.state_dict()
         meta = {
+            "optimizer": _pack(inner, "optimizer", tensors),
             "counters": asdict(self.counters),
             "detector": asdict(self.detector),
             "segment": {**asdict(self.segment), "total": self.segment.total.model_dump()},
@@ -190,18 +200,19 @@ class TrainState:
         self.segment = Segment(**{**meta["segment"], "total": Budget(**meta["segment"]["total"])})
         self.rng = tensors["rng"].clone()
         with torch.no_grad():
+            for name, buffer in self._buffers():
+                buffer.copy_(tensors[f"buffer.{name}"])
             for i, (name, parameter) in enumerate(self.trained):
                 parameter.copy_(tensors[f"model.{name}"])
                 self.ema[i].copy_(tensors[f"ema.{name}"])
                 self.tail[i].copy_(tensors[f"tail.{name}"])
-                assert self.optimizer is not None
-                prefix = f"optimizer.{name}."
-                kept = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-                found = {k: v.to(parameter.device, copy=True) for k, v in kept.items()}
-                if found:
-                    self.optimizer.state[parameter] = found
-                else:
-                    self.optimizer.state.pop(parameter, None)
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(_unpack(meta["optimizer"], tensors, self.trained[0][1].device))
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        """Running statistics and their like: what moves beside the parameters."""
+        kept = self.model.state_dict().keys()
+        return [(n, b) for n, b in self.model.named_buffers() if n in kept]
 
     def save(self, folder: Path) -> None:
         snapshot = self.snapshot()
@@ -211,6 +222,38 @@ class TrainState:
         """Go on from what `save` wrote; `begin` with the same strategy comes first."""
         meta, tensors = read_folder(folder)
         self.restore({"meta": meta, "tensors": tensors})
+
+
+# ---------------------------------------------------------------------------------------------- an optimizer's state
+
+
+def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """What an optimizer's `state_dict` holds as JSON; its tensors are copied into `tensors` under their path."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().clone()
+        return {"tensor": path}
+    if isinstance(value, dict):  # keys may be numbers, which JSON would make text
+        return {"dict": [[k, _pack(v, f"{path}.{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        return {type(value).__name__: [_pack(v, f"{path}.{n}", tensors) for n, v in enumerate(value)]}
+    return value
+
+
+def _unpack(packed: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+    """What `_pack` packed. Counters of steps stay where torch keeps them: beside the parameters only when those need it."""
+    if not isinstance(packed, dict):
+        return packed
+    ((kind, inner),) = packed.items()
+    match kind:
+        case "tensor":
+            found = tensors[inner]
+            return found.clone() if found.ndim == 0 else found.to(device, copy=True)
+        case "dict":
+            return {k: _unpack(v, tensors, device) for k, v in inner}
+        case "list":
+            return [_unpack(v, tensors, device) for v in inner]
+        case _:
+            return tuple(_unpack(v, tensors, device) for v in inner)
 
 
 # ---------------------------------------------------------------------------------------------- on disk

@@ -5,12 +5,12 @@ A strategy's fields marked live may change inside a run without losing optimizer
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from multistep.objectives import CrossEntropy, Objective
-from multistep.optimizers import AdamW, ConvexSolver, NewtonCG
+from multistep.optimizers import AdamW, ConvexSolver, NewtonCG, Optimizer
 from multistep.predictors import Predictor
 from multistep.schedules import Linear, Schedule
 from multistep.text import NgramFeatures
@@ -46,22 +46,36 @@ class FitHead(Spec):
     cut: int = 0  # keep the hidden states after this layer, for fine-tuning the layers above it
 
 
-class FineTune(Spec):
-    """Gradient training of the encoder's last layers and head."""
+class Training(Spec):
+    """What every training by gradients is told: what to minimise, how to update, how much at once."""
 
-    kind: Literal["fine_tune"] = "fine_tune"
-    trains: Literal["top", "all"] = "top"  # "top": the last `layers` layers and the head; "all": embeddings too
-    layers: Annotated[int, Field(ge=0)] = 3
-    optimizer: AdamW = AdamW()
+    optimizer: Optimizer = AdamW()
     head_lr: Annotated[float, Field(gt=0)] = 1.0  # the head's learning rate, as a multiple of the optimizer's
     objective: Objective = CrossEntropy()
     schedule: Schedule = Linear()
     batch_size: Annotated[int, Field(ge=1)] = 32  # examples
     micro_batch: Annotated[int, Field(ge=0)] = 0  # examples at once; 0: the whole batch
     clip: Annotated[float, Field(ge=0), Tunable(0.1, 10.0, log=True, live=True)] = 1.0  # gradient norm; 0: off
-    dropout: Annotated[float, Field(ge=0, lt=1), Tunable(0.0, 0.5, live=True)] = 0.0
-    max_length: int = 256
+    dropout: Annotated[float, Field(ge=0, lt=1), Tunable(0.0, 0.5, live=True)] | None = None  # None: the model's own
     bf16: bool = False
+
+    def trained(self, model: Any) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that this strategy trains, by name; every other one stays frozen."""
+        return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+
+    def same_but_live(self, other: Training) -> bool:
+        """Whether going from `other` to this strategy keeps the optimizer's state."""
+        return type(self) is type(other) and _without_live(self) == _without_live(other)
+
+
+class FineTune(Training):
+    """Gradient training of the encoder's last layers and head."""
+
+    kind: Literal["fine_tune"] = "fine_tune"
+    trains: Literal["top", "all"] = "top"  # "top": the last `layers` layers and the head; "all": embeddings too
+    layers: Annotated[int, Field(ge=0)] = 3
+    dropout: Annotated[float, Field(ge=0, lt=1), Tunable(0.0, 0.5, live=True)] | None = 0.0
+    max_length: int = 256
 
     def trained(self, model: Encoder) -> list[tuple[str, nn.Parameter]]:
         """The parameters that this strategy trains, by name; every other one stays frozen."""
@@ -73,17 +87,25 @@ class FineTune(Spec):
         wanted = {id(p) for layer in last for p in layer.parameters()}
         return [(n, p) for n, p in model.named_parameters() if id(p) in wanted] + head
 
-    def same_but_live(self, other: FineTune) -> bool:
-        """Whether going from `other` to this strategy keeps the optimizer's state."""
-        return _without_live(self) == _without_live(other)
 
-
-def _without_live(strategy: FineTune) -> dict[str, object]:
+def _without_live(strategy: Training) -> dict[str, object]:
     data = strategy.model_dump()
     for path in _LIVE:
         owner, _, key = path.rpartition(".")
         (data[owner] if owner else data).pop(key, None)
     return data
+
+
+class TrainModule(Training):
+    """Gradient training of any module: every parameter of it that requires a gradient."""
+
+    kind: Literal["train_module"] = "train_module"
+
+
+class AsGiven(Spec):
+    """Judge a module as it was given, before anything is trained."""
+
+    kind: Literal["as_given"] = "as_given"
 
 
 class Profile(Spec):
@@ -113,7 +135,10 @@ class ReadTest(Spec):
     kind: Literal["read_test"] = "read_test"
 
 
-Action = Annotated[FitLinear | FitHead | FineTune | Profile | Average | Predict | ReadTest, Field(discriminator="kind")]
+Action = Annotated[
+    FitLinear | FitHead | FineTune | TrainModule | AsGiven | Profile | Average | Predict | ReadTest,
+    Field(discriminator="kind"),
+]
 
 
 class Trial(Spec):

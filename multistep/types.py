@@ -66,6 +66,8 @@ class Spec(BaseModel):
 
 def _first_problem(cls: type[BaseModel], error: ValidationError, where: str) -> str:
     problem = error.errors()[0]
+    if isinstance(cause := problem.get("ctx", {}).get("error"), UserError):
+        return str(cause)
     path = [str(p) for p in problem["loc"]]
     key = ".".join(([where] if where else []) + path)
     if problem["type"] == "extra_forbidden":
@@ -79,11 +81,11 @@ def _first_problem(cls: type[BaseModel], error: ValidationError, where: str) -> 
 
 def _owner(cls: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
     """The model class whose field the error path points into (members of unions are named by their `kind`)."""
+    candidates = [cls]
     for step in path:
-        candidates = _models_below(cls, step)
-        if candidates:
-            cls = candidates[0]
-    return cls
+        of_kind = [m for m in candidates if "kind" in m.model_fields and m.model_fields["kind"].default == step]
+        candidates = of_kind or [m for c in candidates for m in _models_below(c, step)] or candidates
+    return candidates[0]
 
 
 def _models_below(cls: type[BaseModel], step: str) -> list[type[BaseModel]]:

@@ -189,7 +189,7 @@ def live(name: str, scenario: str) -> Story:
         machine.incumbent = Single(model="encoder").model_dump()
     elif name == "more":
         machine.families, machine.incumbent = {"linear": "02-incumbent"}, Single(model="linear").model_dump()
-    controller, story = Scripted(SCRIPTS[name], machine.problem), Story(machine)
+    controller, story = Scripted(SCRIPTS[name](machine.problem)), Story(machine)
     while (ask := controller.ask()) is not None:
         assert len(story.asks) < 100, "it does not end"
         story.asks.append(ask)
@@ -226,7 +226,7 @@ def test_asks_make_sense(name: str, scenario: str) -> None:
 @ALWAYS
 def test_told_the_same_it_asks_the_same(name: str, scenario: str) -> None:
     story = live(name, scenario)
-    again, outcomes = Scripted(SCRIPTS[name], story.machine.problem), iter(story.outcomes)
+    again, outcomes = Scripted(SCRIPTS[name](story.machine.problem)), iter(story.outcomes)
     for ask in story.asks:
         assert again.ask() == ask
         if isinstance(ask, Trial):

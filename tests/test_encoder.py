@@ -29,7 +29,7 @@ def model(make_encoder: Callable) -> torch.nn.Module:
 @pytest.mark.parametrize("cut", range(1, LAYERS + 1))
 @torch.no_grad()
 def test_the_forward_pass_can_be_cut_anywhere(model, make_rows: Callable, cut: int) -> None:
-    ids_BT, mask_BT, _ = make_rows(9).batch(np.arange(9))
+    ids_BT, mask_BT = make_rows(9).inputs(np.arange(9))
     hidden_BTD = model.lower(ids_BT, mask_BT, cut)
     assert torch.equal(model.upper(hidden_BTD, mask_BT, cut), model.features(ids_BT, mask_BT))
     assert torch.equal(model(hidden_BTD, mask_BT, cut), model(ids_BT, mask_BT))
@@ -37,7 +37,7 @@ def test_the_forward_pass_can_be_cut_anywhere(model, make_rows: Callable, cut: i
 
 @torch.no_grad()
 def test_the_layers_one_by_one_are_the_backbone(model, make_rows: Callable) -> None:
-    ids_BT, mask_BT, _ = make_rows(9).batch(np.arange(9))
+    ids_BT, mask_BT = make_rows(9).inputs(np.arange(9))
     whole = model.backbone(input_ids=ids_BT, attention_mask=mask_BT.long()).last_hidden_state
     assert torch.allclose(model.features(ids_BT, mask_BT), pool(whole, mask_BT), atol=1e-5)
 
@@ -54,7 +54,7 @@ def test_an_encoder_that_cannot_be_cut(model, make_rows: Callable) -> None:
 @torch.no_grad()
 def test_padding_changes_nothing(model, make_rows: Callable) -> None:
     rows = make_rows(6)
-    alone = torch.cat([model.features(*rows.batch(np.array([i]))[:2]) for i in range(6)])
+    alone = torch.cat([model.features(*rows.inputs(np.array([i]))) for i in range(6)])
     ids_BT, mask_BT = pad(rows.ids, 0)
     together = model.features(ids_BT, mask_BT)
     wide_ids = torch.nn.functional.pad(ids_BT, (0, 20), value=57)  # whatever stands there
@@ -103,15 +103,19 @@ def test_new_weights_come_from_the_seed_alone() -> None:
 def test_cached_hidden_states_give_the_same_logits(model, make_rows: Callable, cut: int) -> None:
     plain, cached = make_rows(40), make_rows(40)
     features_ND = encode(model, cached, cut=cut)
-    assert cached.cut == cut and cached.hidden_SD is not None and cached.hidden_SD.shape == (cached.tokens, 32)
+    assert (
+        cached.cut == cut
+        and cached.hidden_SD is not None
+        and cached.hidden_SD.shape == (int(cached.lengths_N.sum()), 32)
+    )
     np.testing.assert_array_equal(features_ND, encode(model, plain))
     np.testing.assert_allclose(encode(model, cached), features_ND, atol=1e-5)
     rows = np.array([3, 17, 0, 39])
     with torch.no_grad():
-        a = model(*plain.batch(rows)[:2])
-        b = model(*cached.batch(rows)[:2], cached.cut)
+        a = model(*plain.inputs(rows))
+        b = model(*cached.inputs(rows), cached.cut)
     assert torch.allclose(a, b, atol=1e-5)
-    assert torch.equal(plain.batch(rows)[2], cached.batch(rows)[2])
+    assert torch.equal(plain.load(rows)[1], cached.load(rows)[1])
 
 
 def test_features_come_in_the_order_of_the_rows(model, make_rows: Callable) -> None:
@@ -126,14 +130,14 @@ def test_subset_keeps_ids_and_targets(make_rows: Callable) -> None:
     rows = make_rows(10)
     part = rows.subset(np.array([7, 2]))
     assert np.array_equal(part.ids[0], rows.ids[7]) and torch.equal(part.targets, rows.targets[[7, 2]])
-    assert part.tokens == len(rows.ids[7]) + len(rows.ids[2])
+    assert int(part.lengths_N.sum()) == len(rows.ids[7]) + len(rows.ids[2])
 
 
 def test_head_logits_are_those_of_the_model(model, make_rows: Callable) -> None:
     rows = make_rows(8)
     logits_NK = head_logits(model, encode(model, rows))
     with torch.no_grad():
-        whole = model(*rows.batch(np.arange(8))[:2]).numpy()
+        whole = model(*rows.inputs(np.arange(8))).numpy()
     assert logits_NK.dtype == np.float64
     np.testing.assert_allclose(logits_NK, whole, atol=1e-5)
 
@@ -167,7 +171,7 @@ def test_saved_is_loaded_bitwise(model, make_rows: Callable, tmp_path: Path) -> 
     found = again.state_dict()
     assert all(torch.equal(v, found[k]) for k, v in model.state_dict().items())
     backbone = AutoModel.from_pretrained(str(tmp_path)).eval()
-    ids_BT, mask_BT, _ = rows.batch(np.arange(12))
+    ids_BT, mask_BT = rows.inputs(np.arange(12))
     with torch.no_grad():
         hidden = backbone(input_ids=ids_BT, attention_mask=mask_BT.long()).last_hidden_state
     np.testing.assert_allclose(pool(hidden, mask_BT).numpy(), encode(model, rows), atol=1e-5)
@@ -231,4 +235,4 @@ def test_rows_without_targets_are_for_prediction(model) -> None:
     rows = Rows([np.array([1, 2], np.int32)], 0, "cpu")
     assert rows.inputs(np.array([0]))[0].shape == (1, 2)
     with pytest.raises(AssertionError):
-        rows.batch(np.array([0]))
+        rows.load(np.array([0]))

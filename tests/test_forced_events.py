@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from runs import committed, config, of_kind, run, same_states, tiny_encoder, wri
 from multistep import api, journal
 from multistep.evaluate import Rows
 from multistep.journal import Journal
-from multistep.tune import fine_tune
+from multistep.tune import segment
 from multistep.types import Interrupted
 
 
@@ -65,17 +66,17 @@ def test_killed_at_a_journal_line_and_resumed(
 
 def test_killed_in_the_middle_of_training(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between snapshots; the run goes on from the last one and ends with the same bits."""
-    monkeypatch.setattr(fine_tune, "_SAVE_SHARE", 1e9)  # every snapshot is written
-    batch, calls = Rows.batch, [0]
+    monkeypatch.setattr(segment, "_SAVE_SHARE", 1e9)  # every snapshot is written
+    load, calls = Rows.load, [0]
 
-    def dying(self: Rows, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def dying(self: Rows, rows: np.ndarray) -> tuple[Any, torch.Tensor]:
         calls[0] += 1
         if calls[0] == 90:
             raise Killed
-        return batch(self, rows)
+        return load(self, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Rows, "batch", dying)
+        patch.setattr(Rows, "load", dying)
         with pytest.raises(Killed):
             run(config(folder / "rows.csv", tmp_path / "run", folder / "encoder"))
     assert list((tmp_path / "run" / "states").glob("*.live.*"))
@@ -88,16 +89,16 @@ def test_killed_in_the_middle_of_training(folder: Path, tmp_path: Path, monkeypa
 def test_a_signal_saves_and_the_rest_is_the_same(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    batch, calls = Rows.batch, [0]
+    load, calls = Rows.load, [0]
 
-    def signalled(self: Rows, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def signalled(self: Rows, rows: np.ndarray) -> tuple[Any, torch.Tensor]:
         calls[0] += 1
         if calls[0] == 60:
             os.kill(os.getpid(), number)
-        return batch(self, rows)
+        return load(self, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Rows, "batch", signalled)
+        patch.setattr(Rows, "load", signalled)
         with pytest.raises(Interrupted) as stopped:
             run(config(folder / "rows.csv", tmp_path / "run", folder / "encoder"))
     assert stopped.value.signal == number
@@ -162,25 +163,25 @@ def test_three_bad_batches_are_enough(folder: Path, tmp_path: Path, monkeypatch:
     _spoil(monkeypatch, set(range(40, 10_000)), float("nan"))
     done = run(config(folder / "rows.csv", tmp_path / "run", folder / "encoder"))
     events = [r for r in of_kind(done, "Event") if r["event"] == "nonfinite"]
-    assert len(events) == fine_tune.MAX_ROLLBACKS + 1
+    assert len(events) == segment.MAX_ROLLBACKS + 1
     assert "stopped" in events[-1]["action"]
     assert of_kind(done, "Finished") and done.predict(["alpha up"])[0].value
 
 
 def test_a_bad_batch_and_a_kill_after_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bad batch is part of the data here (a row whose hidden states are NaN), so the resumed run meets it again."""
-    monkeypatch.setattr(fine_tune, "_SAVE_SHARE", 1e9)
-    batch = Rows.batch
+    monkeypatch.setattr(segment, "_SAVE_SHARE", 1e9)
+    load = Rows.load
     calls = [0, 10**9]
 
-    def spoiled(self: Rows, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def spoiled(self: Rows, rows: np.ndarray) -> tuple[Any, torch.Tensor]:
         calls[0] += 1
         if calls[0] == calls[1]:
             raise Killed
-        x, mask, targets = batch(self, rows)
-        return (x * float("nan"), mask, targets) if x.is_floating_point() and 7 in rows else (x, mask, targets)
+        (x, mask), targets = load(self, rows)
+        return (x * float("nan") if x.is_floating_point() and 7 in rows else x, mask), targets
 
-    monkeypatch.setattr(Rows, "batch", spoiled)
+    monkeypatch.setattr(Rows, "load", spoiled)
     settings = {"layers": 1}  # the last layer only: inputs are hidden states
     straight = run(config(folder / "rows.csv", tmp_path / "straight", folder / "encoder", **settings))
     assert [r for r in of_kind(straight, "Event") if r["event"] == "nonfinite"]

@@ -6,17 +6,17 @@ Every number here is a stated rule; where it was calibrated, LOG.md has the runs
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from multistep.controllers.script import Ask, Problem, Reserve, Skip
-from multistep.objectives import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, Objective
+from multistep.objectives import BinaryCrossEntropy, CrossEntropy, Huber, MeanAbsoluteError, MeanSquaredError, Objective
 from multistep.optimizers import AdamW
 from multistep.predictors import Predictor, Single
 from multistep.strategy import Action, FineTune, FitHead, FitLinear, Predict, Profile, ReadTest, Trial
-from multistep.types import Outcome
+from multistep.types import Outcome, TaskKind, UserError
 
 LENGTHS = (32, 64, 128, 256)
 FINE_TUNE_LR = 3e-4  # for a width of 384; scaled by (384 / width)^1.5
@@ -34,6 +34,11 @@ MOST_EPOCHS = 12.0  # a trunk is not made longer than this: fine-tuning has conv
 SCRATCH_EPOCHS = 4.0  # the same from scratch: a small encoder on small data overfits soon after
 PARTIAL = "not even the frozen encoder can see all of train in this time"
 
+_FITS: Mapping[TaskKind, tuple[type[Any], ...]] = {
+    "classify": (CrossEntropy,),
+    "multilabel": (BinaryCrossEntropy,),
+    "regress": (MeanSquaredError, MeanAbsoluteError, Huber),
+}
 _PREDICTOR: TypeAdapter[Predictor] = TypeAdapter(Predictor)
 
 Step = Generator[Ask, Outcome | None, Outcome]
@@ -142,6 +147,8 @@ class Plan:
         return max(1, self.facts["n_layers"] // 2)
 
     def objective(self, label_smoothing: float | None) -> Objective:
+        if self.problem.config.objective is not None:
+            return self.problem.config.objective
         match self.problem.task:
             case "classify":
                 return CrossEntropy(label_smoothing=LABEL_SMOOTHING if label_smoothing is None else label_smoothing)
@@ -154,13 +161,7 @@ class Plan:
         """The calibrated prior, with what the user fixed laid over it."""
         config = self.problem.config
         scratch = self.facts["encoder"] == "scratch"
-        prior = SCRATCH_LR if scratch else FINE_TUNE_LR * min(1.0, (384 / self.facts["hidden"]) ** 1.5)
-        optimizer = AdamW(
-            lr=lr or config.optimizer.lr or prior,
-            weight_decay=config.optimizer.weight_decay,
-            beta1=config.optimizer.beta1,
-            beta2=config.optimizer.beta2,
-        )
+        optimizer = config.optimizer.at(lr or config.optimizer.lr or self.prior_lr())
         depth = layers or config.layers or self.facts["n_layers"]
         return FineTune(
             trains="all" if scratch or not self.facts["n_layers"] else "top",
@@ -177,6 +178,14 @@ class Plan:
             bf16=self.facts["precision"] == "bf16",
         )
 
+    def prior_lr(self) -> float:
+        """The calibrated learning rate: AdamW's of the runs in LOG.md, and for the others that times the ratio of their priors."""
+        scratch = self.facts["encoder"] == "scratch"
+        calibrated = SCRATCH_LR if scratch else FINE_TUNE_LR * min(1.0, (384 / self.facts["hidden"]) ** 1.5)
+        regime = "scratch" if scratch else "fine_tune"
+        ratio = self.problem.config.optimizer.member.rates[regime].prior / AdamW.rates[regime].prior
+        return calibrated * ratio
+
     def layers(self, amount: float) -> tuple[int, str]:
         """How many layers to train, and the rule that says so."""
         total, config = self.facts["n_layers"], self.problem.config
@@ -191,6 +200,23 @@ class Plan:
                 f"all {total} layers would see {whole:.1f} epochs (< {ALL_LAYERS_EPOCHS:g}): the last {self.half()} only",
             )
         return total, f"all {total} layers see {whole:.1f} epochs"
+
+
+def check_objective(objective: Objective | None, task: TaskKind, n_outputs: int) -> None:
+    """Raises UserError when an objective that was asked for does not fit the task."""
+    if objective is None:
+        return
+    core = objective.core()
+    if not isinstance(core, _FITS[task]):
+        fitting = ", ".join(m.model_fields["kind"].default for m in _FITS[task])
+        raise UserError(
+            f"objective: {type(core).model_fields['kind'].default!r} does not fit the task {task}. Use {fitting}, or a wrapper around it."
+        )
+    weights = core.class_weights if isinstance(core, CrossEntropy) else None
+    if weights is not None and len(weights) != n_outputs:
+        raise UserError(
+            f"objective.class_weights: {len(weights)} weights for {n_outputs} classes. Give one a class, in sorted order."
+        )
 
 
 # ---------------------------------------------------------------------------------------------- shared stages

@@ -53,10 +53,10 @@ class Controller(Protocol):
 
 
 class Scripted:
-    """A controller from a script."""
+    """A controller from the steps of a script."""
 
-    def __init__(self, script: Script, problem: Problem):
-        self._steps = script(problem)
+    def __init__(self, steps: Steps):
+        self._steps = steps
         self._outcome: Outcome | None = None
 
     def ask(self) -> Ask | None:

@@ -41,7 +41,7 @@ def race_rates(plan: Plan, action: FineTune, start: str | None) -> Generator[Ask
     best = told.state
     for higher, otherwise in ((2.0, 2.0), (4.0, 0.5)):  # up while it helps, else one step down
         rate = prior * (higher if best_rate >= prior * higher / 2 else otherwise)
-        probe = action.with_(optimizer=action.optimizer.with_(lr=min(1.0, rate)))
+        probe = action.with_(optimizer=action.optimizer.with_(lr=rate))
         why = f"learning rate {rate:.2g} against {best_rate:.2g}"
         told = yield from plan.trial("race", probe, why, start=start, share=share, against=best, commit=False)
         if told.ok and Verdict(**told.facts["against_verdict"]).accept:
@@ -77,7 +77,7 @@ def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
 def _fork(plan: Plan, action: FineTune, paused: Outcome, share: float) -> Finetuned:
     """Overfitting was seen: the rest of the trunk with stronger regularization, and as before, for `share` each."""
     stronger = action.with_(
-        dropout=max(0.1, action.dropout),
+        dropout=max(0.1, action.dropout or 0.0),
         optimizer=action.optimizer.with_(weight_decay=max(0.1, 10 * action.optimizer.weight_decay)),
     )
     why = "dropout 0.1 and ten times the weight decay from the paused state on"

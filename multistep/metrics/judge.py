@@ -95,6 +95,25 @@ def judge(
     )
 
 
+def judge_losses(candidate_N: np.ndarray, incumbent_N: np.ndarray, alpha: float = 0.1) -> Verdict:
+    """The verdict on the losses of the same examples, where no other metric is asked for: paired t, one-sided."""
+    if not np.isfinite(candidate_N).all():
+        return Verdict(accept=False, rule="the candidate's losses are not finite: refused")
+    if not np.isfinite(incumbent_N).all():
+        return Verdict(accept=True, rule="the incumbent's losses are not finite, the candidate's are: better")
+    gain_N = np.asarray(incumbent_N, np.float64) - np.asarray(candidate_N, np.float64)
+    gain, stderr = float(gain_N.mean()), stderr_of(gain_N)
+    p = _paired_t(gain, stderr, len(gain_N))
+    found = Comparison(
+        metric="loss", candidate=float(candidate_N.mean()), incumbent=float(incumbent_N.mean()), difference=gain,
+        stderr=stderr, p=p, n=len(gain_N),
+    )  # fmt: skip
+    accept = gain > 0 and p <= alpha
+    word = "better" if accept else "worse" if gain < 0 else "not better beyond noise"
+    rule = f"loss gain {gain:+.4f} ± {stderr:.4f}, p = {p:.2g} {'<=' if p <= alpha else '>'} {alpha:g}: {word}"
+    return Verdict(accept=accept, rule=rule, evidence=(found,))
+
+
 def _said(c: Comparison) -> str:
     """'accuracy +0.0120 ± 0.0040'; for errors and losses the sign says gain, so the word does too."""
     word = "" if METRICS[c.metric].higher_is_better else " gain"

@@ -1,27 +1,70 @@
 """Cross-entropy between a class and its softmax, in nats per example.
 
-Label smoothing e mixes the target with the uniform distribution (Szegedy et al. 2016): t <- (1-e) t + e/K.
+    loss = sum_n w[y_n] (1 - p_n)^gamma nll_n / sum_n w[y_n]        p_n: what the model gives the right class
+
+Class weights w (None: all 1) say what a class counts; gamma > 0 (focal) makes sure answers count less; label smoothing e mixes the
+target with the uniform distribution, t <- (1-e) t + e/K, each class of it at its own weight, as torch does.
+Sources: Szegedy et al. 2016, arXiv 1512.00567 (smoothing); Lin et al. 2017, arXiv 1708.02002 (focal).
+Differs from the source: several classes, by softmax, in place of Lin's sigmoid; smoothing and focal may be used together.
 Shapes: B examples, K classes.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from multistep.types import Spec, Tunable
+from multistep.objectives.base import BaseObjective
+from multistep.objectives.shapes import class_ids, positive
+from multistep.types import Tunable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_LEAST_MISS = 1e-12  # below it a power of 1 - p has no finite slope when gamma < 1
 
-class CrossEntropy(Spec):
+
+class CrossEntropy(BaseObjective):
+    good_for: ClassVar[str] = (
+        "one class of two or more; class weights or focal_gamma where the rare classes matter most"
+    )
+
     kind: Literal["cross_entropy"] = "cross_entropy"
     label_smoothing: Annotated[float, Field(ge=0, lt=1), Tunable(0.0, 0.2, live=True)] = 0.0
+    class_weights: (
+        Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=2)] | None
+    ) = None
+    focal_gamma: Annotated[float, Field(ge=0, le=10), Tunable(0.0, 5.0)] = 0.0
 
     def loss(self, logits_BK: Tensor, targets_B: Tensor) -> Tensor:
-        """Mean over the batch. `targets_B`: int64 in 0..K-1."""
+        """Mean over the batch by class weights. `targets_B`: integers in 0..K-1."""
         import torch.nn.functional as F
 
-        return F.cross_entropy(logits_BK.float(), targets_B, label_smoothing=self.label_smoothing)
+        z_BK, y_B, e = logits_BK.float(), class_ids(targets_B), self.label_smoothing
+        w_K = None if self.class_weights is None else positive(self.class_weights, z_BK.shape[1], "class_weights", z_BK)
+        if not self.focal_gamma:
+            return F.cross_entropy(z_BK, y_B, w_K, label_smoothing=e)
+        loss_B = F.cross_entropy(z_BK, y_B, w_K, label_smoothing=e, reduction="none")
+        miss_B = -(-F.cross_entropy(z_BK, y_B, reduction="none")).expm1()  # 1 - p without cancellation
+        loss_B = loss_B * miss_B.clamp_min(_LEAST_MISS) ** self.focal_gamma
+        return loss_B.mean() if w_K is None else loss_B.sum() / w_K[y_B].sum()
+
+    def each(self, logits_BK: Tensor, targets_B: Tensor) -> Tensor:
+        """Nats of every example [B]."""
+        import torch.nn.functional as F
+
+        return F.cross_entropy(logits_BK.float(), class_ids(targets_B), reduction="none")
+
+    def count(self, targets_B: Tensor) -> float:
+        """The sum of the targets' class weights."""
+        return float(len(targets_B)) if self.class_weights is None else float(self.weights(targets_B).sum())
+
+    def weights(self, targets_B: Tensor) -> Tensor:
+        """What every example counts [B]."""
+        import torch
+
+        y_B = class_ids(targets_B)
+        if self.class_weights is None:
+            return torch.ones(y_B.shape, device=y_B.device)
+        return torch.tensor(self.class_weights, device=y_B.device)[y_B]

@@ -23,13 +23,17 @@ def number(value: Any, digits: int = 4) -> str:
 
 def plus_minus(value: Any, stderr: Any, signed: bool = False) -> str:
     """'0.9312 ± 0.0041': the value to as many decimals as two significant digits of its standard error."""
-    if value is None or not math.isfinite(value):
+    if not _finite(value):  # the journal writes a number that is not finite as its name
         return "-"
     sign = "+" if signed else ""
-    if stderr is None or not math.isfinite(stderr) or stderr <= 0:
+    if not _finite(stderr) or stderr <= 0:
         return f"{value:{sign}.4g}"
     decimals = min(8, max(0, 1 - math.floor(math.log10(stderr))))
     return f"{value:{sign}.{decimals}f} ± {stderr:.{decimals}f}"
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def duration(seconds: Any) -> str:

@@ -7,9 +7,19 @@ from typing import Annotated
 from pydantic import Field
 
 from multistep.schedules.constant import Constant
+from multistep.schedules.cosine import Cosine
+from multistep.schedules.exponential import Exponential
+from multistep.schedules.inverse_sqrt import InverseSqrt
 from multistep.schedules.linear import Linear
+from multistep.schedules.one_cycle import OneCycle
+from multistep.schedules.step import Step
+from multistep.schedules.wsd import WSD
 
-SCHEDULES = (Linear, Constant)
-Schedule = Annotated[Linear | Constant, Field(discriminator="kind")]
+SCHEDULES = (Linear, Constant, Cosine, Step, Exponential, InverseSqrt, OneCycle, WSD)
+Schedule = Annotated[
+    Linear | Constant | Cosine | Step | Exponential | InverseSqrt | OneCycle | WSD, Field(discriminator="kind")
+]
 
-__all__ = ["SCHEDULES", "Constant", "Linear", "Schedule"]
+__all__ = [
+    "SCHEDULES", "WSD", "Constant", "Cosine", "Exponential", "InverseSqrt", "Linear", "OneCycle", "Schedule", "Step",
+]  # fmt: skip

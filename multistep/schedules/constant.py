@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,6 +10,8 @@ from multistep.types import Spec
 
 
 class Constant(Spec):
+    good_for: ClassVar[str] = "runs whose end is not known, and averages of weights in place of a decay"
+
     kind: Literal["constant"] = "constant"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.06  # share of the segment
 

@@ -6,7 +6,7 @@ Differs from the source: nothing known.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,8 @@ from multistep.types import Spec
 
 
 class Linear(Spec):
+    good_for: ClassVar[str] = "runs whose end is known: the default, and hard to beat"
+
     kind: Literal["linear"] = "linear"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.06  # share of the segment
 

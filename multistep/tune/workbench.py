@@ -174,7 +174,7 @@ class Workbench:
 
     def fits_hidden(self, rows: Rows) -> bool:
         """Whether the hidden states of these rows may be kept in memory."""
-        return rows.tokens * self.backbone().config.hidden_size * 4 <= _HIDDEN_BYTES
+        return int(rows.lengths_N.sum()) * self.backbone().config.hidden_size * 4 <= _HIDDEN_BYTES
 
     def features(
         self, split: str, max_length: int, *, bf16: bool, cut: int = 0, take: np.ndarray | None = None

@@ -9,13 +9,24 @@ import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from multistep.budget import Budget
-from multistep.config import FitConfig, OptimizerConfig
+from multistep.config import FitConfig
 from multistep.controllers import Problem, Reserve, Skip
 from multistep.objectives import OBJECTIVES
-from multistep.optimizers import CONVEX_SOLVERS, GRADIENT_OPTIMIZERS, AdamW
+from multistep.optimizers import CONVEX_SOLVERS, GRADIENT_OPTIMIZERS, SECOND_ORDER, AdamW
 from multistep.predictors import PREDICTORS, Affine, Blend, Predictor, Single, Temperature, Thresholds
 from multistep.schedules import SCHEDULES
-from multistep.strategy import Average, FineTune, FitHead, FitLinear, Predict, Profile, ReadTest, Trial
+from multistep.strategy import (
+    AsGiven,
+    Average,
+    FineTune,
+    FitHead,
+    FitLinear,
+    Predict,
+    Profile,
+    ReadTest,
+    TrainModule,
+    Trial,
+)
 from multistep.tasks import TASKS, Classify, Multilabel, Regress
 from multistep.text import NgramFeatures
 from multistep.types import Comparison, Cost, MetricValue, Outcome, Spec, UserError, Verdict
@@ -25,14 +36,15 @@ BASE = Single(model="linear")
 COMPARISON = Comparison(metric="accuracy", candidate=0.9, incumbent=0.8, difference=0.1, stderr=0.02, p=0.01, n=200)
 VERDICT = Verdict(accept=True, rule="better", evidence=(COMPARISON,))
 EXAMPLES: list[Spec] = [
-    *(member() for member in (*OBJECTIVES, *SCHEDULES, *GRADIENT_OPTIMIZERS, *CONVEX_SOLVERS)),
+    *(member() for member in (*OBJECTIVES, *SCHEDULES, *GRADIENT_OPTIMIZERS, *SECOND_ORDER, *CONVEX_SOLVERS)),
     AdamW(lr=1e-5, weight_decay=0.0),
     Classify(labels=("a", "ü")), Multilabel(labels=("a", "b", "c")), Regress(mean=0.1, scale=1e-3),
     BASE, Temperature(inner=BASE, temperature=1.5), Affine(inner=BASE, slope=0.9, intercept=-0.1),
     Thresholds(inner=Temperature(inner=BASE, temperature=0.7), offsets=(0.1, -0.2)),
     Blend(members=(BASE, Single(model="encoder")), weights=(0.25, 0.75)),
     FEATURES,
-    FitLinear(features=FEATURES, l2s=(0.1, 0.01), max_rows=100), FitHead(max_length=64, cut=3), FineTune(trains="all"),
+    FitLinear(features=FEATURES, l2s=(0.1, 0.01), max_rows=100), FitHead(max_length=64, cut=3),
+    FineTune(trains="all"), TrainModule(dropout=0.2), AsGiven(),
     Profile(), Average(which="ema"), Predict(what="blend", base=BASE), ReadTest(),
     Trial(id="01-trunk", stage="trunk", action=FineTune(), share=3.5, why="because", against="head", commit=False),
     Trial(id="02-predict", stage="predict", action=Predict(what="calibrate", base=Temperature(inner=BASE, temperature=2))),
@@ -41,7 +53,7 @@ EXAMPLES: list[Spec] = [
         task="classify", n_outputs=2, metric="accuracy", rows={"train": 10}, characters={"train": 100}, budget=60.0,
         unit="seconds", config=FitConfig(data="x.csv"), linear=(FEATURES,),
     ),
-    FitConfig(data="x.csv"), FitConfig(data="x.csv", text=("a", "b"), budget="5000 updates"), OptimizerConfig(lr=1e-4),
+    FitConfig(data="x.csv"), FitConfig(data="x.csv", text=("a", "b"), budget="5000 updates"),
     Budget(amount=2.5, unit="tokens"), Cost(wall_s=0.25, updates=3, tokens=70), COMPARISON, VERDICT,
     Outcome(
         state="01-head", metrics={"accuracy": MetricValue(0.9, 0.01)}, verdict=VERDICT, cost=Cost(updates=3),
@@ -52,10 +64,11 @@ ALL = pytest.mark.parametrize("spec", EXAMPLES, ids=lambda s: type(s).__name__)
 
 
 def test_every_member_of_every_list_is_here() -> None:
-    listed = {*OBJECTIVES, *SCHEDULES, *GRADIENT_OPTIMIZERS, *CONVEX_SOLVERS, *PREDICTORS, *TASKS}
-    assert listed <= {type(e) for e in EXAMPLES}
-    kinds = [member.model_fields["kind"].default for member in listed]
-    assert len(set(kinds)) == len(kinds), "a kind names one member"
+    lists = [OBJECTIVES, SCHEDULES, (*GRADIENT_OPTIMIZERS, *SECOND_ORDER), CONVEX_SOLVERS, PREDICTORS, TASKS]
+    assert {member for members in lists for member in members} <= {type(e) for e in EXAMPLES}
+    for members in lists:
+        kinds = [member.model_fields["kind"].default for member in members]
+        assert len(set(kinds)) == len(kinds), "a kind names one member"
 
 
 @ALL
@@ -98,9 +111,9 @@ def test_json_schema(spec: Spec) -> None:
 @pytest.mark.parametrize(
     "data, message",
     [
-        ({"optimizer": {"lrr": 1e-3}}, r"unknown key 'optimizer\.lrr'\. Did you mean 'lr'\?"),
-        ({"optimizer": {"lr": "fast"}}, r"'optimizer\.lr': .*\(got 'fast'\)"),
-        ({"optimizer": {"lr": -1.0}}, r"'optimizer\.lr': .*greater than 0"),
+        ({"optimizer": {"kind": "adamw", "lrr": 1e-3}}, r"unknown key 'optimizer\.adamw\.lrr'\. Did you mean 'lr'\?"),
+        ({"optimizer": {"kind": "adamw", "lr": "fast"}}, r"'optimizer\.adamw\.lr': .*\(got 'fast'\)"),
+        ({"optimizer": {"kind": "adamw", "lr": -1.0}}, r"'optimizer\.adamw\.lr': .*greater than 0"),
         (
             {"schedule": {"kind": "linear", "warmupp": 0.1}},
             r"unknown key 'schedule\.linear\.warmupp'\. Did you mean 'warmup'",

@@ -164,13 +164,13 @@ def test_small_batches_add_up_to_the_big_one(
 def test_gradients_of_small_batches_add_up(
     make_encoder: Callable, make_rows: Callable, make_strategy: Callable, micro: int
 ) -> None:
-    from multistep.train import _backward
+    from multistep.train import Batch
 
     rows = make_rows(40)
     gradients = []
     for strategy in (make_strategy(), make_strategy(micro_batch=micro)):
         state = begun(make_encoder(), strategy)
-        _backward(state, rows, np.arange(8))
+        Batch(state, rows, np.arange(8), bf16=False, cuda=False)()
         gradients.append([p.grad for _, p in state.trained])
     for a, b in zip(*gradients, strict=True):
         if a is None or b is None:

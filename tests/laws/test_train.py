@@ -13,7 +13,16 @@ import torch
 
 from multistep.budget import Budget
 from multistep.data.batches import Batches
-from multistep.objectives import OBJECTIVES, BinaryCrossEntropy, MeanSquaredError
+from multistep.objectives import (
+    FGM,
+    BinaryCrossEntropy,
+    CrossEntropy,
+    Huber,
+    MeanAbsoluteError,
+    MeanSquaredError,
+    Penalized,
+    RDrop,
+)
 from multistep.optimizers import GRADIENT_OPTIMIZERS
 from multistep.schedules import SCHEDULES, Constant, Linear
 from multistep.state import Detector, TrainState
@@ -40,31 +49,43 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 # ---------------------------------------------------------------------------------------------- descend
 
 
-@pytest.mark.parametrize("optimizer", GRADIENT_OPTIMIZERS)
 @pytest.mark.parametrize("schedule", [s() for s in SCHEDULES], ids=lambda s: s.kind)
 @pytest.mark.parametrize("trains", ["all", "top"])
 def test_the_loss_falls(
-    make_encoder: Callable, make_rows: Callable, make_strategy: Callable, optimizer: Any, schedule: Any, trains: str
+    make_encoder: Callable, make_rows: Callable, make_strategy: Callable, schedule: Any, trains: str
 ) -> None:
-    strategy = make_strategy(trains=trains, layers=1, schedule=schedule, weight_decay=0.0)
-    strategy = strategy.with_(optimizer=optimizer(lr=3e-3))
+    strategy = make_strategy(trains=trains, layers=1, schedule=schedule, weight_decay=0.0, lr=3e-3)
     measures = list(train(begun(make_encoder(), strategy, 60), make_rows(48)))
     first, last = (np.mean([m.loss_nats for m in part]) for part in (measures[:5], measures[-5:]))
-    assert first > 0.8 and last < 0.1 and not any(m.event for m in measures)
+    assert first > 0.8 and last < 0.5 * first and not any(m.event for m in measures)
 
 
-@pytest.mark.parametrize("objective", [o() for o in OBJECTIVES], ids=lambda o: o.kind)
-def test_every_objective_descends(
+@pytest.mark.parametrize("optimizer", GRADIENT_OPTIMIZERS, ids=lambda o: o.__name__)
+def test_every_optimizer_descends(
+    make_encoder: Callable, make_rows: Callable, make_strategy: Callable, optimizer: Any
+) -> None:
+    strategy = make_strategy(trains="all").with_(optimizer=optimizer(lr=optimizer.rates["scratch"].prior))
+    measures = list(train(begun(make_encoder(), strategy, 120), make_rows(48)))
+    first, last = (np.mean([m.loss_nats for m in part]) for part in (measures[:5], measures[-5:]))
+    assert last < 0.9 * first and not any(m.event for m in measures)
+
+
+WHOLE = [CrossEntropy(), CrossEntropy(focal_gamma=2.0), BinaryCrossEntropy(), MeanSquaredError(), MeanAbsoluteError(), Huber(),
+         RDrop(), FGM(epsilon=0.05), Penalized()]  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", WHOLE, ids=lambda o: o.kind)
+def test_every_objective_of_whole_texts_descends(
     make_encoder: Callable, make_rows: Callable, make_strategy: Callable, objective: Any
 ) -> None:
     rows = make_rows(48)
     outputs = 3
     if isinstance(objective, BinaryCrossEntropy):
         rows.targets = torch.nn.functional.one_hot(rows.targets, 3).bool()
-    if isinstance(objective, MeanSquaredError):
+    if isinstance(objective, MeanSquaredError | MeanAbsoluteError | Huber):
         rows.targets, outputs = rows.targets.double() - 1.0, 1
     model = make_encoder(n_outputs=outputs)
-    measures = list(train(begun(model, make_strategy(lr=3e-3, objective=objective), 60), rows))
+    measures = list(train(begun(model, make_strategy(lr=3e-3, objective=objective, dropout=0.1), 60), rows))
     first, last = (np.mean([m.loss_nats for m in part]) for part in (measures[:5], measures[-5:]))
     assert last < 0.3 * first
 
@@ -92,15 +113,20 @@ class Tampered:
     at: int
     how: Callable[[torch.Tensor], torch.Tensor]
     count: int = 0
-    cut: int = 0
 
-    def __post_init__(self) -> None:
-        self.lengths_N: np.ndarray = self.rows.lengths_N
-
-    def batch(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x, mask_BT, targets = self.rows.batch(rows)
+    def load(self, rows: np.ndarray) -> tuple[Any, torch.Tensor]:
+        inputs, targets = self.rows.load(rows)
         self.count += 1
-        return x, mask_BT, self.how(targets) if self.count == self.at + 1 else targets
+        return inputs, self.how(targets) if self.count == self.at + 1 else targets
+
+    def order(self, batch_size: int, seed: int) -> Any:
+        return self.rows.order(batch_size, seed)
+
+    def outputs(self, model: Any, inputs: Any) -> torch.Tensor:
+        return self.rows.outputs(model, inputs)
+
+    def tokens(self, rows: np.ndarray) -> int:
+        return self.rows.tokens(rows)
 
 
 def regression(make_rows: Callable) -> Any:
@@ -130,7 +156,7 @@ def test_a_bad_batch_is_seen_before_the_update(
     before, averages, detector = parameters(state), [t.clone() for t in state.ema], Detector(**vars(state.detector))
     bad = next(loop)
     assert bad.event == event and bad.update == at and state.counters.position == at + 1
-    assert bad.rows == tuple(Batches(data.lengths_N, 8, seed=3).at(at))
+    assert bad.rows == tuple(data.order(8, seed=3).at(at))
     assert same(parameters(state), before) and state.detector == detector
     assert all(torch.equal(a, b) for a, b in zip(state.ema, averages, strict=True))
     assert state.optimizer is not None
@@ -195,7 +221,7 @@ def test_the_loop_is_the_one_written_by_hand(
     optimizer = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.98), fused=True)
     batches, losses = Batches(rows.lengths_N, 8, seed=3), []
     for update in range(updates):
-        ids_BT, mask_BT, targets_B = rows.batch(batches.at(update))
+        (ids_BT, mask_BT), targets_B = rows.load(batches.at(update))
         loss = torch.nn.functional.cross_entropy(model(ids_BT, mask_BT), targets_B)
         loss.backward()
         if clip:

@@ -1,0 +1,182 @@
+"""Examples for any module: tensors, a torch Dataset or a DataLoader, as batches in an order that a cursor can resume.
+
+A DataLoader's own sampler and collate function are kept: its batch sampler is drawn once an epoch under a seed of
+(seed, epoch), so that stopping anywhere and going on gives the same batches. Its worker processes are not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
+
+from multistep.data.batches import Batches
+from multistep.types import UserError
+
+Split = Callable[[Any], tuple[Any, Any]]  # a batch -> its inputs and its targets
+_LABELS = ("labels", "label", "target", "targets", "y")
+
+
+class ModuleRows:
+    """Rows by number, as `train` reads them. `split` says what of a batch are inputs: by default all but the last of a
+    tuple, or all but "labels" of a dictionary."""
+
+    def __init__(
+        self, dataset: Dataset[Any], device: str, split: Split | None = None, loader: DataLoader | None = None
+    ):
+        self.dataset, self.device, self._loader = dataset, device, loader
+        self._split = split or split_batch
+        self._collate = default_collate if loader is None else loader.collate_fn
+        # Rows of tensors are taken at once: putting them together one by one costs more than many a model.
+        self._tensors = None
+        if isinstance(dataset, TensorDataset) and self._collate is default_collate:
+            self._tensors = dataset.tensors
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def batch_size(self) -> int | None:
+        """The loader's own, where there is one."""
+        return None if self._loader is None else self._loader.batch_size
+
+    def order(self, batch_size: int, seed: int) -> Batches | LoaderOrder:
+        if self._loader is not None and self._loader.batch_sampler is not None:
+            return LoaderOrder(self._loader, seed)
+        return Batches(np.zeros(len(self)), batch_size, seed)
+
+    def load(self, rows: np.ndarray) -> tuple[Any, Any]:
+        """Inputs and targets of these rows, on the device."""
+        if self._tensors is not None:
+            take = torch.from_numpy(np.asarray(rows))
+            batch: Any = tuple(t[take] for t in self._tensors)
+        else:
+            batch = self._collate([self.dataset[int(r)] for r in rows])
+        inputs, targets = self._split(batch)
+        return _to(inputs, self.device), _to(targets, self.device)
+
+    def outputs(self, model: Any, inputs: Any) -> Tensor:
+        """What the model says: a tensor, or the logits of a transformers output."""
+        if isinstance(inputs, Mapping):
+            found = model(**inputs)
+        else:
+            found = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        if isinstance(found, Mapping):
+            return found["logits"]
+        return found[0] if isinstance(found, tuple) else found
+
+    def tokens(self, rows: np.ndarray) -> int:
+        """Elements of whole-number inputs such as token ids [N,T]; else the examples."""
+        first = None if self._tensors is None else self._tensors[0]
+        ids = first is not None and not first.is_floating_point() and first.ndim == 2
+        return len(rows) * (first.shape[1] if ids and first is not None else 1)
+
+    def parts(self, size: int) -> Iterator[np.ndarray]:
+        """All rows once, in order."""
+        for start in range(0, len(self), size):
+            yield np.arange(start, min(len(self), start + size))
+
+    def subset(self, rows: Sequence[int]) -> ModuleRows:
+        """Some of the rows, without the loader's order."""
+        if self._tensors is not None:
+            take = torch.as_tensor(rows)
+            return ModuleRows(TensorDataset(*(t[take] for t in self._tensors)), self.device, self._split)
+        some = ModuleRows(Subset(self.dataset, rows), self.device, self._split)
+        some._collate = self._collate
+        return some
+
+
+class LoaderOrder:
+    """The batches of a DataLoader's batch sampler, epoch after epoch."""
+
+    def __init__(self, loader: DataLoader, seed: int):
+        self._loader, self._seed, self._epoch = loader, seed, -1
+        self._plan: list[np.ndarray] = []
+        self._per_epoch = len(loader)
+
+    def at(self, position: int) -> np.ndarray:
+        """The rows of batch `position`, counted from the start of training."""
+        epoch, index = divmod(position, self._per_epoch)
+        if epoch != self._epoch:
+            self._plan, self._epoch = self._draw(epoch), epoch
+        return self._plan[index]
+
+    def _draw(self, epoch: int) -> list[np.ndarray]:
+        seed = int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0])
+        assert self._loader.batch_sampler is not None
+        own = self._loader.generator
+        before = None if own is None else own.get_state()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if own is not None:
+                own.manual_seed(seed)
+            plan = [np.asarray(batch) for batch in self._loader.batch_sampler]
+        if own is not None and before is not None:
+            own.set_state(before)
+        return plan
+
+
+def rows_of(source: Any, name: str, device: str, split: Split | None = None) -> ModuleRows:
+    """A DataLoader, a map-style Dataset, or a tuple of tensors or arrays (inputs ..., targets) as rows.
+
+    Raises UserError naming `name` when it is something else, or empty.
+    """
+    if isinstance(source, DataLoader):
+        if isinstance(source.dataset, IterableDataset) or source.batch_sampler is None:
+            raise UserError(
+                f"{name}: this DataLoader is a stream or has no batches, so no run could come back to a row of it. "
+                "Give one over a map-style dataset, with a batch size."
+            )
+        rows = ModuleRows(source.dataset, device, split, source)
+    elif isinstance(source, Dataset) and not isinstance(source, IterableDataset):
+        rows = ModuleRows(source, device, split)
+    elif isinstance(source, tuple | list) and len(source) >= 2:
+        try:
+            tensors = [torch.as_tensor(part) for part in source]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{name}: not tensors or arrays ({error}). Give (inputs, targets) of numbers.") from None
+        if any(t.ndim == 0 for t in tensors):
+            raise UserError(
+                f"{name}: a single number is no column of rows. Give (inputs, targets), each with a row an example."
+            )
+        lengths = sorted({len(t) for t in tensors})
+        if len(lengths) > 1:
+            raise UserError(
+                f"{name}: its parts have {' and '.join(map(str, lengths))} rows. Give them the same number."
+            )
+        rows = ModuleRows(TensorDataset(*tensors), device, split)
+    else:
+        raise UserError(
+            f"{name}: {type(source).__name__} is not data. Give a DataLoader, a map-style Dataset or (inputs, targets)."
+        )
+    if not len(rows):
+        raise UserError(f"{name}: there are no rows in it. Give at least a few.")
+    return rows
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """(inputs, targets) of a batch. Raises UserError when it cannot be seen which is which."""
+    if isinstance(batch, Mapping):
+        for key in _LABELS:
+            if key in batch:
+                return {k: v for k, v in batch.items() if k != key}, batch[key]
+        raise UserError(f"batch: none of its keys ({', '.join(map(str, batch))}) is {', '.join(_LABELS)}. Give split=.")
+    if isinstance(batch, tuple | list) and len(batch) >= 2:
+        return tuple(batch[:-1]), batch[-1]
+    raise UserError(
+        f"batch: a {type(batch).__name__} is not (inputs, targets). Give split=, a function from it to both."
+    )
+
+
+def _to(value: Any, device: str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {k: _to(v, device) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(_to(v, device) for v in value)
+    return value

@@ -1,0 +1,275 @@
+"""The front door for any module: bring an nn.Module and data, get it back trained, with the reasons.
+
+result = multistep.optimize(module, objective="cross_entropy", train=loader, validation=loader2, metric="accuracy", budget="5m")
+result.model; result.best; print(result.explain())
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import nn
+
+from multistep import __version__, journal, report
+from multistep.api import budget_so_far, clock_then, show, signals
+from multistep.budget import Clock, parse_budget
+from multistep.config import OptimizerConfig
+from multistep.controllers.module import MODULE_CONTROLLERS, ModuleProblem
+from multistep.controllers.script import Scripted
+from multistep.journal import Journal
+from multistep.loader import ModuleRows, Split, rows_of
+from multistep.metrics import check_metric
+from multistep.objectives import OBJECTIVES, Objective
+from multistep.optimizers.base import REGIMES, Regime
+from multistep.report.progress import Progress
+from multistep.schedules import SCHEDULES, Schedule
+from multistep.tasks import Task
+from multistep.tune import tune
+from multistep.tune.module import ModuleWorks, task_of
+from multistep.types import MetricValue, Spec, UserError, nearest
+
+_OBJECTIVE: TypeAdapter[Objective] = TypeAdapter(Objective)
+_SCHEDULE: TypeAdapter[Schedule] = TypeAdapter(Schedule)
+VALIDATION_SHARE = 0.1  # of train, held out where no validation data is given
+CONVEX_ELEMENTS = 2e7  # inputs of one linear layer up to this are solved by Newton-CG in full batches
+
+
+@dataclass
+class Optimized:
+    """What `optimize` gives back. `best` and `validation` are of the weights that `model` holds, on the validation data."""
+
+    model: nn.Module
+    metric: str
+    best: MetricValue
+    validation: dict[str, MetricValue]
+    test: dict[str, MetricValue] | None
+    out: Path
+    _folder: Any = field(default=None, repr=False)  # keeps a temporary folder alive
+
+    def records(self) -> list[dict[str, Any]]:
+        """The journal."""
+        return journal.read(self.out / "journal.jsonl")
+
+    def explain(self) -> str:
+        """What was tried, what was decided and why, in words and a table."""
+        return report.explain(self.records())
+
+
+def optimize(
+    module: nn.Module,
+    *,
+    objective: str | Mapping[str, Any] | Spec,
+    train: Any,
+    validation: Any = None,
+    test: Any = None,
+    metric: str | None = None,
+    budget: str | float = "5m",
+    optimizer: str | Mapping[str, Any] | Spec = "auto",
+    schedule: str | Mapping[str, Any] | Spec | None = None,
+    controller: str = "staged",
+    regime: str = "scratch",
+    batch_size: int = 32,
+    micro_batch: int = 0,
+    clip: float = 1.0,
+    dropout: float | None = None,
+    bf16: bool = False,
+    split: Split | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    quiet: bool = True,
+) -> Optimized:
+    """Train any module within a budget; the module given is filled with the best weights and comes back as `.model`.
+
+    `train`, `validation`, `test`: a DataLoader, a map-style Dataset, or (inputs ..., targets) as tensors or arrays. Without
+    validation data a tenth of train is held out. `objective`, `optimizer`, `schedule`: a name (see `multistep list`), a
+    dictionary with a `kind`, or the specification itself. `metric`: "loss" or one that fits the objective. `regime`: "scratch",
+    "fine_tune" or "adapter" chooses the prior learning rate. `split`: a function from a batch to (inputs, targets).
+    `out`: a folder for journal, states and weights; a run that was stopped there goes on. Raises UserError on bad input.
+    """
+    started = time.monotonic()
+    device = _device(module)
+    goal = _spec(_OBJECTIVE, objective, OBJECTIVES, "objective")
+    rows = _rows(train, validation, test, device, split, seed)
+    if batch_size < 1 or batch_size > 10**9:
+        raise UserError(f"batch_size: {batch_size} is not a number of examples. Give 1 or more.")
+    problem_batch = rows["train"].batch_size or min(batch_size, len(rows["train"]))
+    config, choice = _choose(module, optimizer, rows["train"])
+    if config.member.closure and rows["train"].batch_size is None and choice.startswith("auto"):
+        problem_batch = len(rows["train"])
+    outputs = _first_outputs(module, rows["validation"])
+    task = task_of(goal, outputs)
+    metric = _metric(metric, task)
+    total = parse_budget(budget)
+    if regime not in REGIMES:
+        raise UserError(f"regime: {regime!r} is not known.{nearest(regime, REGIMES)}")
+    if controller not in MODULE_CONTROLLERS:
+        raise UserError(f"controller: {controller!r} is not known.{nearest(controller, list(MODULE_CONTROLLERS))}")
+    chosen: Regime = next(r for r in REGIMES if r == regime)
+    problem = ModuleProblem(
+        objective=goal, metric=metric, optimizer=config, regime=chosen,
+        schedule=None if schedule is None else _spec(_SCHEDULE, schedule, SCHEDULES, "schedule"),
+        batch_size=problem_batch, micro_batch=micro_batch, clip=clip, dropout=dropout, bf16=bf16,
+        budget=total.amount, unit=total.unit, rows={k: len(v) for k, v in rows.items()}, choice=choice,
+    )  # fmt: skip
+    temporary = tempfile.TemporaryDirectory(prefix="multistep-") if out is None else None
+    folder = Path(temporary.name if temporary is not None else str(out))
+    with Progress(quiet=quiet) as progress, signals() as stop:
+        clock = Clock(total, started=started)
+        asked = {"problem": problem, "controller": controller, "seed": seed, "model": type(module).__name__}
+        book, past = _open(folder, asked, metric, clock, device)
+        works = ModuleWorks(module, rows, problem, clock, stop, folder, task, seed)
+        works.adopt_given()
+        for record in tune(works, Scripted(MODULE_CONTROLLERS[controller](problem)), book, past):
+            show(progress, record, clock, metric)
+        if past[-1]["kind"] != "Finished":
+            book.append("Finished", clock=clock.save(), wall_s=clock.wall_s)
+        book.close()
+    assert works.incumbent is not None
+    module.load_state_dict(works.module(works.incumbent).state_dict())
+    module.eval()
+    found = works.measured(works.answers(works.incumbent))
+    test_read = [r["metrics"] for r in journal.read(folder / "journal.jsonl") if r["kind"] == "TestRead"]
+    tested = {k: MetricValue(*v) for k, v in test_read[-1].items()} if test_read else None
+    return Optimized(module, metric, found[metric], found, tested, folder, temporary)
+
+
+def _open(
+    folder: Path, asked: dict[str, Any], metric: str, clock: Clock, device: str
+) -> tuple[Journal, list[dict[str, Any]]]:
+    """The journal and its records so far: begun here, or that of a run which was stopped and now goes on."""
+    path = folder / "journal.jsonl"
+    problem: ModuleProblem = asked["problem"]
+    if not path.exists():
+        (folder / "states").mkdir(parents=True, exist_ok=True)
+        book = Journal(path)
+        machine = {
+            "cores": os.cpu_count(),
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            "device": device,
+        }
+        versions = {"multistep": __version__, "torch": torch.__version__}
+        budget = parse_budget(clock.budget)
+        first = book.append(
+            "Started",
+            clock=clock.save(),
+            config=asked,
+            budget=budget,
+            metric=metric,
+            versions=versions,
+            machine=machine,
+        )
+        data = book.append("Data", clock=clock.save(), report={"rows": problem.rows}, fingerprint="")
+        return book, [first, data]
+    past = journal.read(path)
+    then = next((r["config"] for r in past if r["kind"] == "Started"), None)
+    now = TypeAdapter(dict[str, Any]).dump_python(asked, mode="json")
+    if then != now:
+        raise UserError(f"{folder}: there is another run already (its settings differ). Choose another out=.")
+    clock.budget = budget_so_far(next(r for r in past if r["kind"] == "Started"), past)
+    clock.restore(clock_then(past))
+    book = Journal(path)
+    if past[-1]["kind"] != "Finished":
+        past.append(book.append("Resumed", clock=clock.save(), budget=clock.budget, extended=False))
+    return book, past
+
+
+# ---------------------------------------------------------------------------------------------- choices
+
+
+def _choose(module: nn.Module, optimizer: Any, rows: ModuleRows) -> tuple[OptimizerConfig, str]:
+    """The optimizer's settings, and the rule that chose it."""
+    if isinstance(optimizer, Spec):
+        optimizer = optimizer.model_dump()
+    if optimizer != "auto":
+        data = {"kind": optimizer} if isinstance(optimizer, str) else dict(optimizer)
+        try:
+            config = OptimizerConfig.model_validate(data)
+        except ValueError as error:
+            cause = error.errors()[0].get("ctx", {}).get("error") if hasattr(error, "errors") else None  # pyright: ignore
+            raise UserError(f"optimizer: {cause or error}") from None
+        return config, f"{config.kind} was given"
+    trained = [p for p in module.parameters() if p.requires_grad]
+    layers = [m for m in module.modules() if any(True for _ in m.parameters(recurse=False))]
+    linear = len(layers) == 1 and isinstance(layers[0], nn.Linear)
+    size = len(rows) * max((p.shape[-1] for p in trained), default=1)
+    if linear and rows.batch_size is None and size <= CONVEX_ELEMENTS:
+        return OptimizerConfig(
+            kind="newton_cg"
+        ), "auto: one linear layer is a convex problem that fits in one batch, so newton_cg"
+    return OptimizerConfig(kind="adamw"), "auto: adamw, the calibrated default for any network (docs/optimizers.md)"
+
+
+def _spec(adapter: TypeAdapter[Any], given: Any, members: Any, where: str) -> Any:
+    """A specification from itself, its name, or a dictionary with its kind."""
+    if isinstance(given, Spec) and type(given) in members:
+        return given
+    data = {"kind": given} if isinstance(given, str) else given
+    by_kind = {m.model_fields["kind"].default: m for m in members}
+    if not isinstance(data, Mapping) or data.get("kind") not in by_kind:
+        kind = data.get("kind") if isinstance(data, Mapping) else data
+        raise UserError(f"{where}: {kind!r} is not known.{nearest(str(kind), list(by_kind))}")
+    return by_kind[data["kind"]].parse(data, where)
+
+
+def _metric(metric: str | None, task: Task | None) -> str:
+    if metric in (None, "loss"):
+        return metric or (task.default_metric if task is not None else "loss")
+    assert metric is not None
+    if task is None:
+        raise UserError(f"metric: {metric!r} does not fit these outputs and this objective. Use 'loss'.")
+    return check_metric(metric, task.kind)
+
+
+def _rows(train: Any, validation: Any, test: Any, device: str, split: Split | None, seed: int) -> dict[str, ModuleRows]:
+    rows = {"train": rows_of(train, "train", device, split)}
+    if validation is not None:
+        rows["validation"] = rows_of(validation, "validation", device, split)
+    elif rows["train"].batch_size is not None:
+        raise UserError(
+            "validation: a DataLoader for train cannot be cut. Give validation data too, or give a Dataset."
+        )
+    else:
+        n = len(rows["train"])
+        if n < 20:
+            raise UserError(
+                f"train: {n} rows are too few to hold a tenth out. Give validation data, or 20 rows or more."
+            )
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+        held = max(2, round(n * VALIDATION_SHARE))
+        whole = rows["train"]
+        rows = {"train": whole.subset(sorted(order[held:])), "validation": whole.subset(sorted(order[:held]))}
+    if test is not None:
+        rows["test"] = rows_of(test, "test", device, split)
+    return rows
+
+
+def _device(module: nn.Module) -> str:
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        raise UserError("module: it has no parameter that requires a gradient. Give a module with something to train.")
+    return str(parameters[0].device)
+
+
+@torch.no_grad()
+def _first_outputs(module: nn.Module, rows: ModuleRows) -> torch.Tensor:
+    """What the module says to two rows: tells the task, and that module and data fit each other."""
+    training = module.training
+    module.eval()
+    try:
+        inputs, _ = rows.load(next(rows.parts(2)))
+        return rows.outputs(module, inputs)
+    except (RuntimeError, TypeError, IndexError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(f"module: it cannot read this data ({reason}). Give inputs that it takes, or split=.") from None
+    finally:
+        module.train(training)

@@ -1,0 +1,39 @@
+"""What every objective is: a mean loss of outputs and targets, and how it weighs a batch.
+
+`loss` is the mean over what it counts (examples, or tokens that are not masked); `count` says how many those are, so that
+micro-batches add up to the whole. `of` computes the loss from a forward pass still to be made: wrappers make more than one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from multistep.types import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class BaseObjective(Spec):
+    """Base of the objectives. Outputs and targets have the batch as their first dimension."""
+
+    def loss(self, outputs: Tensor, targets: Any) -> Tensor:
+        """The mean loss, a float32 scalar with its graph."""
+        raise NotImplementedError
+
+    def each(self, outputs: Tensor, targets: Any) -> Tensor:
+        """The loss of every example [B], without smoothing and weights: what validation compares."""
+        raise NotImplementedError
+
+    def count(self, targets: Any) -> float:
+        """How much the batch weighs: `loss` is a sum divided by this."""
+        return float(len(targets))
+
+    def core(self) -> BaseObjective:
+        """The objective inside of all wrappers."""
+        return self
+
+    def of(self, forward: Callable[[], Tensor], targets: Any, model: nn.Module) -> Tensor:
+        """The loss of a forward pass that is still to be made."""
+        return self.loss(forward(), targets)

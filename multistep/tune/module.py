@@ -1,0 +1,362 @@
+"""What a run on any module does with a trial: profile, judge, train, average, read the test; states on disk as everywhere.
+
+A module's states hold its parameters and buffers; the first one (as it was given) holds the frozen ones too, so that a run can
+be resumed with a module that was made anew.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import save_model
+from torch import Tensor, nn
+
+from multistep import metrics
+from multistep.budget import Budget, Clock
+from multistep.controllers.module import ModuleProblem
+from multistep.loader import ModuleRows
+from multistep.metrics import Scored
+from multistep.objectives import BinaryCrossEntropy, CrossEntropy, Huber, MeanAbsoluteError, MeanSquaredError
+from multistep.objectives.base import BaseObjective
+from multistep.state import TrainState, read_folder, write_folder
+from multistep.strategy import AsGiven, Average, Profile, ReadTest, TrainModule, Trial
+from multistep.tasks import Classify, Multilabel, Regress, Task
+from multistep.train import train
+from multistep.tune.segment import Keeper, Record, mean_recent, run_segment, stretch
+from multistep.types import Cost, MetricValue, Outcome, UserError, Verdict
+
+JUDGE_BATCH = 256  # examples at once while judging
+CHECKS = 19  # at most, in a watched segment: every twentieth of it
+CHECK_SHARE = 0.1  # of a watched segment's time at most goes into looking at validation
+PROFILE_UPDATES = 3
+
+Run = Generator[Record, None, Outcome]
+
+
+class Answers(NamedTuple):
+    """A state's answers on a split: the loss of every example and, for tasks that metrics know, logits and decisions."""
+
+    losses_N: np.ndarray
+    scored: Scored | None
+
+
+class ModuleWorks:
+    """The bench of a run on a module, as `tune` drives it. `rows`: "train", "validation" and perhaps "test"."""
+
+    def __init__(
+        self, module: nn.Module, rows: Mapping[str, ModuleRows], problem: ModuleProblem, clock: Clock,
+        stop: Callable[[], int], out: Path, task: Task | None, seed: int,
+    ):  # fmt: skip
+        self.clock, self.stop, self.out, self.task, self.seed = clock, stop, out, task, seed
+        self.rows, self.problem = rows, problem
+        self.incumbent: str | None = None
+        self.judge_s = 0.0
+        self._module = module
+        self._answers: dict[str, Answers] = {}
+
+    def run(self, trial: Trial) -> Run:
+        match trial.action:
+            case Profile():
+                return self._profile(trial)
+            case AsGiven():
+                return self._as_given(trial)
+            case TrainModule() as action:
+                return self._train(trial, action)
+            case Average() as action:
+                return self._average(trial, action)
+            case ReadTest():
+                return self._test(trial)
+        raise AssertionError(f"{trial.action.kind} is not for modules")
+
+    def apply(self, trial: Trial, outcome: Outcome) -> bool:
+        """Take an outcome into the run's standing; whether the incumbent changed. Depends on the outcome alone, so it replays."""
+        if isinstance(trial.action, Profile):
+            self.judge_s = outcome.facts["judge_s"]
+        if not (outcome.ok and trial.commit and outcome.state is not None):
+            return False
+        if self.incumbent is None or (outcome.verdict is not None and outcome.verdict.accept):
+            self.incumbent = outcome.state
+            return True
+        return False
+
+    def ship(self) -> None:
+        """The incumbent's weights, as model/model.safetensors."""
+        assert self.incumbent is not None
+        folder = self.out / "model"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.module(self.incumbent), str(folder / "model.safetensors.new"))
+        (folder / "model.safetensors.new").replace(folder / "model.safetensors")
+
+    def standing(self) -> dict[str, Any] | None:
+        return None if self.incumbent is None else {"kind": "module", "state": self.incumbent}
+
+    def families(self) -> dict[str, str]:
+        return {} if self.incumbent is None else {"module": self.incumbent}
+
+    # ------------------------------------------------------------------ states
+
+    def module(self, state: str | None) -> nn.Module:
+        """A copy of the module with a state's weights; None: as it was given."""
+        module = copy.deepcopy(self._module)
+        if state is not None:
+            self._fill(module, read_folder(self._folder(state))[1])
+        return module
+
+    def adopt_given(self) -> None:
+        """Take the weights that the run began with into the module, when a state on disk holds them."""
+        for folder in sorted((self.out / "states").glob("*-incumbent")):
+            self._fill(self._module, read_folder(folder)[1])
+
+    def _fill(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        values = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(("model.", "buffer."))}
+        unknown = module.load_state_dict(values, strict=False).unexpected_keys
+        if unknown:
+            raise UserError(f"module: the run's states have {unknown[0]!r}, this module has not. Give the same module.")
+
+    def _folder(self, state: str) -> Path:
+        return self.out / "states" / state
+
+    # ------------------------------------------------------------------ judging
+
+    def answers(self, state: str) -> Answers:
+        """On validation, computed once."""
+        if state not in self._answers:
+            self._answers[state] = self.judge(self.module(state), self.rows["validation"])
+        return self._answers[state]
+
+    @torch.no_grad()
+    def judge(self, module: nn.Module, rows: ModuleRows) -> Answers:
+        """The module's answers on these rows. Leaves it in evaluation mode."""
+        module.eval()
+        objective, losses, logits, targets = self.problem.objective, [], [], []
+        device = next(iter(module.parameters())).device.type
+        for part in rows.parts(JUDGE_BATCH):
+            inputs, wanted = rows.load(part)
+            with torch.autocast(device, torch.bfloat16, enabled=self.problem.bf16):
+                found = rows.outputs(module, inputs).float()
+            losses.append(objective.each(found, wanted).float().cpu().numpy())
+            if self.task is not None:
+                logits.append(_logits(self.task, found).cpu().numpy())
+                targets.append(wanted.cpu().numpy())
+        losses_N = np.concatenate(losses).astype(np.float64)
+        if self.task is None:
+            return Answers(losses_N, None)
+        logits_NK, targets_N = np.concatenate(logits).astype(np.float64), _targets(self.task, np.concatenate(targets))
+        return Answers(losses_N, Scored(targets_N, logits_NK, self.task.decide(logits_NK)))
+
+    def verdict(self, candidate: Answers, incumbent: Answers) -> Verdict:
+        if self.problem.metric == "loss" or self.task is None:
+            return metrics.judge_losses(candidate.losses_N, incumbent.losses_N)
+        assert candidate.scored is not None and incumbent.scored is not None
+        return metrics.judge(self.problem.metric, self.task, candidate.scored, incumbent.scored, seed=self.seed)
+
+    def measured(self, answers: Answers) -> dict[str, MetricValue]:
+        """The metric that decides, the task's others, and the loss; with standard errors."""
+        n = len(answers.losses_N)
+        stderr = float(answers.losses_N.std(ddof=1) / n**0.5) if n > 1 else float("nan")
+        found = {"loss": MetricValue(float(answers.losses_N.mean()), stderr)}
+        if self.task is None or answers.scored is None:
+            return found
+        wanted = [self.problem.metric] if self.problem.metric != "loss" else []
+        names = tuple(dict.fromkeys([*wanted, *self.task.metrics]))
+        return {**metrics.measure(names, self.task, answers.scored, seed=self.seed), **found}
+
+    def _decided(self, trial: Trial, facts: Mapping[str, Any], started: float, **spent: int) -> Outcome:
+        answers = self.answers(trial.id)
+        found = dict(facts)
+        if trial.against is not None:
+            against = self.verdict(answers, self.answers(trial.against))
+            found |= {"against_verdict": against.model_dump(), "against_rival": trial.against}
+        verdict = None
+        if trial.commit and self.incumbent is not None:
+            verdict = self.verdict(answers, self.answers(self.incumbent))
+        cost = Cost(wall_s=time.monotonic() - started, **spent)
+        return Outcome(state=trial.id, metrics=self.measured(answers), verdict=verdict, cost=cost, facts=found)
+
+    # ------------------------------------------------------------------ actions
+
+    def _profile(self, trial: Trial) -> Run:
+        """Seconds of an update and of judging validation, on copies; tokens of an update."""
+        started = time.monotonic()
+        p, rows = self.problem, self.rows["train"]
+        first = rows.order(p.batch_size, self.seed).at(0)
+        trainable = sum(q.numel() for q in self._module.parameters() if q.requires_grad)
+        facts: dict[str, Any] = {"rows": dict(p.rows), "parameters": trainable, "tokens_an_update": rows.tokens(first)}
+        facts |= {"update_s": 0.0, "judge_s": 0.0, "test_s": 0.0}
+        if p.unit == "seconds":
+            state = TrainState(copy.deepcopy(self._module))
+            optimizer = p.optimizer.at(1e-12)
+            state.begin(
+                TrainModule(optimizer=optimizer, objective=p.objective, batch_size=p.batch_size, bf16=p.bf16),
+                Budget(amount=PROFILE_UPDATES, unit="updates"),
+            )
+            times = [time.monotonic()]
+            times += [time.monotonic() for _ in train(state, rows, bf16=p.bf16)]
+            facts["update_s"] = min(np.diff(times).tolist(), default=0.0)
+            few = self.rows["validation"].subset(range(min(len(self.rows["validation"]), JUDGE_BATCH)))
+            self.judge(state.model, few)
+            begun = time.monotonic()
+            self.judge(state.model, few)
+            a_row = (time.monotonic() - begun) / len(few)
+            facts |= {"judge_s": a_row * p.rows["validation"], "test_s": a_row * p.rows.get("test", 0)}
+        yield "Noted", {"trial": trial.id, "what": "profiled", "facts": facts}
+        return Outcome(facts=facts, cost=Cost(wall_s=time.monotonic() - started))
+
+    def _as_given(self, trial: Trial) -> Run:
+        started = time.monotonic()
+        tensors = {f"model.{n}": v for n, v in self._module.state_dict().items()}
+        write_folder(self._folder(trial.id), {"family": "module"}, {k: v.clone() for k, v in tensors.items()})
+        yield "Noted", {"trial": trial.id, "what": "optimizer", "facts": {"rule": self.problem.choice}}
+        return self._decided(trial, {}, started)
+
+    def _train(self, trial: Trial, action: TrainModule) -> Run:
+        started = time.monotonic()
+        state = TrainState(self.module(trial.start))
+        state.counters.seed = self.seed
+        budget = Budget(amount=max(trial.share, 1e-3), unit=self.clock.budget.unit)
+        meta, tensors = read_folder(self._folder(trial.start)) if trial.start else ({}, {})
+        if "strategy" in meta and action.same_but_live(before := TrainModule(**meta["strategy"])):
+            state.begin(before, Budget(**meta["segment"]["total"]))
+            state.restore({"meta": meta, "tensors": tensors})  # moments and place in the data go on
+        state.begin(action, budget)
+        watch = _Watch(self, trial) if trial.watch_gap else None
+        keeper = Keeper(self.out / "states", trial.id, self.clock, watch)
+        if keeper.load(state):
+            if self.problem.unit == "seconds":  # loading took time, and the end of the run stays where it is
+                left = (1 - state.segment.progress()) * state.segment.total.amount
+                stretch(state, max(1e-3, min(left, self.clock.remaining())))
+            yield "Event", {"trial": trial.id, "event": "resumed", "update": state.counters.update}
+        facts = yield from run_segment(trial, state, self.rows["train"], keeper, watch, self.stop)
+        if watch is not None and "diagnosis" in facts:
+            facts |= watch.back_to_best(state)
+        state.settle(training=False)
+        snapshot = state.snapshot()
+        meta = {**snapshot["meta"], "family": "module", "start": trial.start, "strategy": action.model_dump()}
+        write_folder(self._folder(trial.id), meta, snapshot["tensors"])
+        keeper.clear()
+        self._answers[trial.id] = self.judge(state.model, self.rows["validation"])
+        return self._decided(trial, facts, started, **keeper.spent)
+
+    def _average(self, trial: Trial, action: Average) -> Run:
+        started = time.monotonic()
+        assert trial.start is not None
+        meta, tensors = read_folder(self._folder(trial.start))
+        if action.which == "tail" and not meta["counters"]["tail_count"]:
+            return Outcome(ok=False, failure="the segment was too short for a tail", cost=_wall(started))
+        prefix = f"{action.which}."
+        values = {f"model.{k.removeprefix(prefix)}": v for k, v in tensors.items() if k.startswith(prefix)}
+        values |= {k: v for k, v in tensors.items() if k.startswith("buffer.")}
+        write_folder(self._folder(trial.id), {"family": "module", "start": trial.start}, values)
+        yield "Noted", {"trial": trial.id, "what": "averaged", "facts": {"which": action.which}}
+        return self._decided(trial, {}, started)
+
+    def _test(self, trial: Trial) -> Run:
+        started = time.monotonic()
+        found = self.measured(self.judge(self.module(self.incumbent), self.rows["test"]))
+        yield "TestRead", {"trial": trial.id, "rows": len(self.rows["test"]), "metrics": found}
+        return Outcome(metrics=found, cost=_wall(started))
+
+
+# ---------------------------------------------------------------------------------------------- overfitting
+
+
+class _Watch:
+    """Looks at validation while a segment runs and keeps its best state; three looks in a row that are worse than the best,
+    the last beyond two standard errors (paired over examples), while training loss falls, are overfitting."""
+
+    def __init__(self, works: ModuleWorks, trial: Trial):
+        self._works, self._folder = works, works.out / "states" / f"{trial.id}.best"
+        timed = works.problem.unit == "seconds"
+        count = min(CHECKS, max(4, int(CHECK_SHARE * trial.share / max(1e-9, works.judge_s)))) if timed else CHECKS
+        self._checks = [(n + 1) / (count + 1) for n in range(count)]
+        self._best = np.array([np.inf])
+        self.seen: list[dict[str, float]] = []
+
+    def remember(self, seen: list[dict[str, float]]) -> None:
+        self.seen = seen
+        self._checks = [c for c in self._checks if not seen or c > seen[-1]["progress"]]
+        if self._folder.exists():
+            self._best = read_folder(self._folder)[1]["losses"].numpy()
+
+    def look(self, state: TrainState, losses: list[float]) -> dict[str, Any] | None:
+        if not self._checks or state.segment.progress() < self._checks[0]:
+            return None
+        while self._checks and state.segment.progress() >= self._checks[0]:
+            self._checks.pop(0)
+        state.settle(training=False)
+        losses_N = self._works.judge(state.model, self._works.rows["validation"]).losses_N
+        state.settle(training=True)
+        progress, loss = state.segment.progress(), float(losses_N.mean())
+        self.seen.append({"progress": progress, "train_loss": mean_recent(losses), "validation_loss": loss})
+        if losses_N.mean() < self._best.mean():
+            self._best = losses_N
+            snapshot = state.snapshot()
+            write_folder(self._folder, snapshot["meta"], {**snapshot["tensors"], "losses": torch.from_numpy(losses_N)})
+            return None
+        worse = losses_N - self._best
+        last = self.seen[-3:]
+        rising = len(last) == 3 and all(s["validation_loss"] > self._best.mean() for s in last)
+        beyond = worse.mean() > 2 * worse.std(ddof=1) / len(worse) ** 0.5 if len(worse) > 1 else False
+        if not (rising and beyond and last[-1]["train_loss"] < last[0]["train_loss"]):
+            return None
+        best = min(self.seen, key=lambda s: s["validation_loss"])
+        return {
+            "name": "overfitting",
+            "numbers": {"best": best, "now": self.seen[-1], "checks": len(self.seen)},
+            "action": "back to the best state; its learning rate decays to zero and training ends",
+        }
+
+    def back_to_best(self, state: TrainState) -> dict[str, Any]:
+        """Restore the best state; where it was and the learning rate it had."""
+        meta, tensors = read_folder(self._folder)
+        state.restore({"meta": meta, "tensors": tensors})
+        assert state.strategy is not None
+        progress = state.segment.progress()
+        lr = state.strategy.optimizer.lr * state.strategy.schedule(progress) * state.counters.lr_scale
+        return {"best_progress": progress, "best_lr": lr}
+
+
+# ---------------------------------------------------------------------------------------------- tasks
+
+
+def task_of(objective: BaseObjective, outputs: Tensor) -> Task | None:
+    """The task whose metrics fit an objective and its outputs; None where only the loss can be compared."""
+    core, flat = objective.core(), outputs.ndim == 1 or outputs.shape[1:] == (1,)
+    if isinstance(core, CrossEntropy) and outputs.ndim == 2 and outputs.shape[1] > 1:
+        return Classify(labels=tuple(str(k) for k in range(outputs.shape[1])))
+    if isinstance(core, BinaryCrossEntropy):
+        return (
+            Classify(labels=("0", "1")) if flat else Multilabel(labels=tuple(str(k) for k in range(outputs.shape[1])))
+        )
+    if isinstance(core, MeanSquaredError | MeanAbsoluteError | Huber) and flat:
+        return Regress()
+    return None
+
+
+def _logits(task: Task, outputs: Tensor) -> Tensor:
+    """Outputs as the task's logits [N,K]: one output of two classes becomes two."""
+    outputs = outputs[:, None] if outputs.ndim == 1 else outputs
+    if task.kind == "classify" and outputs.shape[1] == 1:
+        return torch.cat([-outputs / 2, outputs / 2], dim=1)
+    return outputs
+
+
+def _targets(task: Task, targets: np.ndarray) -> np.ndarray:
+    flat = targets[:, 0] if targets.ndim == 2 and targets.shape[1] == 1 else targets
+    match task.kind:
+        case "classify":
+            return flat.astype(np.int64)
+        case "multilabel":
+            return flat.astype(bool)
+        case "regress":
+            return flat.astype(np.float64)
+
+
+def _wall(started: float) -> Cost:
+    return Cost(wall_s=time.monotonic() - started)

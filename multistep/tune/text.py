@@ -1,0 +1,99 @@
+"""What a run on labelled texts does with a trial: which action runs, what its outcome changes, what is shipped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from multistep.bundle import write_bundle
+from multistep.predictors import Predictor, Single
+from multistep.strategy import Average, FineTune, FitHead, FitLinear, Predict, Profile, ReadTest, Trial
+from multistep.tune.actions import (
+    Bench,
+    Run,
+    run_average,
+    run_head,
+    run_linear,
+    run_predict,
+    run_profile,
+    run_test,
+)
+from multistep.tune.fine_tune import run_fine_tune
+from multistep.types import Outcome, Verdict
+
+_PREDICTOR: TypeAdapter[Predictor] = TypeAdapter(Predictor)
+
+
+class TextWorks:
+    """The bench of a text run, as `tune` drives it."""
+
+    def __init__(self, bench: Bench):
+        self.bench, self.clock, self.stop = bench, bench.clock, bench.stop
+
+    def standing(self) -> dict[str, Any] | None:
+        return self.bench.incumbent.model_dump() if self.bench.incumbent is not None else None
+
+    def families(self) -> dict[str, str]:
+        return dict(self.bench.families)
+
+    def run(self, trial: Trial) -> Run:
+        bench = self.bench
+        match trial.action:
+            case Profile() as action:
+                return run_profile(bench, trial, action)
+            case FitLinear() as action:
+                return run_linear(bench, trial, action)
+            case FitHead() as action:
+                return run_head(bench, trial, action)
+            case FineTune() as action:
+                return run_fine_tune(bench, trial, action)
+            case Average() as action:
+                return run_average(bench, trial, action)
+            case Predict() as action:
+                return run_predict(bench, trial, action)
+            case ReadTest() as action:
+                return run_test(bench, trial, action)
+        raise AssertionError(f"{trial.action.kind} is not for texts")
+
+    def apply(self, trial: Trial, outcome: Outcome) -> bool:
+        """Take an outcome into the run's standing; whether the incumbent changed. Depends on the outcome alone, so it replays."""
+        bench, facts = self.bench, outcome.facts
+        if isinstance(trial.action, Profile):
+            bench.bf16 = facts.get("precision") == "bf16"
+            bench.work.adopt(facts)
+            return False
+        if isinstance(trial.action, FitHead | FineTune):
+            bench.work.use_length(trial.action.max_length)
+        if not outcome.ok:
+            return False
+        if isinstance(trial.action, Predict):
+            if outcome.verdict is not None and outcome.verdict.accept:
+                bench.incumbent = _PREDICTOR.validate_python(facts["predictor"])
+                return True
+            return False
+        family = facts.get("family")
+        if family is None or not trial.commit or "diagnosis" in facts or outcome.state is None:
+            return False
+        better = "family_verdict" not in facts or Verdict(**facts["family_verdict"]).accept
+        if bench.incumbent is None or (better and outcome.verdict is not None and outcome.verdict.accept):
+            bench.families[family] = outcome.state
+            bench.incumbent = Single(model=family)
+            return True
+        if better and family not in bench.incumbent.models():
+            bench.families[family] = outcome.state  # a better member for a blend to come
+        return False
+
+    def ship(self) -> None:
+        """Put the incumbent into the run's model/ folder."""
+        bench, work = self.bench, self.bench.work
+        assert bench.incumbent is not None
+        models = {m: work.text_model(m, bench.families[m], bench.bf16) for m in bench.incumbent.models()}
+        columns = work.dataset.columns.model_dump(mode="json")
+        extra = {
+            "columns": columns,
+            "states": {m: bench.families[m] for m in models},
+            "base_model": work.source,
+            "metric": bench.metric,
+        }
+        write_bundle(work.out / "model", work.task, bench.incumbent, models, work.tokenizer, work.max_length, extra)
