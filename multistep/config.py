@@ -28,7 +28,7 @@ class OptimizerConfig(Spec):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    kind: str = "auto"  # auto: AdamW (see docs/optimizers.md), or one of `multistep list optimizers`
+    kind: str = "auto"  # auto: AdamW (see docs/optimize.md), or one of `multistep list optimizers`
     lr: Annotated[float, Field(gt=0, le=1000)] | None = None
 
     @model_validator(mode="after")

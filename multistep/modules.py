@@ -206,7 +206,7 @@ def _choose(module: nn.Module, optimizer: Any, rows: ModuleRows) -> tuple[Optimi
         return OptimizerConfig(
             kind="newton_cg"
         ), "auto: one linear layer is a convex problem that fits in one batch, so newton_cg"
-    return OptimizerConfig(kind="adamw"), "auto: adamw, the calibrated default for any network (docs/optimizers.md)"
+    return OptimizerConfig(kind="adamw"), "auto: adamw, the calibrated default for any network (docs/optimize.md)"
 
 
 def _spec(adapter: TypeAdapter[Any], given: Any, members: Any, where: str) -> Any:

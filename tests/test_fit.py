@@ -206,3 +206,40 @@ def test_text_longer_than_the_encoder_reads_is_counted(encoder: Path, tmp_path: 
     assert head["facts"]["truncated"]["train"] > 50
     assert np.isfinite(head["metrics"]["log_loss"][0])
     assert torch.get_num_threads() >= 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"optimizer": {"kind": "muon", "lr": 2e-3}, "schedule": {"kind": "wsd"}},
+        {"optimizer": {"kind": "schedule_free", "lr": 5e-3}, "schedule": {"kind": "constant"}},
+        {"optimizer": {"kind": "prodigy"}, "schedule": {"kind": "cosine"}},
+        {"objective": {"kind": "r_drop"}, "dropout": 0.1},
+        {"objective": {"kind": "cross_entropy", "class_weights": [1.0, 2.0, 1.0], "focal_gamma": 1.0}},
+        {"objective": {"kind": "fgm", "epsilon": 0.05}, "layers": 2},
+    ],
+    ids=lambda more: "-".join(v["kind"] for v in more.values() if isinstance(v, dict)),
+)
+def test_members_are_asked_for_by_name(rows: Path, tmp_path: Path, encoder: Path, more: dict) -> None:
+    done = runs.run(runs.config(rows, tmp_path / "run", encoder, **more))
+    trunk = next(r["trial"]["action"] for r in runs.of_kind(done, "Asked") if r["trial"]["stage"] == "trunk")
+    for part, wanted in more.items():
+        if isinstance(wanted, dict):
+            assert trunk[part]["kind"] == wanted["kind"]
+    told = next(r["outcome"] for r in runs.of_kind(done, "Told") if r["stage"] == "trunk")
+    assert told["ok"] and told["metrics"]["accuracy"][0] > 0.6 and not runs.of_kind(done, "Event")
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ({"kind": "mse"}, "does not fit the task classify"),
+        ({"kind": "cross_entropy", "class_weights": [1.0, 2.0]}, "2 weights"),
+    ],
+)
+def test_an_objective_that_does_not_fit_is_refused_before_anything_is_written(
+    rows: Path, tmp_path: Path, encoder: Path, objective: dict, words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        runs.run(runs.config(rows, tmp_path / "run", encoder, objective=objective))
+    assert not (tmp_path / "run").exists()
