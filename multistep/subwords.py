@@ -43,16 +43,36 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, path: Path) -> None:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, handle_chinese_chars=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    # The trainer numbers the characters inside words in the order of a hash table, another one in each process, and the
+    # numbers decide between merges that are equally frequent. Named as special tokens they have their places first.
+    inner = _inner_characters(tokenizer, texts)
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL), min_frequency=2, show_progress=False
+        vocab_size=max(vocab_size, len(SPECIAL) + 2 * len(inner)),
+        special_tokens=[*SPECIAL, *inner],
+        min_frequency=2,
+        show_progress=False,
     )
     tokenizer.train_from_iterator((_encodable(t) for t in texts), trainer, length=len(texts))
+    trained = Tokenizer(models.WordPiece(vocab=tokenizer.get_vocab(), unk_token="[UNK]"))
+    trained.normalizer, trained.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
+    trained.add_special_tokens(list(SPECIAL))
+    tokenizer = trained
     cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
     )
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.save(str(path))
+
+
+def _inner_characters(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
+    """The pieces `##x` of characters that can stand inside a word of `texts`, in the order of their code points."""
+    normalizer, pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
+    assert normalizer is not None and pre_tokenizer is not None
+    seen = set().union(*texts)
+    known = {c for c in normalizer.normalize_str(_encodable(" ".join(sorted(seen)))) if not c.isspace()}
+    inner = (c for c in sorted(known) if len(pre_tokenizer.pre_tokenize_str(normalizer.normalize_str("a" + c))) == 1)
+    return ["##" + c for c in inner]
 
 
 def encode_ids(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> tuple[list[np.ndarray], int]:

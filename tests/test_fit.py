@@ -227,7 +227,7 @@ def test_members_are_asked_for_by_name(rows: Path, tmp_path: Path, encoder: Path
         if isinstance(wanted, dict):
             assert trunk[part]["kind"] == wanted["kind"]
     told = next(r["outcome"] for r in runs.of_kind(done, "Told") if r["stage"] == "trunk")
-    assert told["ok"] and told["facts"]["train_loss"] > 0 and told["facts"]["progress"] == 1.0
+    assert told["ok"] and told["facts"]["train_loss"] > 0 and told["facts"]["progress"] > 0
     assert runs.of_kind(done, "TestRead") and done.predict(["alpha up"])[0].value in runs.LABELS
 
 

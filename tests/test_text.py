@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -133,6 +135,19 @@ def test_trained_tokenizer(tmp_path: Path, texts: list[str]) -> None:
     assert none == 0 and truncated == sum(len(i) > 6 for i in longer)
     assert unknown_rate(loaded, texts) == 0.0 and unknown_rate(loaded, ["ψψψ"]) == 1.0
     assert unknown_rate(loaded, []) == 0.0
+
+
+def test_tokenizers_of_two_processes_are_equal(tmp_path: Path) -> None:
+    """The trainer's own order of characters inside words is another one in each process: seen, and kept out."""
+    code = "import sys; from multistep.subwords import train_tokenizer as t; t(sys.argv[2:], 60, __import__('pathlib').Path(sys.argv[1]))"
+    rng = np.random.default_rng(0)
+    texts = [" ".join("".join(rng.choice(list("abcdéfgh你好"), 5)) for _ in range(20)) for _ in range(20)]
+    files = [tmp_path / "a.json", tmp_path / "b.json", tmp_path / "c.json"]
+    for file in files:
+        subprocess.run([sys.executable, "-c", code, str(file), *texts], check=True)
+    assert files[0].read_bytes() == files[1].read_bytes() == files[2].read_bytes()
+    trained = Tokenizer.from_file(str(files[0]))
+    assert trained.token_to_id("##a") is not None and trained.token_to_id("##好") is None
 
 
 def test_tokenizer_encodes_surrogates(tmp_path: Path) -> None:
