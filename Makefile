@@ -31,6 +31,7 @@ examples: setup
 	$(BIN)/python examples/own_loop.py
 	$(BIN)/python examples/any_module.py
 	$(BIN)/python examples/sklearn_pipeline.py
+	$(BIN)/python examples/keras_lstm.py
 
 clean:
 	rm -rf $(VENV) runs

@@ -144,8 +144,8 @@ def fit_config(config: FitConfig, progress: Progress, started: float | None = No
     if (out / "journal.jsonl").exists():
         raise UserError(f"{out}: there is a run already. Go on with: multistep resume {out}, or choose another --out.")
     progress.stage("data", f"reading {config.data}")
-    dataset = data.load(config.data, task=config.task, text=config.text, label=config.label, seed=config.seed)
-    task = _task(dataset)
+    dataset = data_of(config)
+    task = task_for(dataset)
     metric = check_metric(config.metric or task.default_metric, task.kind)
     check_objective(config.objective, task.kind, task.n_outputs)
     for line in dataset.report.lines():
@@ -193,11 +193,11 @@ def resume(run_dir: str | Path, budget: str | None = None, progress: Progress | 
         raise UserError(f"budget: {total} is already spent by this run. Give more, such as --budget +5m.")
     with progress or Progress(quiet=True) as shown:
         shown.stage("data", f"reading {config.data}")
-        dataset = data.load(config.data, task=config.task, text=config.text, label=config.label, seed=config.seed)
+        dataset = data_of(config)
         then = next((r["fingerprint"] for r in past if r["kind"] == "Data"), dataset.fingerprint)
         if then != dataset.fingerprint:
             raise UserError(f"{config.data}: the data changed since the run began. Start a new run with another --out.")
-        work = Workbench(config, dataset, _task(dataset), out)
+        work = Workbench(config, dataset, task_for(dataset), out)
         book = Journal(out / "journal.jsonl")
         if not any(r["kind"] == "Data" for r in past):
             book.append("Data", clock=clock.save(), report=dataset.report, fingerprint=dataset.fingerprint)
@@ -331,9 +331,17 @@ def show(progress: Progress, record: Mapping[str, Any], clock: Clock, metric: st
             progress.tick(
                 record["progress"], f"update {record['update']}, loss {record['loss_nats']:.3f}, lr {record['lr']:.2g}"
             )
-        case "Event" if record["event"] in ("nonfinite", "spike"):
+        case "Event" if "action" in record:
             progress.note(f"{record['event']} at update {record['update']}: {record['action']}")
+        case "Noted" if record["what"] == "looked":
+            facts = record["facts"]
+            losses = f"training loss {facts['train_loss']:.4f}, validation loss {facts['validation_loss']:.4f}"
+            progress.note(f"epoch {facts['epoch']}: {losses}")
         case "Diagnosed":
+            best, now = record["numbers"].get("best"), record["numbers"].get("now")
+            if best and now:
+                words = f"validation loss {now['validation_loss']:.4f}, at its best {best['validation_loss']:.4f}"
+                progress.note(f"{record['name']}: {words}")
             progress.note(f"{record['name']}: {record['action']}")
         case "Committed":
             value, stderr = record["metrics"][metric]
@@ -351,7 +359,15 @@ def _left(clock: Clock) -> str:
     return f"{left:.0f} {'s' if clock.budget.unit == 'seconds' else clock.budget.unit}"
 
 
-def _task(dataset: Dataset) -> Task:
+def data_of(config: FitConfig) -> Dataset:
+    """The rows that a configuration names, split as it says."""
+    return data.load(
+        config.data, task=config.task, text=config.text, label=config.label, seed=config.seed, test=config.test
+    )
+
+
+def task_for(dataset: Dataset) -> Task:
+    """The task of a dataset: its labels, or the units of its numbers."""
     match dataset.task_kind:
         case "classify":
             return Classify(labels=dataset.labels)

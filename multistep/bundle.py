@@ -22,8 +22,8 @@ from tokenizers import Tokenizer
 
 from multistep import __version__
 from multistep.evaluate import EncoderText, Engine
-from multistep.models.encoder import load_encoder, save_encoder
 from multistep.models.linear import Linear
+from multistep.models.saved import load_model, save_model
 from multistep.predictors import Predictor, predict
 from multistep.state import replace_folder
 from multistep.subwords import encode_ids
@@ -72,7 +72,7 @@ def write_bundle(
                 model.save(temporary / "linear")
             else:
                 assert tokenizer is not None
-                save_encoder(model.model, temporary)
+                save_model(model.model, temporary)
                 _save_tokenizer(tokenizer, temporary, max_length)
                 info["encoder"] = {
                     "max_length": max_length, "pad_id": model.pad_id, "bf16": model.bf16,
@@ -140,7 +140,7 @@ def _load_encoder(folder: Path, settings: Mapping[str, Any], device: str) -> Enc
         return encode_ids(tokenizer, texts, max_length)[0]
 
     return EncoderText(
-        load_encoder(folder).to(device),
+        load_model(folder).to(device),
         tokenize,
         settings["pad_id"],
         settings["bf16"],

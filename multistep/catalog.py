@@ -36,7 +36,8 @@ def _optimizers() -> list[Row]:
     for kind, member in KINDS.items():
         rates = {regime: f"{r.prior:g} ({r.low:g} to {r.high:g})" for regime, r in member.rates.items()}
         rows.append(
-            {"name": kind, **rates, "bytes a parameter": member.bytes_a_parameter,
+            {"name": kind, **rates, "bytes a parameter": member.bytes_a_parameter, "times AdamW": member.cost,
+             "gradients": member.gradients, "products": member.products,
              "for": member.good_for, "not for": member.wrong_for}
         )  # fmt: skip
     return rows
@@ -46,7 +47,15 @@ def _members(members: tuple[type[Any], ...]) -> Callable[[], list[Row]]:
     return lambda: [{"name": _kind(m), "for": m.good_for} for m in members]
 
 
+_MODELS = (
+    ("auto", "most texts: a pretrained encoder that knows the script, else a small one from scratch"),
+    ("FOLDER or org/name", "a script or a subject that an encoder of Hugging Face's was made for"),
+    ("lstm", "long texts with no pretrained encoder at hand; words, 64 wide, from scratch; learns in seconds on a CPU"),
+    ("none", "the least time and memory: the linear model on n-grams alone, which every run has in any case"),
+)
+
 LISTS: Mapping[str, Callable[[], list[Row]]] = {
+    "models": lambda: [{"name": name, "for": why} for name, why in _MODELS],
     "optimizers": _optimizers,
     "solvers": lambda: [{"name": _kind(m), "what": _said(m)} for m in CONVEX_SOLVERS],
     "objectives": _members(OBJECTIVES),

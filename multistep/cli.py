@@ -62,7 +62,7 @@ def fit(
     out: Annotated[str | None, typer.Option(help="The run's folder.  [default: runs/<name of the data>]")] = None,
     text: Annotated[list[str] | None, typer.Option(help="A text column; may be given several times.")] = None,
     label: Annotated[str | None, typer.Option(help="The label column.")] = None,
-    model: Annotated[str | None, typer.Option(help="Encoder: auto, none, a folder or a hub name.")] = None,
+    model: Annotated[str | None, typer.Option(help="auto, lstm, none, or an encoder: a folder or a hub name.")] = None,
     controller: Annotated[str | None, typer.Option(help="staged, race or fixed.")] = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -179,6 +179,46 @@ def serve(
 
 
 @app.command()
+def compare(
+    optimizers: Annotated[str, typer.Argument(metavar="OPTIMIZERS", help="adamw,muon,sgd,newton_cg@512,lbfgs@all ...")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Data or a .yaml file, as fit takes them.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as model=lstm batch_size=64.")
+    ] = None,
+    budget: Annotated[str, typer.Option(help="Of each run: 30s, 10m, '5000 updates' or '2e6 tokens'.")] = "5m",
+    seeds: Annotated[int, typer.Option(help="Runs of each optimizer, from seeds 0, 1 ...")] = 3,
+    more: Annotated[int, typer.Option(help="Then so many more of the closest ones.")] = 0,
+    closest: Annotated[int, typer.Option(help="How many those are.")] = 3,
+    probes: Annotated[int, typer.Option(help="Short runs that tune each optimizer, a quarter of the budget each.")] = 3,
+    metric: Annotated[str | None, typer.Option(help="What decides: accuracy, f1_macro, log_loss ...")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Rows and plot; kept ones are not run again.  [default: runs/compare]")
+    ] = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare optimizers: tuned alike, trained from several seeds, judged after decay."""
+    folder = out or Path("runs") / "compare"
+    try:
+        with _stdout_is_stderr():
+            from multistep.comparison.front import compare as carry_out
+
+            found = carry_out(
+                optimizers, source, overrides=overrides or [], metric=metric, budget=budget, seeds=seeds, more=more,
+                closest=closest, probes=probes, out=folder, quiet=quiet,
+            )  # fmt: skip
+    except Interrupted as stop:
+        typer.echo(f"rows are kept in {folder}; the same command goes on", err=True)
+        if as_json:
+            _print_json({"interrupted": signal.Signals(stop.signal).name, "out": str(folder)})
+        raise typer.Exit(128 + stop.signal) from None
+    if as_json:
+        _print_json({**found.summary(), "out": str(folder)})
+    else:
+        typer.echo(f"{found.table()}\n\nRows, table and curves: {folder}")
+
+
+@app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Say what this machine has: cores, bf16, GPU, memory, optional parts, and whether the model hub answers."""
     with _stdout_is_stderr():
@@ -201,7 +241,7 @@ def main() -> None:
 
 @app.command("list")
 def list_members(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="optimizers, objectives, schedules, metrics ...")],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="models, optimizers, objectives, schedules, metrics ...")],
     as_json: JsonOption = False,
 ) -> None:
     """List what there is to choose from, with what each is for."""

@@ -11,11 +11,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from multistep.augment import Augment
 from multistep.budget import parse_budget
 from multistep.objectives import Objective
 from multistep.optimizers import GRADIENT_OPTIMIZERS, SECOND_ORDER, AdamW
 from multistep.optimizers.base import GradientOptimizer
 from multistep.schedules import Linear, Schedule
+from multistep.strategy import BatchGrowth, LayerDecay
 from multistep.types import Spec, UserError, nearest
 
 KINDS: Mapping[str, type[GradientOptimizer]] = {
@@ -28,7 +30,7 @@ class OptimizerConfig(Spec):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    kind: str = "auto"  # auto: AdamW (see docs/optimize.md), or one of `multistep list optimizers`
+    kind: str = "auto"  # chosen by stated rules (docs/optimize.md), or one of `multistep list optimizers`
     lr: Annotated[float, Field(gt=0, le=1000)] | None = None
 
     @model_validator(mode="after")
@@ -38,7 +40,7 @@ class OptimizerConfig(Spec):
 
     @property
     def member(self) -> type[GradientOptimizer]:
-        if self.kind == "auto":
+        if self.kind == "auto":  # settings without a kind are AdamW's
             return AdamW
         if self.kind not in KINDS:
             raise ValueError(f"kind {self.kind!r} is not an optimizer.{nearest(self.kind, list(KINDS))}")
@@ -50,6 +52,15 @@ class OptimizerConfig(Spec):
         return self.member.parse({**settings, "lr": lr}, "optimizer")
 
 
+def check_layer_decay(layer_decay: float, optimizer: OptimizerConfig) -> None:
+    """Raises UserError when learning rates of layers were asked for, of an optimizer that has none."""
+    if layer_decay != 1.0 and optimizer.member.closure:
+        kind = optimizer.kind
+        raise UserError(
+            f"layer_decay: {kind} solves for its step, so there is no learning rate to lower by layers. Leave it at 1."
+        )
+
+
 class FitConfig(Spec):
     """Everything `fit` can be told. Only `data` is needed."""
 
@@ -58,10 +69,11 @@ class FitConfig(Spec):
     metric: str | None = None  # None: the task's own
     budget: Annotated[str, Field(validate_default=True)] = "5m"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    test: bool = True  # false: no test split is made and none is read; somebody else holds rows back
     out: str | None = None  # None: runs/<name of the data>
     text: tuple[str, ...] = ()  # None: inferred
     label: str | None = None
-    model: str = "auto"  # auto, none, a folder, a hub name
+    model: str = "auto"  # auto, lstm, none, a folder, a hub name
     controller: Literal["staged", "race", "fixed"] = "staged"
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: Objective | None = None  # None: the task's own
@@ -71,8 +83,14 @@ class FitConfig(Spec):
     micro_batch: Annotated[int, Field(ge=0)] = 0
     max_length: Annotated[int, Field(ge=8, le=8192)] | None = None  # tokens; longer texts are cut (and counted)
     clip: Annotated[float, Field(ge=0)] = 1.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None  # None: 0, or 0.1 from scratch
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None  # None: 0, or what `plan.SCRATCH` says from scratch
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None  # None: 0.1 for classes, 0 for multilabel
+    clip_z: Annotated[float, Field(ge=0)] = 0.0  # standard deviations above the mean of past norms; 0: off
+    layer_decay: LayerDecay = 1.0  # the learning rate's factor, a layer further from the head; 1: off
+    augment: Augment = Augment()  # changes to the words of train, made anew every epoch of a fine-tuning
+    batch_growth: BatchGrowth = ()  # shares of a training at which the batch doubles
+    soup: bool = False  # try the mean of the weights of the race's probes and the trunk
+    patience: Annotated[int, Field(ge=0, le=1000)] = 0  # looks in a row without a gain that end a training; 0: off
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -80,6 +98,11 @@ class FitConfig(Spec):
     @classmethod
     def _budget(cls, value: Any) -> str:
         return str(parse_budget(value))
+
+    @model_validator(mode="after")
+    def _layers(self) -> Self:
+        check_layer_decay(self.layer_decay, self.optimizer)
+        return self
 
     @model_validator(mode="after")
     def _one_smoothing(self) -> Self:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from multistep.data.batches import Batches, by_length
-from multistep.models.encoder import Encoder, pad
+from multistep.models.base import TextEncoder
+from multistep.models.encoder import pad
 
 Watch = Callable[[float], None]  # told the share that is done, after every batch; may raise to stop
-ENCODE_TOKENS = 2048  # padded tokens in a batch of encoding: large enough for the cores, small enough for their caches
 
 
 class TextModel(Protocol):
@@ -77,7 +77,7 @@ class Rows:
         assert self.targets is not None
         return self.inputs(rows), self.targets[torch.from_numpy(rows)].to(self.device)
 
-    def outputs(self, model: Encoder, inputs: tuple[Tensor, Tensor]) -> Tensor:
+    def outputs(self, model: TextEncoder, inputs: tuple[Tensor, Tensor]) -> Tensor:
         """The model's outputs [B,K] for inputs that `load` gave."""
         return model(*inputs, self.cut)
 
@@ -88,14 +88,16 @@ class Rows:
 
 
 @torch.no_grad()
-def encode(model: Encoder, rows: Rows, *, bf16: bool = False, cut: int = 0, watch: Watch | None = None) -> np.ndarray:
+def encode(
+    model: TextEncoder, rows: Rows, *, bf16: bool = False, cut: int = 0, watch: Watch | None = None
+) -> np.ndarray:
     """Pooled features [N,D] float32. With `cut` > 0 the hidden states after `cut` layers are kept in `rows`."""
     if cut > 0 and rows.cut == 0:
         keep_hidden(model, rows, cut, bf16=bf16, watch=watch)
     model.eval()
-    features_ND = np.empty((len(rows.ids), model.config.hidden_size), dtype=np.float32)
+    features_ND = np.empty((len(rows.ids), model.width), dtype=np.float32)
     done = 0
-    for batch in by_length(rows.lengths_N, ENCODE_TOKENS):
+    for batch in by_length(rows.lengths_N, model.encode_tokens):
         x, mask_BT = rows.inputs(batch)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             features_BD = model.upper(x, mask_BT, rows.cut) if rows.cut else model.features(x, mask_BT)
@@ -107,12 +109,12 @@ def encode(model: Encoder, rows: Rows, *, bf16: bool = False, cut: int = 0, watc
 
 
 @torch.no_grad()
-def keep_hidden(model: Encoder, rows: Rows, cut: int, *, bf16: bool = False, watch: Watch | None = None) -> None:
+def keep_hidden(model: TextEncoder, rows: Rows, cut: int, *, bf16: bool = False, watch: Watch | None = None) -> None:
     """Keep the hidden states after `cut` layers in `rows`: what training the layers above starts from."""
     model.eval()
-    hidden_SD = torch.empty((int(rows.lengths_N.sum()), model.config.hidden_size), device=rows.device)
+    hidden_SD = torch.empty((int(rows.lengths_N.sum()), model.width), device=rows.device)
     done = 0
-    for batch in by_length(rows.lengths_N, ENCODE_TOKENS):
+    for batch in by_length(rows.lengths_N, model.encode_tokens):
         x, mask_BT = rows.inputs(batch)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             hidden_BTD = model.lower(x, mask_BT, cut)
@@ -124,7 +126,7 @@ def keep_hidden(model: Encoder, rows: Rows, cut: int, *, bf16: bool = False, wat
     rows.hidden_SD, rows.cut = hidden_SD, cut
 
 
-def head_logits(model: Encoder, features_ND: np.ndarray) -> np.ndarray:
+def head_logits(model: TextEncoder, features_ND: np.ndarray) -> np.ndarray:
     """Logits [N,K] float64 of the model's head on pooled features."""
     weight = model.head.weight.detach().cpu().numpy().astype(np.float64)
     bias = model.head.bias.detach().cpu().numpy().astype(np.float64)
@@ -135,7 +137,7 @@ def head_logits(model: Encoder, features_ND: np.ndarray) -> np.ndarray:
 class EncoderText:
     """An encoder with its tokenizer, as a text model. `scale`, `mean`: a regression head's units (1 and 0 otherwise)."""
 
-    model: Encoder
+    model: TextEncoder
     tokenize: Callable[[Sequence[str]], list[np.ndarray]]
     pad_id: int
     bf16: bool = False

@@ -33,8 +33,9 @@ class ModuleRows:
         self._collate = default_collate if loader is None else loader.collate_fn
         # Rows of tensors are taken at once: putting them together one by one costs more than many a model.
         self._tensors = None
-        if isinstance(dataset, TensorDataset) and self._collate is default_collate:
+        if isinstance(dataset, TensorDataset | _Columns) and self._collate is default_collate:
             self._tensors = dataset.tensors
+        self._targets = dataset.targets if isinstance(dataset, _Columns) else 0
 
     def __len__(self) -> int:
         return len(self.dataset)  # pyright: ignore[reportArgumentType]
@@ -54,6 +55,8 @@ class ModuleRows:
         if self._tensors is not None:
             take = torch.from_numpy(np.asarray(rows))
             batch: Any = tuple(t[take] for t in self._tensors)
+            if self._targets:  # as they were given: several in one tuple
+                batch = (*batch[: -self._targets], batch[-self._targets :])
         else:
             batch = self._collate([self.dataset[int(r)] for r in rows])
         inputs, targets = self._split(batch)
@@ -84,10 +87,22 @@ class ModuleRows:
         """Some of the rows, without the loader's order."""
         if self._tensors is not None:
             take = torch.as_tensor(rows)
-            return ModuleRows(TensorDataset(*(t[take] for t in self._tensors)), self.device, self._split)
+            kept = tuple(t[take] for t in self._tensors)
+            data = _Columns(kept, self._targets) if self._targets else TensorDataset(*kept)
+            return ModuleRows(data, self.device, self._split)
         some = ModuleRows(Subset(self.dataset, rows), self.device, self._split)
         some._collate = self._collate
         return some
+
+
+class _Columns(Dataset[Any]):
+    """Tensors with a row an example, of which the last `targets` are what is to be learned."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], targets: int):
+        self.tensors, self.targets = tensors, targets
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
 
 
 class LoaderOrder:
@@ -96,11 +111,11 @@ class LoaderOrder:
     def __init__(self, loader: DataLoader, seed: int):
         self._loader, self._seed, self._epoch = loader, seed, -1
         self._plan: list[np.ndarray] = []
-        self._per_epoch = len(loader)
+        self.per_epoch = len(loader)
 
     def at(self, position: int) -> np.ndarray:
         """The rows of batch `position`, counted from the start of training."""
-        epoch, index = divmod(position, self._per_epoch)
+        epoch, index = divmod(position, self.per_epoch)
         if epoch != self._epoch:
             self._plan, self._epoch = self._draw(epoch), epoch
         return self._plan[index]
@@ -121,7 +136,8 @@ class LoaderOrder:
 
 
 def rows_of(source: Any, name: str, device: str, split: Split | None = None) -> ModuleRows:
-    """A DataLoader, a map-style Dataset, or a tuple of tensors or arrays (inputs ..., targets) as rows.
+    """A DataLoader, a map-style Dataset, or a tuple of tensors or arrays (inputs ..., targets) as rows; targets of several parts
+    are a tuple of their own.
 
     Raises UserError naming `name` when it is something else, or empty.
     """
@@ -135,8 +151,12 @@ def rows_of(source: Any, name: str, device: str, split: Split | None = None) -> 
     elif isinstance(source, Dataset) and not isinstance(source, IterableDataset):
         rows = ModuleRows(source, device, split)
     elif isinstance(source, tuple | list) and len(source) >= 2:
+        *first, last = source
+        several = (
+            isinstance(last, tuple) and len(last) >= 2
+        )  # targets of more than one part: classes and a teacher's logits
         try:
-            tensors = [torch.as_tensor(part) for part in source]
+            tensors = [torch.as_tensor(part) for part in ((*first, *last) if several else source)]
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{name}: not tensors or arrays ({error}). Give (inputs, targets) of numbers.") from None
         if any(t.ndim == 0 for t in tensors):
@@ -148,7 +168,8 @@ def rows_of(source: Any, name: str, device: str, split: Split | None = None) -> 
             raise UserError(
                 f"{name}: its parts have {' and '.join(map(str, lengths))} rows. Give them the same number."
             )
-        rows = ModuleRows(TensorDataset(*tensors), device, split)
+        data = _Columns(tuple(tensors), len(last)) if several else TensorDataset(*tensors)
+        rows = ModuleRows(data, device, split)
     else:
         raise UserError(
             f"{name}: {type(source).__name__} is not data. Give a DataLoader, a map-style Dataset or (inputs, targets)."

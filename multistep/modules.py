@@ -10,19 +10,23 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import TypeAdapter
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from multistep import __version__, journal, report
 from multistep.api import budget_so_far, clock_then, show, signals
-from multistep.budget import Clock, parse_budget
+from multistep.budget import Budget, Clock, parse_budget
 from multistep.config import OptimizerConfig
+from multistep.controllers.choose import Facts, choose, is_convex, is_regression
 from multistep.controllers.module import MODULE_CONTROLLERS, ModuleProblem
 from multistep.controllers.script import Scripted
 from multistep.journal import Journal
@@ -30,17 +34,17 @@ from multistep.loader import ModuleRows, Split, rows_of
 from multistep.metrics import check_metric
 from multistep.objectives import OBJECTIVES, Objective
 from multistep.optimizers.base import REGIMES, Regime
+from multistep.optimizers.muon import hidden_matrices
 from multistep.report.progress import Progress
-from multistep.schedules import SCHEDULES, Schedule
+from multistep.schedules import SCHEDULES
+from multistep.strategy import is_below
 from multistep.tasks import Task
 from multistep.tune import tune
+from multistep.tune.memory import device_memory
 from multistep.tune.module import ModuleWorks, task_of
 from multistep.types import MetricValue, Spec, UserError, nearest
 
-_OBJECTIVE: TypeAdapter[Objective] = TypeAdapter(Objective)
-_SCHEDULE: TypeAdapter[Schedule] = TypeAdapter(Schedule)
 VALIDATION_SHARE = 0.1  # of train, held out where no validation data is given
-CONVEX_ELEMENTS = 2e7  # inputs of one linear layer up to this are solved by Newton-CG in full batches
 
 
 @dataclass
@@ -81,6 +85,13 @@ def optimize(
     micro_batch: int = 0,
     clip: float = 1.0,
     dropout: float | None = None,
+    clip_z: float = 0.0,
+    layer_decay: float = 1.0,
+    freeze: str | Sequence[str] = (),
+    batch_growth: Sequence[float] = (),
+    soup: bool = False,
+    patience: int = 0,
+    looks: str = "auto",
     bf16: bool = False,
     split: Split | None = None,
     seed: int = 0,
@@ -93,33 +104,41 @@ def optimize(
     validation data a tenth of train is held out. `objective`, `optimizer`, `schedule`: a name (see `multistep list`), a
     dictionary with a `kind`, or the specification itself. `metric`: "loss" or one that fits the objective. `regime`: "scratch",
     "fine_tune" or "adapter" chooses the prior learning rate. `split`: a function from a batch to (inputs, targets).
+    `clip_z`: gradients whose norm stands out from the past ones by so many deviations are clipped. `layer_decay`: the learning rate's
+    factor, a block of the module further from its outputs. `freeze`: names of parameters or modules that stay as they are.
+    `batch_growth`: shares of a training at which the batch doubles. `soup`: also try the mean of the probes and the trunk.
+    `patience`: looks at validation in a row without a gain that end the training (0: off).
     `out`: a folder for journal, states and weights; a run that was stopped there goes on. Raises UserError on bad input.
     """
     started = time.monotonic()
-    device = _device(module)
-    goal = _spec(_OBJECTIVE, objective, OBJECTIVES, "objective")
-    rows = _rows(train, validation, test, device, split, seed)
+    device = device_of(module)
+    goal = spec_of(objective, OBJECTIVES, "objective")
+    rows = rows_by_split(train, validation, test, device, split, seed)
     if batch_size < 1 or batch_size > 10**9:
         raise UserError(f"batch_size: {batch_size} is not a number of examples. Give 1 or more.")
     problem_batch = rows["train"].batch_size or min(batch_size, len(rows["train"]))
-    config, choice = _choose(module, optimizer, rows["train"])
-    if config.member.closure and rows["train"].batch_size is None and choice.startswith("auto"):
-        problem_batch = len(rows["train"])
-    outputs = _first_outputs(module, rows["validation"])
-    task = task_of(goal, outputs)
-    metric = _metric(metric, task)
-    total = parse_budget(budget)
     if regime not in REGIMES:
         raise UserError(f"regime: {regime!r} is not known.{nearest(regime, REGIMES)}")
+    chosen: Regime = next(r for r in REGIMES if r == regime)
+    total = parse_budget(budget)
+    frozen = _frozen(module, freeze)
+    facts = _facts(module, goal, rows["train"], chosen, total, device, frozen)
+    config, choice = choose(optimizer_of(optimizer), facts)
+    if config.member.closure and rows["train"].batch_size is None and choice.startswith("auto"):
+        problem_batch = len(rows["train"])
+    outputs = first_outputs(module, rows["validation"])
+    task = task_of(goal, outputs)
+    metric = metric_of(metric, task)
     if controller not in MODULE_CONTROLLERS:
         raise UserError(f"controller: {controller!r} is not known.{nearest(controller, list(MODULE_CONTROLLERS))}")
-    chosen: Regime = next(r for r in REGIMES if r == regime)
-    problem = ModuleProblem(
-        objective=goal, metric=metric, optimizer=config, regime=chosen,
-        schedule=None if schedule is None else _spec(_SCHEDULE, schedule, SCHEDULES, "schedule"),
-        batch_size=problem_batch, micro_batch=micro_batch, clip=clip, dropout=dropout, bf16=bf16,
-        budget=total.amount, unit=total.unit, rows={k: len(v) for k, v in rows.items()}, choice=choice,
-    )  # fmt: skip
+    problem = ModuleProblem.parse({
+        "objective": goal, "metric": metric, "optimizer": config, "regime": chosen,
+        "schedule": None if schedule is None else spec_of(schedule, SCHEDULES, "schedule"),
+        "batch_size": problem_batch, "micro_batch": micro_batch, "clip": clip, "dropout": dropout, "bf16": bf16,
+        "patience": patience, "looks": looks, "clip_z": clip_z, "layer_decay": layer_decay, "freeze": frozen,
+        "soup": soup, "batch_growth": batch_growth,
+        "budget": total.amount, "unit": total.unit, "rows": {k: len(v) for k, v in rows.items()}, "choice": choice,
+    })  # fmt: skip
     temporary = tempfile.TemporaryDirectory(prefix="multistep-") if out is None else None
     folder = Path(temporary.name if temporary is not None else str(out))
     with Progress(quiet=quiet) as progress, signals() as stop:
@@ -186,30 +205,59 @@ def _open(
 # ---------------------------------------------------------------------------------------------- choices
 
 
-def _choose(module: nn.Module, optimizer: Any, rows: ModuleRows) -> tuple[OptimizerConfig, str]:
-    """The optimizer's settings, and the rule that chose it."""
-    if isinstance(optimizer, Spec):
-        optimizer = optimizer.model_dump()
-    if optimizer != "auto":
-        data = {"kind": optimizer} if isinstance(optimizer, str) else dict(optimizer)
-        try:
-            config = OptimizerConfig.model_validate(data)
-        except ValueError as error:
-            cause = error.errors()[0].get("ctx", {}).get("error") if hasattr(error, "errors") else None  # pyright: ignore
-            raise UserError(f"optimizer: {cause or error}") from None
-        return config, f"{config.kind} was given"
-    trained = [p for p in module.parameters() if p.requires_grad]
+def optimizer_of(optimizer: Any) -> OptimizerConfig:
+    """What was asked for. Raises UserError on an unknown kind or setting."""
+    data = optimizer.model_dump() if isinstance(optimizer, Spec) else optimizer
+    data = {"kind": data} if isinstance(data, str) else dict(data)
+    try:
+        return OptimizerConfig.model_validate(data)
+    except ValueError as error:
+        cause = error.errors()[0].get("ctx", {}).get("error") if hasattr(error, "errors") else None  # pyright: ignore
+        raise UserError(f"optimizer: {cause or error}") from None
+
+
+def _facts(
+    module: nn.Module, objective: Objective, rows: ModuleRows, regime: Regime, budget: Budget, device: str,
+    frozen: tuple[str, ...],
+) -> Facts:  # fmt: skip
+    """What the rules of `auto` read."""
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad and not is_below(n, frozen)]
+    hidden = hidden_matrices([(n, p.ndim) for n, p in named])
     layers = [m for m in module.modules() if any(True for _ in m.parameters(recurse=False))]
-    linear = len(layers) == 1 and isinstance(layers[0], nn.Linear)
-    size = len(rows) * max((p.shape[-1] for p in trained), default=1)
-    if linear and rows.batch_size is None and size <= CONVEX_ELEMENTS:
-        return OptimizerConfig(
-            kind="newton_cg"
-        ), "auto: one linear layer is a convex problem that fits in one batch, so newton_cg"
-    return OptimizerConfig(kind="adamw"), "auto: adamw, the calibrated default for any network (docs/optimize.md)"
+    whole = rows.batch_size is None
+    inputs = rows.load(np.arange(1))[0] if whole else ()
+    given = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
+    widths = [t.numel() for t in given if isinstance(t, torch.Tensor)] + [p.shape[-1] for _, p in named if p.ndim]
+    tokens = rows.tokens(np.arange(len(rows)))
+    updates = {"seconds": None, "updates": budget.amount, "tokens": budget.amount / max(1, tokens)}[budget.unit]
+    return Facts(
+        regime=regime, parameters=sum(p.numel() for _, p in named), rows=len(rows), updates=updates,
+        hidden=sum(p.numel() for n, p in named if n in hidden), convex=is_convex(objective), regression=is_regression(objective),
+        linear=len(layers) == 1 and isinstance(layers[0], nn.Linear), whole=whole, width=max(widths, default=1),
+        smooth=not any(map(_random, module.modules())), memory_bytes=device_memory(device),
+    )  # fmt: skip
 
 
-def _spec(adapter: TypeAdapter[Any], given: Any, members: Any, where: str) -> Any:
+def _frozen(module: nn.Module, freeze: str | Sequence[str]) -> tuple[str, ...]:
+    """What is to stay as it is. Raises UserError on a name that the module has not, and when nothing would be left to train."""
+    above = (freeze,) if isinstance(freeze, str) else tuple(freeze)
+    known = [n for n, _ in (*module.named_modules(), *module.named_parameters()) if n]
+    for name in above:
+        if name not in known:
+            raise UserError(f"freeze: the module has no {name!r}.{nearest(name, known)}")
+    if all(is_below(n, above) for n, p in module.named_parameters() if p.requires_grad):
+        raise UserError(f"freeze: nothing is left to train without {', '.join(above)}. Name fewer.")
+    return above
+
+
+def _random(layer: nn.Module) -> bool:
+    """Whether what it does to a row depends on chance, or on the other rows of the batch."""
+    if isinstance(layer, _DropoutNd):
+        return layer.p > 0
+    return isinstance(layer, _BatchNorm) or (isinstance(layer, nn.RNNBase) and layer.dropout > 0)
+
+
+def spec_of(given: Any, members: Any, where: str) -> Any:
     """A specification from itself, its name, or a dictionary with its kind."""
     if isinstance(given, Spec) and type(given) in members:
         return given
@@ -221,7 +269,8 @@ def _spec(adapter: TypeAdapter[Any], given: Any, members: Any, where: str) -> An
     return by_kind[data["kind"]].parse(data, where)
 
 
-def _metric(metric: str | None, task: Task | None) -> str:
+def metric_of(metric: str | None, task: Task | None) -> str:
+    """The metric's own name, or the default of the task. Raises UserError where it does not fit."""
     if metric in (None, "loss"):
         return metric or (task.default_metric if task is not None else "loss")
     assert metric is not None
@@ -230,7 +279,10 @@ def _metric(metric: str | None, task: Task | None) -> str:
     return check_metric(metric, task.kind)
 
 
-def _rows(train: Any, validation: Any, test: Any, device: str, split: Split | None, seed: int) -> dict[str, ModuleRows]:
+def rows_by_split(
+    train: Any, validation: Any, test: Any, device: str, split: Split | None, seed: int
+) -> dict[str, ModuleRows]:
+    """The splits that are there; without validation a tenth of train is held out."""
     rows = {"train": rows_of(train, "train", device, split)}
     if validation is not None:
         rows["validation"] = rows_of(validation, "validation", device, split)
@@ -253,7 +305,8 @@ def _rows(train: Any, validation: Any, test: Any, device: str, split: Split | No
     return rows
 
 
-def _device(module: nn.Module) -> str:
+def device_of(module: nn.Module) -> str:
+    """Where the trained parameters are. Raises UserError when there are none."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters:
         raise UserError("module: it has no parameter that requires a gradient. Give a module with something to train.")
@@ -261,7 +314,7 @@ def _device(module: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _first_outputs(module: nn.Module, rows: ModuleRows) -> torch.Tensor:
+def first_outputs(module: nn.Module, rows: ModuleRows) -> torch.Tensor:
     """What the module says to two rows: tells the task, and that module and data fit each other."""
     training = module.training
     module.eval()

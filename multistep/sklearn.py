@@ -2,8 +2,9 @@
 
     TextClassifier(budget="60s").fit(texts, labels).predict(["great film"])
 
-`fit` writes texts and labels as one file and makes a run of it (multistep.fit): validation and test are split off inside, so a
-score on rows the estimator was given is no test. With out=None the run lies in a temporary folder that goes with the estimator.
+`fit` writes texts and labels as one file and makes a run of it (multistep.fit): validation is split off inside, so a score on rows
+the estimator was given is no test. No test is: whoever scores holds rows back. With out=None the run lies in a temporary folder
+that goes with the estimator.
 A pickle or a copy carries the files of the served model and the journal as bytes, and unpacks them into a folder of its own.
 Shapes: N texts, K classes in the order of `classes_`, J of them known to the model.
 """
@@ -122,7 +123,8 @@ class _TextEstimator(BaseEstimator):
             source = _write(out / _TEXTS, texts, labels)
             run = api.fit(
                 source, task=task, metric=self.metric, budget=self.budget, seed=self._seed(), out=out, text="text",
-                label="label", model=self.model, controller=self.controller, overrides=self.overrides, quiet=self.quiet,
+                label="label", model=self.model, controller=self.controller, overrides=("test=false", *self.overrides),
+                quiet=self.quiet,
             )  # fmt: skip
         except BaseException as error:
             if self.out is None:

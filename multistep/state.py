@@ -78,6 +78,35 @@ class Detector:
 
 
 @dataclass
+class Norms:
+    """Running mean and variance of the gradients' norms, by which `clip_z` tells the one that stands out.
+
+        z = (norm - mean) / deviation;  norm <- mean + (limit^2 / z) deviation  where z > limit
+
+    Source: Kumar et al. 2025 (ZClip), arXiv 2504.02507: decay 0.97, 25 updates before the first is clipped; the further out, the
+    shorter. Differs from the source: the first norms are averaged evenly. Clipped norms are remembered as what they became.
+    """
+
+    mean: float = 0.0
+    variance: float = 0.0
+    seen: int = 0
+
+    def limit(self, norm: float, z: float) -> float:
+        """What a gradient's norm becomes; the same norm when it does not stand out, or when z is 0."""
+        deviation = self.variance**0.5
+        if not z or self.seen < 25 or not self.mean + z * deviation < norm < float("inf"):
+            return norm
+        return self.mean + (z * deviation) ** 2 / (norm - self.mean)
+
+    def see(self, norm: float) -> None:
+        weight = max(0.03, 1 / (self.seen + 1))
+        delta = norm - self.mean
+        self.mean += weight * delta
+        self.variance = (1 - weight) * (self.variance + weight * delta**2)
+        self.seen += 1
+
+
+@dataclass
 class Counters:
     position: int = 0  # batches drawn since the start of training
     update: int = 0
@@ -96,6 +125,7 @@ class TrainState:
     counters: Counters = field(default_factory=Counters)
     segment: Segment = field(default_factory=Segment)
     detector: Detector = field(default_factory=Detector)
+    norms: Norms = field(default_factory=Norms)
     strategy: Training | None = None
     trained: list[tuple[str, nn.Parameter]] = field(default_factory=list)
     optimizer: torch.optim.Optimizer | None = None
@@ -116,7 +146,7 @@ class TrainState:
             return
         self._take_parameters(strategy)
         self.counters = Counters(seed=self.counters.seed)
-        self.detector = Detector()
+        self.detector, self.norms = Detector(), Norms()
         device = self.trained[0][1].device.type
         self.rng = torch.Generator(device).manual_seed(self.counters.seed).get_state()
 
@@ -126,6 +156,9 @@ class TrainState:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in names)
         self.optimizer = strategy.optimizer.build(self._named(), strategy.head_lr)
+        if strategy.layer_decay != 1.0 and not strategy.optimizer.closure:  # a solved step has no rates
+            scales = [strategy.layer_decay**depth for depth in strategy.depths(self.model)]
+            scale_groups(self.optimizer, {id(p): s for (_, p), s in zip(self.trained, scales, strict=True)})
         self.ema = [p.detach().clone() for _, p in self.trained]
         self.tail = [torch.zeros_like(p) for _, p in self.trained]
 
@@ -174,20 +207,20 @@ class TrainState:
 
     # ------------------------------------------------------------------ value in memory
 
-    def snapshot(self) -> dict[str, Any]:
-        """A copy of all that moves, as `{"meta": JSON, "tensors": {...}}`."""
-        tensors: dict[str, Tensor] = {"rng": self.rng.clone()}
-        for name, buffer in self._buffers():
-            tensors[f"buffer.{name}"] = buffer.clone()
+    def snapshot(self, into: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """A copy of all that moves, as `{"meta": JSON, "tensors": {...}}`. The tensors of an earlier snapshot that nobody needs any
+        more, `into`, are written over: there is never memory for two."""
+        moving = {"rng": self.rng, **{f"buffer.{name}": buffer for name, buffer in self._buffers()}}
         for i, (name, parameter) in enumerate(self.trained):
-            tensors[f"model.{name}"] = parameter.detach().clone()
-            tensors[f"ema.{name}"] = self.ema[i].clone()
-            tensors[f"tail.{name}"] = self.tail[i].clone()
+            moving |= {f"model.{name}": parameter, f"ema.{name}": self.ema[i], f"tail.{name}": self.tail[i]}
+        old = into or {}
+        tensors = {path: _copy(value, old.get(path)) for path, value in moving.items()}
         inner = None if self.optimizer is None else self.optimizer.state_dict()
         meta = {
-            "optimizer": _pack(inner, "optimizer", tensors),
+            "optimizer": _pack(inner, "optimizer", tensors, old),
             "counters": asdict(self.counters),
             "detector": asdict(self.detector),
+            "norms": asdict(self.norms),
             "segment": {**asdict(self.segment), "total": self.segment.total.model_dump()},
         }
         return {"meta": meta, "tensors": tensors}
@@ -196,7 +229,7 @@ class TrainState:
         """Go back to a snapshot of a state with the same strategy; the snapshot stays usable."""
         meta, tensors = snapshot["meta"], snapshot["tensors"]
         self.counters = Counters(**meta["counters"])
-        self.detector = Detector(**meta["detector"])
+        self.detector, self.norms = Detector(**meta["detector"]), Norms(**meta.get("norms", {}))
         self.segment = Segment(**{**meta["segment"], "total": Budget(**meta["segment"]["total"])})
         self.rng = tensors["rng"].clone()
         with torch.no_grad():
@@ -227,15 +260,32 @@ class TrainState:
 # ---------------------------------------------------------------------------------------------- an optimizer's state
 
 
-def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def scale_groups(optimizer: torch.optim.Optimizer, scales: Mapping[int, float]) -> None:
+    """Split the groups of a new optimizer so that each has one more factor of its learning rate, given by the parameters' ids."""
+    split: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        for scale in dict.fromkeys(scales[id(p)] for p in group["params"]):
+            some = [p for p in group["params"] if scales[id(p)] == scale]
+            split.append({**group, "params": some, "lr_scale": group["lr_scale"] * scale})
+    optimizer.param_groups[:] = split
+
+
+def _copy(value: Tensor, old: Tensor | None) -> Tensor:
+    """A copy, in the memory of `old` where that fits."""
+    if old is None or (old.shape, old.dtype, old.device) != (value.shape, value.dtype, value.device):
+        return value.detach().clone()
+    return old.copy_(value.detach())
+
+
+def _pack(value: Any, path: str, tensors: dict[str, Tensor], old: Mapping[str, Tensor]) -> Any:
     """What an optimizer's `state_dict` holds as JSON; its tensors are copied into `tensors` under their path."""
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().clone()
+        tensors[path] = _copy(value, old.get(path))
         return {"tensor": path}
     if isinstance(value, dict):  # keys may be numbers, which JSON would make text
-        return {"dict": [[k, _pack(v, f"{path}.{k}", tensors)] for k, v in value.items()]}
+        return {"dict": [[k, _pack(v, f"{path}.{k}", tensors, old)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
-        return {type(value).__name__: [_pack(v, f"{path}.{n}", tensors) for n, v in enumerate(value)]}
+        return {type(value).__name__: [_pack(v, f"{path}.{n}", tensors, old) for n, v in enumerate(value)]}
     return value
 
 

@@ -5,10 +5,13 @@ A strategy's fields marked live may change inside a run without losing optimizer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from multistep.augment import Augment
 from multistep.objectives import CrossEntropy, Objective
 from multistep.optimizers import AdamW, ConvexSolver, NewtonCG, Optimizer
 from multistep.predictors import Predictor
@@ -19,9 +22,9 @@ from multistep.types import Spec, Tunable
 if TYPE_CHECKING:
     from torch import nn
 
-    from multistep.models.encoder import Encoder
+    from multistep.models.base import TextEncoder
 
-_LIVE = ("optimizer.lr", "optimizer.weight_decay", "dropout", "clip", "objective.label_smoothing", "schedule")
+_LIVE = ("optimizer.lr", "optimizer.weight_decay", "dropout", "clip", "clip_z", "objective.label_smoothing", "schedule")
 
 
 class FitLinear(Spec):
@@ -46,6 +49,16 @@ class FitHead(Spec):
     cut: int = 0  # keep the hidden states after this layer, for fine-tuning the layers above it
 
 
+def _rising(shares: tuple[float, ...]) -> tuple[float, ...]:
+    if any(a >= b for a, b in pairwise((0.0, *shares, 1.0))):
+        raise ValueError("must be shares of the training between 0 and 1, each above the last, such as (0.5, 0.75)")
+    return shares
+
+
+LayerDecay = Annotated[float, Field(gt=0, le=1), Tunable(0.5, 1.0)]
+BatchGrowth = Annotated[tuple[float, ...], AfterValidator(_rising)]
+
+
 class Training(Spec):
     """What every training by gradients is told: what to minimise, how to update, how much at once."""
 
@@ -56,12 +69,28 @@ class Training(Spec):
     batch_size: Annotated[int, Field(ge=1)] = 32  # examples
     micro_batch: Annotated[int, Field(ge=0)] = 0  # examples at once; 0: the whole batch
     clip: Annotated[float, Field(ge=0), Tunable(0.1, 10.0, log=True, live=True)] = 1.0  # gradient norm; 0: off
+    clip_z: Annotated[float, Field(ge=0), Tunable(2.0, 6.0, live=True)] = (
+        0.0  # standard deviations of past norms; 0: off
+    )
     dropout: Annotated[float, Field(ge=0, lt=1), Tunable(0.0, 0.5, live=True)] | None = None  # None: the model's own
+    layer_decay: LayerDecay = 1.0  # of the learning rate, a block further from the outputs; 1: off
+    batch_growth: BatchGrowth = ()  # progress at which the batch doubles, each time
     bf16: bool = False
 
     def trained(self, model: Any) -> list[tuple[str, nn.Parameter]]:
         """The parameters that this strategy trains, by name; every other one stays frozen."""
         return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+
+    def depths(self, model: Any) -> list[int]:
+        """How many blocks lie between each trained parameter and the outputs. A block is what shares a name up to its first number
+        ("layers.3"), or without one the module that holds it; blocks stand in the order in which the model names its parameters."""
+        blocks = [_block(name) for name, _ in self.trained(model)]
+        order = list(dict.fromkeys(blocks))
+        return [len(order) - 1 - order.index(block) for block in blocks]
+
+    def batches(self, progress: float) -> int:
+        """How many batches of `batch_size` one update takes at this progress."""
+        return 2 ** sum(progress >= share for share in self.batch_growth)
 
     def same_but_live(self, other: Training) -> bool:
         """Whether going from `other` to this strategy keeps the optimizer's state."""
@@ -76,30 +105,68 @@ class FineTune(Training):
     layers: Annotated[int, Field(ge=0)] = 3
     dropout: Annotated[float, Field(ge=0, lt=1), Tunable(0.0, 0.5, live=True)] | None = 0.0
     max_length: int = 256
+    augment: Augment = Augment()  # when on, token ids are read in place of cached hidden states
 
-    def trained(self, model: Encoder) -> list[tuple[str, nn.Parameter]]:
+    def trained(self, model: TextEncoder) -> list[tuple[str, nn.Parameter]]:
         """The parameters that this strategy trains, by name; every other one stays frozen."""
-        head = [(f"head.{n}", p) for n, p in model.head.named_parameters()]
         if self.trains == "all" or not model.n_layers:
-            body = [(f"backbone.{n}", p) for n, p in model.backbone.named_parameters() if not n.startswith("pooler.")]
-            return body + head
+            return [(n, p) for n, p in model.named_parameters() if not n.startswith("backbone.pooler.")]
+        head = [(f"head.{n}", p) for n, p in model.head.named_parameters()]
         last = list(model.layers())[max(0, model.n_layers - self.layers) :]
         wanted = {id(p) for layer in last for p in layer.parameters()}
         return [(n, p) for n, p in model.named_parameters() if id(p) in wanted] + head
 
+    def depths(self, model: TextEncoder) -> list[int]:
+        """The head 0, the last layer 1, and so on down to the embeddings. A model that cannot be cut: as any module."""
+        layers = list(model.layers())
+        if not layers:
+            return super().depths(model)
+        place = {id(p): n for n, layer in enumerate(layers) for p in layer.parameters()}
+        found, depth = {}, len(layers) + 1
+        for (
+            name,
+            parameter,
+        ) in model.named_parameters():  # what comes before the layers is below them, what comes after is above
+            if id(parameter) in place:
+                depth = 0
+            found[name] = len(layers) - place[id(parameter)] if id(parameter) in place else depth
+            found[name] = 0 if name.startswith("head.") else found[name]
+        return [found[name] for name, _ in self.trained(model)]
 
-def _without_live(strategy: Training) -> dict[str, object]:
-    data = strategy.model_dump()
+
+def _block(name: str) -> str:
+    """'layers.3' of 'layers.3.norm.weight', 'embed' of 'embed.weight'."""
+    words = name.split(".")
+    number = next((n for n, word in enumerate(words) if word.isdigit()), None)
+    return ".".join(words[:-1] if number is None else words[: number + 1])
+
+
+def _without_live(strategy: Training) -> dict[str, Any]:
+    data: dict[str, Any] = strategy.model_dump()
     for path in _LIVE:
         owner, _, key = path.rpartition(".")
         (data[owner] if owner else data).pop(key, None)
+    inner = data["objective"].get("inner")
+    while inner is not None:  # a wrapper's smoothing is that of the objective inside
+        inner.pop("label_smoothing", None)
+        inner = inner.get("inner")
     return data
 
 
 class TrainModule(Training):
-    """Gradient training of any module: every parameter of it that requires a gradient."""
+    """Gradient training of any module: every parameter of it that requires a gradient and is not frozen."""
 
     kind: Literal["train_module"] = "train_module"
+    freeze: tuple[str, ...] = ()  # names of parameters and modules: these and all below them stay as they are
+
+    def trained(self, model: Any) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that this strategy trains, by name; every other one stays frozen."""
+        return [(n, p) for n, p in super().trained(model) if not is_below(n, self.freeze)]
+
+
+def is_below(name: str, above: Sequence[str]) -> bool:
+    """Whether a parameter is one of these, or is inside of one of these modules."""
+    return any(name == a or name.startswith(f"{a}.") for a in above)
 
 
 class AsGiven(Spec):
@@ -115,10 +182,11 @@ class Profile(Spec):
 
 
 class Average(Spec):
-    """Compare the raw weights at the end of training with their averages."""
+    """Compare the raw weights at the end of training with an average: of its own, or of `members` that began where it did."""
 
     kind: Literal["average"] = "average"
-    which: Literal["ema", "tail"]
+    which: Literal["ema", "tail", "soup"]
+    members: tuple[str, ...] = ()  # of the soup
 
 
 class Predict(Spec):
@@ -153,3 +221,4 @@ class Trial(Spec):
     against: str | None = None  # the state to compare with; None: the best of the same family
     commit: bool = True  # False: a probe, whose end is compared but never becomes the incumbent
     watch_gap: bool = False  # stop in the middle when validation loss rises while train loss falls
+    patience: Annotated[int, Field(ge=0)] = 0  # looks at validation in a row without a gain that stop it; 0: any number

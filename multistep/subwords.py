@@ -1,16 +1,19 @@
-"""Subwords for encoders: load a tokenizer, train one, texts to ids. (N-gram features for linear models are in text.py.)"""
+"""Words and subwords for encoders: load a tokenizer, train one, texts to ids. (N-gram features for linear models are in text.py.)"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from multistep.text import unspaced_share
 from multistep.types import UserError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+WRITING = ("<pad>", "<s>", "</s>")  # of tokenizers for models that write
 _BATCH_CHARACTERS = 20_000_000  # texts are handed over in parts, so that a huge file does not become one huge list
 _CUT_CHARACTERS = 12  # characters a token that are looked at: far more than any script needs
 
@@ -62,6 +65,57 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, path: Path) -> None:
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
     )
     tokenizer.decoder = decoders.WordPiece()
+    tokenizer.save(str(path))
+
+
+def train_words(texts: Sequence[str], vocab_size: int, path: Path) -> None:
+    """A tokenizer of the most frequent lower-case words and marks of `texts`, written to `path`; all others are [UNK]. Words are
+    numbered by frequency, then by spelling. Where over 30 % of the letters are of scripts without spaces: `train_tokenizer`."""
+    if unspaced_share(texts) > 0.3:
+        return train_tokenizer(texts, vocab_size, path)
+    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIAL[:3]), min_frequency=2, show_progress=False
+    )
+    tokenizer.train_from_iterator((_encodable(t) for t in texts), trainer, length=len(texts))
+    cls = tokenizer.token_to_id("[CLS]")  # begins every row, so that a text without a word has one token too
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", cls)])
+    tokenizer.save(str(path))
+    return None
+
+
+def train_bytes(texts: Sequence[str], vocab_size: int, path: Path) -> None:
+    """A byte-level BPE tokenizer for models that write: no text is unknown to it, and decoding gives the text back.
+
+    `vocab_size` of 259 or less: no merges, a token a byte. Ids 0, 1, 2 are padding, begin and end.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=max(vocab_size, len(WRITING) + len(alphabet)),
+        special_tokens=list(WRITING),
+        initial_alphabet=alphabet,
+        min_frequency=2,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((_encodable(t) for t in texts), trainer, length=len(texts))
+    tokenizer.save(str(path))
+
+
+def train_characters(texts: Sequence[str], path: Path) -> None:
+    """A token a character of `texts`, the most frequent first; others are unknown. Ids 0, 1, 2 are padding, begin and end."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(_encodable(text))
+    vocabulary = [*WRITING, "<unk>", *sorted(counts, key=lambda c: (-counts[c], c))]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(list(WRITING))
     tokenizer.save(str(path))
 
 

@@ -26,7 +26,7 @@ _CHUNK_CHARACTERS = 4_000_000  # what is held as code points at once
 _SPACE, _LETTER, _SINGLE = 0, 1, 2
 _HASH = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication is a bijection
 # Scripts written without spaces between words: Thai to Khmer, kana, CJK and its extensions.
-_UNSPACED = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x3400, 0x4DBF),
+UNSPACED = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x3400, 0x4DBF),
              (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))  # fmt: skip
 
 
@@ -67,8 +67,8 @@ def _code_points(text: str) -> np.ndarray:
 
 def _is_unspaced(codes: np.ndarray) -> np.ndarray:
     inside = np.zeros(codes.shape, bool)
-    if codes.size and codes.max() >= _UNSPACED[0][0]:
-        for low, high in _UNSPACED:
+    if codes.size and codes.max() >= UNSPACED[0][0]:
+        for low, high in UNSPACED:
             inside |= (codes >= low) & (codes <= high)
     return inside
 

@@ -21,7 +21,16 @@ def test_every_list_names_each_member_once_and_says_something(name: str) -> None
     names = [row["name"] for row in rows]
     assert len(set(names)) == len(names) >= 2
     for row in rows:
-        assert all(str(v).strip() for k, v in row.items() if k not in ("also", "bytes a parameter")), row
+        assert all(str(v).strip() for k, v in row.items() if k not in ("also", "bytes a parameter", "products")), row
+
+
+def test_the_measured_costs_are_listed() -> None:
+    rows = {row["name"]: row for row in rows_of("optimizers")}
+    assert rows["adamw"]["times AdamW"] == 1.0
+    for kind, member in KINDS.items():
+        row = rows[kind]
+        assert (row["times AdamW"], row["bytes a parameter"]) == (member.cost, member.bytes_a_parameter)
+        assert (row["gradients"], row["products"]) == (member.gradients, member.products)
 
 
 def test_lists_are_whole() -> None:

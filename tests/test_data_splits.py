@@ -100,6 +100,20 @@ def test_missing_splits_are_made_away_from_the_given_ones(tmp_path: Path) -> Non
     assert load(tmp_path).splits_given == ("train", "test")
 
 
+@pytest.mark.parametrize("task", ["classify", "regress"])
+def test_without_a_test_every_row_trains_or_validates(tmp_path: Path, task: str) -> None:
+    labels: list[Any] = ["a", "b"] if task == "classify" else [1.5, 2.5]
+    rows = [(f"row {i}", labels[i % 2]) for i in range(300)]
+    data = load(write(tmp_path / "x.jsonl", rows), task=task, test=False)
+    assert [len(part) for part in parts(data).values()] == [270, 15, 15, 0]
+    assert any("no test split, as asked" in note for note in data.report.notes) and data.report.lines()
+    folder = tmp_path / "given"
+    folder.mkdir()
+    write(folder / "train.jsonl", rows)
+    write(folder / "test.jsonl", rows[:10])
+    assert not load(folder, task=task, test=False).test and load(folder, task=task).test
+
+
 def test_dropped_rows_are_counted(tmp_path: Path) -> None:
     rows: list[tuple[str, Any]] = [(f"row {i}", "ab"[i % 2]) for i in range(50)]
     rows += [("no label", None), ("  ", "a"), ("none either", ""), ("single", "once")]

@@ -231,6 +231,21 @@ def test_members_are_asked_for_by_name(rows: Path, tmp_path: Path, encoder: Path
     assert runs.of_kind(done, "TestRead") and done.predict(["alpha up"])[0].value in runs.LABELS
 
 
+def test_an_objective_on_embeddings_trains_the_top_layers_from_token_ids(
+    rows: Path, tmp_path: Path, encoder: Path
+) -> None:
+    objective = {"kind": "fgm", "epsilon": 0.05}
+    done = runs.run(runs.config(rows, tmp_path / "run", encoder, objective=objective, layers=1, optimizer={"lr": 1e-3}))
+    trunk = next(r["trial"] for r in runs.of_kind(done, "Asked") if r["trial"]["stage"] == "trunk")
+    assert trunk["action"]["layers"] == 1
+    told = next(r["outcome"] for r in runs.of_kind(done, "Told") if r["trial"] == trunk["id"])
+    assert told["ok"] and told["facts"]["progress"] == 1.0
+    said = [r["facts"]["rule"] for r in runs.of_kind(done, "Noted") if r["what"] == "input"]
+    assert said and "from token ids" in said[0] and said[0] in done.explain()
+    chosen = [r["facts"]["rule"] for r in runs.of_kind(done, "Noted") if r["what"] == "optimizer"]
+    assert chosen == ["auto: adamw, whose lr was given"] and chosen[0] in done.explain()
+
+
 @pytest.mark.parametrize(
     ("objective", "words"),
     [

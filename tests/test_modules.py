@@ -121,6 +121,35 @@ def test_overfitting_is_named_and_the_best_state_comes_back() -> None:
     assert result.best.value < numbers["now"]["validation_loss"]
 
 
+def test_distillation_from_batches_as_they_are() -> None:
+    """Targets of two parts: classes and a teacher's logits; as tensors, and as a Dataset that gives (x, (y, logits))."""
+    x, y = blobs(300, 0)
+    teacher = 4.0 * nn.functional.one_hot(y, 3).float() + torch.randn(
+        300, 3, generator=torch.Generator().manual_seed(1)
+    )
+    pairs: Any = [(x[i], (y[i], teacher[i])) for i in range(300)]
+
+    class Pairs(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(pairs)
+
+        def __getitem__(self, row: int) -> Any:
+            return pairs[row]
+
+    found = [
+        run(objective="distill", train=train, validation=validation, budget="60 updates")
+        for train, validation in (
+            ((x, (y, teacher)), blobs(200, 1)),
+            (Pairs(), blobs(200, 1)),
+            ((x, (y, teacher)), None),
+        )
+    ]
+    assert found[0].best.value > 0.7 and "accuracy" in found[0].validation
+    for mine, theirs in zip(found[0].model.parameters(), found[1].model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert found[2].validation["accuracy"].value > 0.6  # a tenth held out, with its teacher
+
+
 def test_a_useless_training_rolls_back_to_what_was_given() -> None:
     good = run(budget="300 updates").model
     before = copy.deepcopy(good.state_dict())

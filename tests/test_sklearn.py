@@ -280,6 +280,20 @@ def test_a_folder_of_ones_own(tmp_path: Path) -> None:
     assert (out / "model" / "multistep.json").exists()
 
 
+def test_no_row_is_held_back_for_a_test_that_nobody_reads() -> None:
+    texts, y = rows(40)
+    est = TextClassifier(**QUICK).fit(texts, y)
+    records = est.run_.records()
+    assert not [r for r in records if r["kind"] == "TestRead"] and est.run_.summary()["metrics"] == {}
+    skipped = [r["why"] for r in records if r["kind"] == "Skipped" and r["stage"] == "test"]
+    assert skipped == ["there is no test split"]
+    splits = {k: v["rows"] for k, v in next(r for r in records if r["kind"] == "Data")["report"]["splits"].items()}
+    assert splits["test"] == 0 and sum(splits.values()) == 40
+    assert "No test data has been read." in (est.run_.out / "model" / "README.md").read_text(encoding="utf-8")
+    asked = TextClassifier(**{**QUICK, "overrides": (*QUICK.get("overrides", ()), "test=true")}).fit(texts, y)
+    assert [r["rows"] for r in asked.run_.records() if r["kind"] == "TestRead"]
+
+
 def test_seeds() -> None:
     texts, y = rows(40)
 

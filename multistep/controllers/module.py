@@ -8,20 +8,33 @@ decayed to zero (short-horizon bias: Wu et al. 2018).
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
-from multistep.config import OptimizerConfig
+from pydantic import Field, model_validator
+
+from multistep.config import OptimizerConfig, check_layer_decay
 from multistep.controllers.script import Ask, Skip, Steps
 from multistep.controllers.trunk import LEAST_UPDATES, PROBE_SHARE, PROBE_UPDATES
 from multistep.objectives import Objective
 from multistep.optimizers.base import Regime
-from multistep.schedules import Linear, Schedule
-from multistep.strategy import Action, AsGiven, Average, Profile, ReadTest, TrainModule, Trial
+from multistep.schedules import Constant, Linear, Schedule
+from multistep.strategy import (
+    Action,
+    AsGiven,
+    Average,
+    BatchGrowth,
+    LayerDecay,
+    Profile,
+    ReadTest,
+    TrainModule,
+    Trial,
+)
 from multistep.types import Outcome, Spec, Unit, Verdict
 
 STEP = 3.0  # between the learning rates of the race: a module from elsewhere may want a rate far from the prior
 MOST_PROBES = 5
 COOL_SHARE = 0.15  # of what the trunk spent: decaying from its best state to zero
+LEAST_SOLVER_UPDATES = 3  # of an optimizer that takes a closure: its updates are tens of others'
 FINISH_SHARE = 0.02  # of the budget: loading, judging, writing
 
 
@@ -37,11 +50,25 @@ class ModuleProblem(Spec):
     micro_batch: int
     clip: float
     dropout: float | None
+    patience: Annotated[int, Field(ge=0, le=1000)] = 0
+    clip_z: Annotated[float, Field(ge=0)] = 0.0
+    layer_decay: LayerDecay = 1.0
+    freeze: tuple[str, ...] = ()
+    soup: bool = False
+    batch_growth: BatchGrowth = ()
+    looks: Literal["auto", "epoch"] = (
+        "auto"  # at validation while a segment is watched: every twentieth of it, or every epoch
+    )
     bf16: bool
     budget: float
     unit: Unit
     rows: dict[str, int]  # by split; "test" only where there is one
     choice: str  # the rule that chose the optimizer
+
+    @model_validator(mode="after")
+    def _layers(self) -> Self:
+        check_layer_decay(self.layer_decay, self.optimizer)
+        return self
 
 
 ModuleScript = Callable[[ModuleProblem], Steps]
@@ -53,6 +80,7 @@ class _Plan:
     def __init__(self, problem: ModuleProblem):
         self.problem, self.remaining = problem, problem.budget
         self.facts: dict[str, Any] = {}
+        self.ends: list[str] = []  # of trainings that came to their end; all began at the weights as given
         self._trials = 0
 
     def trial(
@@ -63,10 +91,14 @@ class _Plan:
         trial = Trial(
             id=f"{self._trials:02d}-{stage}", stage=stage, action=action, start=start, share=round(share, 3), why=why,
             against=against, commit=commit, watch_gap=watch,
+            patience=self.problem.patience if isinstance(action, TrainModule) and stage == "trunk" else 0,
         )  # fmt: skip
         outcome = yield trial
         assert outcome is not None
         self.remaining = outcome.remaining
+        whole = outcome.ok and "diagnosis" not in outcome.facts and "stopped" not in outcome.facts
+        if isinstance(action, TrainModule) and whole and outcome.state is not None:
+            self.ends.append(outcome.state)
         return outcome
 
     def updates(self, amount: float) -> float:
@@ -90,9 +122,17 @@ class _Plan:
         p = self.problem
         rate = lr or p.optimizer.lr or p.optimizer.member.rates[p.regime].prior
         return TrainModule(
-            optimizer=p.optimizer.at(rate), objective=p.objective, schedule=schedule or p.schedule or Linear(),
+            optimizer=p.optimizer.at(rate), objective=p.objective, schedule=schedule or p.schedule or self._schedule(),
             batch_size=p.batch_size, micro_batch=p.micro_batch, clip=p.clip, dropout=p.dropout, bf16=p.bf16,
+            clip_z=p.clip_z, layer_decay=p.layer_decay, freeze=p.freeze, batch_growth=p.batch_growth,
         )  # fmt: skip
+
+    def _schedule(self) -> Schedule:
+        """Decay to zero; a step that a solver found has its own length, and on the whole of train nothing has to be averaged away."""
+        if not self.problem.optimizer.member.closure:
+            return Linear()
+        whole = self.problem.batch_size >= self.problem.rows["train"]
+        return Constant(warmup=0.0) if whole else Linear(warmup=0.0)
 
 
 def _begin(plan: _Plan) -> Generator[Ask, Outcome | None, None]:
@@ -111,6 +151,9 @@ def _race(plan: _Plan) -> Generator[Ask, Outcome | None, float]:
     prior = plan.strategy().optimizer.lr
     if plan.problem.optimizer.lr is not None:
         yield Skip(stage="race", why=f"the learning rate was given: {prior:g}")
+        return prior
+    if plan.problem.optimizer.member.closure:
+        yield Skip(stage="race", why="a solved step has its own length: there is no learning rate to look for")
         return prior
     share = PROBE_SHARE * plan.spare()
     if plan.updates(share) < PROBE_UPDATES:
@@ -138,9 +181,10 @@ def _race(plan: _Plan) -> Generator[Ask, Outcome | None, float]:
 
 
 def _enough(plan: _Plan, share: float) -> Generator[Ask, Outcome | None, bool]:
-    if plan.updates(share) >= LEAST_UPDATES:
+    least = LEAST_SOLVER_UPDATES if plan.problem.optimizer.member.closure else LEAST_UPDATES
+    if plan.updates(share) >= least:
         return True
-    yield Skip(stage="trunk", why=f"{plan.updates(share):.0f} updates fit into what is left (< {LEAST_UPDATES})")
+    yield Skip(stage="trunk", why=f"{plan.updates(share):.0f} updates fit into what is left (< {least})")
     return False
 
 
@@ -152,6 +196,20 @@ def _averages(plan: _Plan, state: str) -> Generator[Ask, Outcome | None, None]:
         return
     yield from plan.trial("average", Average(which="ema"), "exponential moving average of the weights", start=state)
     yield from plan.trial("average", Average(which="tail"), "mean of the last quarter's weights", start=state)
+
+
+def _soup(plan: _Plan) -> Generator[Ask, Outcome | None, None]:
+    """The probes and what came after them, all from the same weights: their mean, as far as it helps."""
+    needed = len(plan.ends) * plan.facts["judge_s"]
+    if len(plan.ends) < 2:
+        yield Skip(
+            stage="soup", why=f"{len(plan.ends)} training came to its end: a soup needs two from the same weights"
+        )
+    elif plan.problem.unit == "seconds" and plan.remaining < needed:
+        yield Skip(stage="soup", why=f"{plan.remaining:.1f} s are left, judging the mixtures takes {needed:.1f} s")
+    else:
+        why = f"greedy mean of {len(plan.ends)} trainings that began at the same weights"
+        yield from plan.trial("soup", Average(which="soup", members=tuple(plan.ends)), why)
 
 
 def fixed(problem: ModuleProblem) -> Steps:
@@ -181,21 +239,23 @@ def staged(problem: ModuleProblem) -> Steps:
         why = f"lr {rate:.2g}, about {plan.updates(share):.0f} updates, {problem.choice}"
         told = yield from plan.trial("trunk", plan.strategy(rate), why, share=share, watch=True)
         state = told.state
-        if "diagnosis" in told.facts:
+        if "diagnosis" in told.facts or "stopped" in told.facts:
             state = yield from _cool_down(plan, told, share)
         if state is not None:
             yield from _averages(plan, state)
+        if problem.soup:
+            yield from _soup(plan)
     yield from _finish(plan)
 
 
 def _cool_down(plan: _Plan, paused: Outcome, share: float) -> Generator[Ask, Outcome | None, str | None]:
-    """From the best state of a trunk that overfits: its learning rate decays to zero, and training is over."""
+    """From the best state of a trunk that overfits or stands still: its learning rate decays to zero, and training is over."""
     lr, done = paused.facts["best_lr"], paused.facts["best_progress"]
     rest = min(plan.spare(), COOL_SHARE * done * share)
     if plan.updates(rest) < 1:
         yield Skip(stage="cool-down", why="no time is left for it")
         return paused.state
-    why = f"from the best state (at {done:.0%} of the trunk) with lr {lr:.2g} to zero: more training would overfit"
+    why = f"from the best state (at {done:.0%} of the trunk) with lr {lr:.2g} to zero: more training would not help"
     action = plan.strategy(lr, Linear(warmup=0.0))
     return (yield from plan.trial("cool-down", action, why, start=paused.state, share=rest)).state
 

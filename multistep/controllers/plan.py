@@ -11,18 +11,18 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from multistep.config import OptimizerConfig
 from multistep.controllers.script import Ask, Problem, Reserve, Skip
 from multistep.objectives import BinaryCrossEntropy, CrossEntropy, Huber, MeanAbsoluteError, MeanSquaredError, Objective
 from multistep.optimizers import AdamW
 from multistep.predictors import Predictor, Single
 from multistep.strategy import Action, FineTune, FitHead, FitLinear, Predict, Profile, ReadTest, Trial
-from multistep.types import Outcome, TaskKind, UserError
+from multistep.types import Outcome, Spec, TaskKind, UserError
 
 LENGTHS = (32, 64, 128, 256)
 FINE_TUNE_LR = 3e-4  # for a width of 384; scaled by (384 / width)^1.5
 SOLVED_HEAD_LR = 0.05  # a head that is solved to its optimum moves slowly while the encoder under it moves
 LABEL_SMOOTHING = 0.1  # of cross-entropy; the temperature fitted afterwards takes the softness back
-SCRATCH_LR = 2e-3  # for a width of 128
 LINEAR_CHARACTERS_S = (
     1.5e6  # prior: features and solve, characters of train a second; corrected by what the incumbent took
 )
@@ -30,9 +30,22 @@ ALL_LAYERS_EPOCHS = 8.0  # with fewer epochs for all layers, the last half on ca
 ENCODE_SHARE = 0.75  # of what is left: encoding train once and judging may take so much, the rest is for fine-tuning
 LEAST_READ = 0.5  # of the tokens: texts are not cut so far that the encoder sees less
 MOST_EPOCHS = 12.0  # a trunk is not made longer than this: fine-tuning has converged long before
-
-SCRATCH_EPOCHS = 4.0  # the same from scratch: a small encoder on small data overfits soon after
 PARTIAL = "not even the frozen encoder can see all of train in this time"
+
+
+class Scratch(Spec):
+    """How a small model with random weights is trained, whole. On small data it overfits soon after `most_epochs`."""
+
+    lr: float  # AdamW's
+    dropout: float
+    least_epochs: float  # with fewer it is not begun under a budget of time
+    most_epochs: float
+
+
+SCRATCH: Mapping[str, Scratch] = {  # by what the profile calls the encoder; calibrated in LOG.md
+    "scratch": Scratch(lr=2e-3, dropout=0.1, least_epochs=3.0, most_epochs=4.0),  # a BERT, 128 wide
+    "lstm": Scratch(lr=8e-3, dropout=0.3, least_epochs=1.0, most_epochs=4.0),  # 64 wide
+}
 
 _FITS: Mapping[TaskKind, tuple[type[Any], ...]] = {
     "classify": (CrossEntropy,),
@@ -55,8 +68,20 @@ class Plan:
         self.incumbent: Predictor | None = None
         self.families: dict[str, str] = {}
         self.max_length = 0
+        self.ends: list[str] = []  # of fine-tunings that came to their end; all began at the same weights
         self.linear_s = sum(problem.characters.values()) / LINEAR_CHARACTERS_S
         self._trials = 0
+
+    @property
+    def scratch(self) -> Scratch | None:
+        """How the encoder is trained when its weights are random; None for a pretrained one."""
+        return SCRATCH.get(self.facts["encoder"])
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """What was asked for; where that was "auto", what the profile found by the rules of choose.py."""
+        chosen = self.facts.get("optimizer")
+        return self.problem.config.optimizer if chosen is None else OptimizerConfig.model_validate(chosen["settings"])
 
     # ------------------------------------------------------------------ running trials
 
@@ -69,10 +94,18 @@ class Plan:
         trial = Trial(
             id=f"{self._trials:02d}-{stage}", stage=stage, action=action, start=start, share=round(share, 3),
             why=why, against=against, commit=commit, watch_gap=watch_gap,
+            patience=self.problem.config.patience if isinstance(action, FineTune) and commit else 0,
         )  # fmt: skip
         outcome = yield trial
         assert outcome is not None
         self.remaining = outcome.remaining
+        if (
+            isinstance(action, FineTune)
+            and outcome.ok
+            and outcome.state
+            and not {"diagnosis", "stopped"} & set(outcome.facts)
+        ):
+            self.ends.append(outcome.state)
         self.families = dict(outcome.families)
         if outcome.incumbent is not None:
             self.incumbent = _PREDICTOR.validate_python(outcome.incumbent)
@@ -92,9 +125,16 @@ class Plan:
         return tokens[min((n for n in tokens if n >= max_length), default=max(tokens))]
 
     def train_tokens_s(self, layers: int) -> float:
-        """Tokens a second of training the last layers on cached states: backward costs two forwards."""
+        """Tokens a second of training the last layers on cached states: backward costs two forwards. Texts that change every epoch
+        have no cached states: the forward pass is whole."""
         share = layers / self.facts["n_layers"] if self.facts["n_layers"] else 1.0
-        return self.facts["forward_tokens_s"] / (3 * share)
+        forward = 1.0 if self.problem.config.augment.on else share
+        return self.facts["forward_tokens_s"] / (forward + 2 * share)
+
+    @property
+    def growth(self) -> float:
+        """How many batches an update takes on average, when the batch doubles at shares of the training."""
+        return 1.0 + sum((1 - share) * 2**n for n, share in enumerate(self.problem.config.batch_growth))
 
     def epochs(self, amount: float, layers: int) -> float:
         """How many passes over train `amount` of the budget buys."""
@@ -103,12 +143,12 @@ class Plan:
             case "seconds":
                 return amount * self.train_tokens_s(layers) / (rows * per_row)
             case "updates":
-                return amount * self.problem.config.batch_size / rows
+                return amount * self.problem.config.batch_size * self.growth / rows
             case "tokens":
                 return amount / (rows * per_row)
 
     def updates(self, amount: float, layers: int) -> float:
-        return self.epochs(amount, layers) * self.problem.rows["train"] / self.problem.config.batch_size
+        return self.epochs(amount, layers) * self.problem.rows["train"] / (self.problem.config.batch_size * self.growth)
 
     def finish_s(self, with_encoder: bool) -> float:
         """Seconds that the end takes: calibration and test, the bundle, the report."""
@@ -159,9 +199,8 @@ class Plan:
 
     def fine_tune(self, lr: float | None = None, layers: int | None = None) -> FineTune:
         """The calibrated prior, with what the user fixed laid over it."""
-        config = self.problem.config
-        scratch = self.facts["encoder"] == "scratch"
-        optimizer = config.optimizer.at(lr or config.optimizer.lr or self.prior_lr())
+        config, scratch = self.problem.config, self.scratch
+        optimizer = self.optimizer.at(lr or config.optimizer.lr or self.prior_lr())
         depth = layers or config.layers or self.facts["n_layers"]
         return FineTune(
             trains="all" if scratch or not self.facts["n_layers"] else "top",
@@ -173,17 +212,21 @@ class Plan:
             batch_size=config.batch_size,
             micro_batch=config.micro_batch,
             clip=config.clip,
-            dropout=config.dropout if config.dropout is not None else (0.1 if scratch else 0.0),
+            clip_z=config.clip_z,
+            layer_decay=config.layer_decay,
+            batch_growth=config.batch_growth,
+            augment=config.augment,
+            dropout=config.dropout if config.dropout is not None else (scratch.dropout if scratch else 0.0),
             max_length=self.max_length,
             bf16=self.facts["precision"] == "bf16",
         )
 
     def prior_lr(self) -> float:
         """The calibrated learning rate: AdamW's of the runs in LOG.md, and for the others that times the ratio of their priors."""
-        scratch = self.facts["encoder"] == "scratch"
-        calibrated = SCRATCH_LR if scratch else FINE_TUNE_LR * min(1.0, (384 / self.facts["hidden"]) ** 1.5)
+        scratch = self.scratch
+        calibrated = scratch.lr if scratch else FINE_TUNE_LR * min(1.0, (384 / self.facts["hidden"]) ** 1.5)
         regime = "scratch" if scratch else "fine_tune"
-        ratio = self.problem.config.optimizer.member.rates[regime].prior / AdamW.rates[regime].prior
+        ratio = self.optimizer.member.rates[regime].prior / AdamW.rates[regime].prior
         return calibrated * ratio
 
     def layers(self, amount: float) -> tuple[int, str]:
@@ -268,6 +311,7 @@ def encoder_rows(plan: Plan) -> Generator[Ask, Outcome | None, tuple[int, int | 
 
 def head(plan: Plan, rows: int | None, cut: int) -> Step:
     config = plan.problem.config
+    cut = 0 if config.augment.on else cut  # texts that change every epoch are not kept as hidden states
     action = FitHead(max_length=plan.max_length, max_rows=rows, bf16=plan.facts["precision"] == "bf16", cut=cut)
     why = f"a convex head on the frozen encoder, texts cut at {plan.max_length} tokens"
     if rows:

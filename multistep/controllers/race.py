@@ -16,7 +16,7 @@ def race(problem: Problem) -> Steps:
     if length:
         layers, _ = plan.layers(plan.remaining)
         start = None
-        if plan.facts["encoder"] != "scratch":
+        if plan.scratch is None:
             start = (yield from stages.head(plan, rows, cut=plan.facts["n_layers"] - layers)).state
         rate = yield from race_rates(plan, plan.fine_tune(layers=layers), start)
         action = plan.fine_tune(lr=rate, layers=layers)

@@ -10,7 +10,7 @@ from collections.abc import Generator
 from multistep.controllers import plan as stages
 from multistep.controllers.plan import Plan
 from multistep.controllers.script import Ask, Problem, Skip, Steps
-from multistep.controllers.trunk import average, race_rates, trunk, worth_training
+from multistep.controllers.trunk import average, race_rates, soup, trunk, worth_training
 from multistep.strategy import FitLinear
 from multistep.types import Outcome
 
@@ -51,9 +51,9 @@ def more_linear(plan: Plan, first: Outcome, long: bool) -> Generator[Ask, Outcom
 
 def encoder(plan: Plan, rows: int | None) -> Generator[Ask, Outcome | None, None]:
     """Head, race, trunk, averages."""
-    scratch = plan.facts["encoder"] == "scratch"
+    scratch = plan.scratch
     start = None
-    if not scratch:
+    if scratch is None:
         left = plan.remaining - plan.encode_s(rows or plan.problem.rows["train"])
         layers, _ = plan.layers(left)
         start = (yield from stages.head(plan, rows, cut=plan.facts["n_layers"] - layers)).state
@@ -63,8 +63,9 @@ def encoder(plan: Plan, rows: int | None) -> Generator[Ask, Outcome | None, None
     layers, _ = plan.layers(plan.remaining)
     if scratch:
         layers, epochs = plan.facts["n_layers"], plan.epochs(plan.remaining, plan.facts["n_layers"])
-        if epochs < 3:
-            yield Skip(stage="trunk", why=f"an encoder from scratch would see {epochs:.1f} epochs (< 3)")
+        if epochs < scratch.least_epochs:
+            why = f"an encoder from scratch would see {epochs:.1f} epochs (< {scratch.least_epochs:g})"
+            yield Skip(stage="trunk", why=why)
             return
     action = plan.fine_tune(layers=layers)
     if not (yield from worth_training(plan, action)):
@@ -73,3 +74,4 @@ def encoder(plan: Plan, rows: int | None) -> Generator[Ask, Outcome | None, None
     state = yield from trunk(plan, plan.fine_tune(lr=rate, layers=layers), start)
     if state is not None:
         yield from average(plan, state)
+        yield from soup(plan)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from multistep.controllers.plan import MOST_EPOCHS, SCRATCH_EPOCHS, Plan
+from multistep.controllers.plan import MOST_EPOCHS, Plan
 from multistep.controllers.script import Ask, Skip
+from multistep.schedules import Linear, Plateau
 from multistep.strategy import Average, FineTune
 from multistep.types import Outcome, Verdict
 
@@ -23,6 +24,8 @@ Finetuned = Generator[Ask, Outcome | None, str | None]
 def race_rates(plan: Plan, action: FineTune, start: str | None) -> Generator[Ask, Outcome | None, float]:
     """Short probes at learning rates around the prior, each decaying to zero; the prior wins ties. The rate to go on with."""
     prior = action.optimizer.lr
+    if isinstance(action.schedule, Plateau):  # a probe has no time to wait for one: it decays
+        action = action.with_(schedule=Linear())
     if plan.problem.config.optimizer.lr is not None:
         yield Skip(stage="race", why=f"the learning rate was given: {prior:g}")
         return prior
@@ -63,10 +66,13 @@ def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
     """Fine-tune for the time left; when the gap grows, a regularized fork against going on. The state of the result."""
     if not (yield from worth_training(plan, action)):
         return None
-    most = SCRATCH_EPOCHS if plan.facts["encoder"] == "scratch" else MOST_EPOCHS
+    most = plan.scratch.most_epochs if plan.scratch else MOST_EPOCHS
     longest = most / max(1e-9, plan.epochs(1.0, action.layers))
     share = min(plan.remaining - average_s(plan), longest) if plan.timed else plan.remaining
-    why = f"lr {action.optimizer.lr:.2g}, the last {action.layers} layers, about {plan.epochs(share, action.layers):.1f} epochs"
+    which = "the whole model" if action.trains == "all" else f"the last {action.layers} layers"
+    why = f"lr {action.optimizer.lr:.2g}, {which}, about {plan.epochs(share, action.layers):.1f} epochs"
+    if action.augment.on:
+        why += ", words changed anew every epoch and so read as token ids"
     told = yield from plan.trial("trunk", action, why, start=start, share=share, watch_gap=True)
     if "diagnosis" not in told.facts:
         return told.state
@@ -76,11 +82,12 @@ def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
 
 def _fork(plan: Plan, action: FineTune, paused: Outcome, share: float) -> Finetuned:
     """Overfitting was seen: the rest of the trunk with stronger regularization, and as before, for `share` each."""
+    dropout = max(action.dropout or 0.0, min(0.5, (action.dropout or 0.0) + 0.1))
     stronger = action.with_(
-        dropout=max(0.1, action.dropout or 0.0),
+        dropout=dropout,
         optimizer=action.optimizer.with_(weight_decay=max(0.1, 10 * action.optimizer.weight_decay)),
     )
-    why = "dropout 0.1 and ten times the weight decay from the paused state on"
+    why = f"dropout {dropout:.2g} and ten times the weight decay from the paused state on"
     first = yield from plan.trial("regularize", stronger, why, start=paused.state, share=share)
     why = "the same without the change, for comparison"
     against = first.state
@@ -92,6 +99,22 @@ def _fork(plan: Plan, action: FineTune, paused: Outcome, share: float) -> Finetu
 def average_s(plan: Plan) -> float:
     """Seconds to judge two averages and to put the better one on disk."""
     return 2 * plan.encode_s(plan.problem.rows["control"]) + 2.0 if plan.timed else 0.0
+
+
+def soup(plan: Plan) -> Generator[Ask, Outcome | None, None]:
+    """Where it was asked for: the mean of the probes, the trunk and its forks, all from the same weights, as far as it helps."""
+    if not plan.problem.config.soup:
+        return
+    needed = len(plan.ends) * plan.encode_s(plan.problem.rows["control"])
+    if len(plan.ends) < 2:
+        yield Skip(
+            stage="soup", why=f"{len(plan.ends)} training came to its end: a soup needs two from the same weights"
+        )
+    elif plan.timed and plan.remaining < needed:
+        yield Skip(stage="soup", why=f"{plan.remaining:.1f} s are left, judging the mixtures takes {needed:.1f} s")
+    else:
+        why = f"greedy mean of {len(plan.ends)} fine-tunings that began at the same weights"
+        yield from plan.trial("soup", Average(which="soup", members=tuple(plan.ends)), why)
 
 
 def average(plan: Plan, state: str) -> Generator[Ask, Outcome | None, None]:

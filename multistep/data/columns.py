@@ -34,7 +34,7 @@ class Columns(Spec):
     why: str = ""
 
 
-class _Facts(NamedTuple):
+class Facts(NamedTuple):
     """What a sample of a column holds; shares are of the filled cells."""
 
     name: str
@@ -50,12 +50,12 @@ def find_columns(rows: Sequence[Row], text: Sequence[str], label: str | None, ta
     """Columns of `rows` for training. `text`, `label`: what the user named, if anything."""
     names = names_of(rows)
     for name in (*text, *([label] if label is not None else [])):
-        _require(name, names, where)
+        require(name, names, where)
     if label is not None and label in text:
         raise UserError(
             f"{where}: column {label!r} is named as text and as label. Name another with --text or --label."
         )
-    facts = [_facts(name, rows) for name in names]
+    facts = [facts_of(name, rows) for name in names]
     if not text and label is None:
         _check_header(names, where)
     if label is None:
@@ -74,7 +74,7 @@ def find_columns(rows: Sequence[Row], text: Sequence[str], label: str | None, ta
 
 def find_text(rows: Sequence[Row], where: str) -> tuple[str, ...]:
     """Text columns alone, for files without labels."""
-    return _find_text([_facts(name, rows) for name in names_of(rows)], None, where)[0]
+    return _find_text([facts_of(name, rows) for name in names_of(rows)], None, where)[0]
 
 
 def names_of(rows: Sequence[Row]) -> list[str]:
@@ -90,9 +90,9 @@ def check_columns(rows: Sequence[Row], columns: Columns, where: str, label: bool
     """Another file must have the columns of the training file."""
     names = names_of(rows)
     for name in columns.text:
-        _require(name, names, where)
+        require(name, names, where)
     if label:
-        _require(columns.label, names, where)
+        require(columns.label, names, where)
 
 
 def text_of(row: Row, columns: Sequence[str], number: int, where: str) -> str:
@@ -115,7 +115,7 @@ def _as_text(value: Any, column: str, number: int, where: str) -> str:
     return str(value)
 
 
-def _require(name: str, names: Sequence[str], where: str) -> None:
+def require(name: str, names: Sequence[str], where: str) -> None:
     if name not in names:
         raise UserError(f"{where}: no column {name!r}.{nearest(name, names)}")
 
@@ -131,7 +131,7 @@ def _check_header(names: Sequence[str], where: str) -> None:
         )
 
 
-def _facts(name: str, rows: Sequence[Row]) -> _Facts:
+def facts_of(name: str, rows: Sequence[Row]) -> Facts:
     sample = rows[:: max(1, len(rows) // _SAMPLE)]  # spread over the file: files are often sorted by label
     cells = [c for row in sample if cell_kind(c := row.get(name)) != "missing"]
     texts = [c for c in cells if isinstance(c, str) and as_number(c) is None]
@@ -140,10 +140,10 @@ def _facts(name: str, rows: Sequence[Row]) -> _Facts:
     n = max(1, len(cells))
     length = sum(map(len, texts)) / max(1, len(texts))
     distinct = len({repr(c) if isinstance(c, list | dict) else c for c in cells})
-    return _Facts(name, len(cells), len(texts) / n, numbers / n, lists / n, length, distinct)
+    return Facts(name, len(cells), len(texts) / n, numbers / n, lists / n, length, distinct)
 
 
-def _find_text(facts: Sequence[_Facts], label: str | None, where: str) -> tuple[tuple[str, ...], str]:
+def _find_text(facts: Sequence[Facts], label: str | None, where: str) -> tuple[tuple[str, ...], str]:
     by_name = {f.name.strip().lower(): f for f in facts if f.name != label}
     for pair in TEXT_PAIRS:
         if all(name in by_name for name in pair):
@@ -152,7 +152,7 @@ def _find_text(facts: Sequence[_Facts], label: str | None, where: str) -> tuple[
         if name in by_name and by_name[name].lists == 0:
             return (by_name[name].name,), "by its name"
     texts = [f for f in by_name.values() if f.words > 0.5]
-    texts = [f for f in texts if not _is_id(f.name)] or texts
+    texts = [f for f in texts if not is_id(f.name)] or texts
     if not texts:
         rest = ", ".join(f.name for f in facts if f.name != label) or "none"
         raise UserError(f"{where}: no column of texts (other columns: {rest}). Name one with --text.")
@@ -161,7 +161,7 @@ def _find_text(facts: Sequence[_Facts], label: str | None, where: str) -> tuple[
     return (longest.name,), why
 
 
-def _find_label(facts: Sequence[_Facts], text: Sequence[str], task: str, where: str) -> tuple[str, str]:
+def _find_label(facts: Sequence[Facts], text: Sequence[str], task: str, where: str) -> tuple[str, str]:
     open_ = [f for f in facts if f.name not in text]
     usable = [f for f in open_ if f.filled and (task != "regress" or f.numbers > 0.5)]
     if task == "regress" and open_ and not usable:
@@ -172,7 +172,7 @@ def _find_label(facts: Sequence[_Facts], text: Sequence[str], task: str, where: 
             return by_name[name].name, "by its name"
     if not text:
         text = _find_text(facts, None, where)[0]
-    rest = [f for f in usable if f.name not in text and not _is_id(f.name)]
+    rest = [f for f in usable if f.name not in text and not is_id(f.name)]
     if task == "multilabel" and any(f.lists for f in rest):
         rest = [f for f in rest if f.lists]
     if task == "regress":
@@ -188,6 +188,6 @@ def _find_label(facts: Sequence[_Facts], text: Sequence[str], task: str, where: 
     return rest[0].name, f"a guess: {'most' if task == 'regress' else 'fewest'} different values, {rest[0].distinct}"
 
 
-def _is_id(name: str) -> bool:
+def is_id(name: str) -> bool:
     plain = name.strip().lower()
     return plain in _ID_NAMES or plain.endswith(("_id", " id", "-id")) or plain.startswith(("unnamed", "column "))

@@ -41,11 +41,17 @@ class Dataset:
 
 
 def load(
-    source: str | Path, *, task: str = "auto", text: str | Sequence[str] = (), label: str | None = None, seed: int = 0
-) -> Dataset:
-    """Read, understand, split and describe a dataset: a file, a folder of splits, a saved `datasets` folder, a hub name."""
+    source: str | Path, *, task: str = "auto", text: str | Sequence[str] = (), label: str | None = None, seed: int = 0,
+    test: bool = True,
+) -> Dataset:  # fmt: skip
+    """Read, understand, split and describe a dataset: a file, a folder of splits, a saved `datasets` folder, a hub name.
+
+    Without `test` none is made, and the rows of one that came as a file are not used.
+    """
     check_task(task)
     tables = read.read_rows(source)
+    if not test:
+        tables.pop("test", None)
     main = "train" if "train" in tables else read.WHOLE
     where = {split: str(source) if split == read.WHOLE else f"{source} ({split})" for split in tables}
     columns = columns_.find_columns(tables[main], [text] if isinstance(text, str) else text, label, task, where[main])
@@ -79,13 +85,13 @@ def load(
     if kind != "regress":
         for split, part in items.items():
             _check_seen(part, labels, where[split])
-    splits = make_splits(items, kind, seed, str(source))
+    splits = make_splits(items, kind, seed, str(source), test)
     notes = _numbers_as_texts(tables, columns)
     report = make_report(str(source), kind, columns.why, task_why, splits, empty, dropped, notes)
-    train, control, calibration, test = map(_examples, (splits.train, splits.control, splits.calibration, splits.test))
-    fingerprint = _fingerprint((train, control, calibration, test), kind, seed)
+    train, control, calibration, held = map(_examples, (splits.train, splits.control, splits.calibration, splits.test))
+    fingerprint = _fingerprint((train, control, calibration, held), kind, seed)
     given = tuple(split for split in ("train", "validation", "test") if split in tables)
-    return Dataset(train, control, calibration, test, kind, labels, columns, report, fingerprint, given)
+    return Dataset(train, control, calibration, held, kind, labels, columns, report, fingerprint, given)
 
 
 def read_labelled(source: str | Path, columns: Columns, task_kind: TaskKind) -> list[Example]:
@@ -115,7 +121,7 @@ def read_texts(source: str | Path, columns: Columns | None = None) -> list[str]:
         texts, where = read.read_stdin(), "standard input"
     elif (path := Path(source)) and read.exists(path):
         texts, where = _texts_of_file(path, columns), str(source)
-    elif isinstance(source, Path) or _names_a_file(source):
+    elif isinstance(source, Path) or names_a_file(source):
         raise read.missing_file(path)
     else:
         texts, where = [source], "the text"
@@ -136,7 +142,7 @@ def _texts_of_file(path: Path, columns: Columns | None) -> list[str]:
     return [columns_.text_of(row, names, number, str(path)) for number, row in enumerate(rows, 1)]
 
 
-def _names_a_file(source: str) -> bool:
+def names_a_file(source: str) -> bool:
     """A single word that ends as a data file does was meant as one."""
     suffixes = (*read.FORMATS, ".txt")
     return not any(c.isspace() for c in source) and source.lower().removesuffix(".gz").endswith(suffixes)

@@ -27,7 +27,7 @@ FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 WHOLE = "all"  # the name of the only split of a single file
 _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation",
            "val": "validation", "test": "test"}  # fmt: skip
-_SPLIT_FILE = re.compile(rf"({'|'.join(_SPLITS)})(-\d+-of-\d+)?")
+_SPLIT_FILE = re.compile(rf"({'|'.join(_SPLITS)})(-\d+-of-\d+)?(?:-v\d[\d.]*)?")  # shards; versions (train-v2.0)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # characters in one CSV field; the standard library's own limit (131,072) is below real documents
 _FIELD_LIMIT = 1 << 24
@@ -63,7 +63,12 @@ def read_file(path: Path) -> list[Row]:
 
 def read_lines(path: Path) -> list[str]:
     """A plain text file, one text a line. Blank lines inside are texts too, so that answers keep the order of lines."""
-    return lines_of(decode(_bytes(path), path))
+    return lines_of(read_plain(path))
+
+
+def read_plain(path: Path) -> str:
+    """A plain text file (also .gz) as it is."""
+    return decode(_bytes(path), path)
 
 
 def read_stdin() -> list[str]:
@@ -94,6 +99,12 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
             whole[split] = path
         found.setdefault(split, []).append(path)
     return found
+
+
+def split_named(name: str) -> str | None:
+    """The split that a file name without its ending stands for: "dev" is validation."""
+    match = _SPLIT_FILE.fullmatch(name.lower())
+    return _SPLITS[match[1]] if match else None
 
 
 def file_format(path: Path) -> str | None:
@@ -242,6 +253,8 @@ def _json(text: str, path: Path, lines: bool) -> list[Row]:
         for number, row in enumerate(rows, 1):
             _check_object(row, path, f"element {number}")
         return rows
+    if not lines and (rows := _rows_inside(text)):
+        return rows
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line or line.isspace():
@@ -254,6 +267,20 @@ def _json(text: str, path: Path, lines: bool) -> list[Row]:
         _check_object(row, path, f"line {number}")
         rows.append(row)
     return rows
+
+
+def _rows_inside(text: str) -> list[Row]:
+    """The rows of one object that wraps them, as SQuAD's {"version": ..., "data": [...]} does; [] for anything else."""
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    found = [v for v in whole.values() if _is_table(v)] if isinstance(whole, dict) else []
+    return _whole_characters(found[0], text) if len(found) == 1 else []
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(row, dict) for row in value)
 
 
 def _check_object(row: Any, path: Path, where: str) -> None:

@@ -73,24 +73,24 @@ class DataReport(Spec):
         rows = " · ".join(f"{name} {part.rows:,}" for name, part in self.splits.items())
         train = self.splits["train"]
         lines = [
-            _line("data", f"{self.source}: {self.columns}"),
-            _line("task", f"{self.task} ({self.task_why})"),
-            _line("rows", rows),
-            *(_line("", note) for note in self.notes),
-            _line("lengths", f"{_lengths(train.characters)} characters; {_lengths(train.words)} words (train)"),
+            entry("data", f"{self.source}: {self.columns}"),
+            entry("task", f"{self.task} ({self.task_why})"),
+            entry("rows", rows),
+            *(entry("", note) for note in self.notes),
+            entry("lengths", f"{in_words(train.characters)} characters; {in_words(train.words)} words (train)"),
         ]
         if train.targets:
             t = train.targets
-            lines.append(_line("targets", f"{t.min:g} to {t.max:g}, mean {t.mean:.4g}, std {t.std:.4g} (train)"))
+            lines.append(entry("targets", f"{t.min:g} to {t.max:g}, mean {t.mean:.4g}, std {t.std:.4g} (train)"))
         else:
-            lines.append(_line("classes", self._classes(train.classes)))
-        lines += _finding("duplicates", self.duplicates, "rows of train repeat a text of train")
-        lines += [x for pair, found in self.leakage.items() for x in _finding("leakage", found, _leak(pair))]
+            lines.append(entry("classes", self._classes(train.classes)))
+        lines += entries("duplicates", self.duplicates, "rows of train repeat a text of train")
+        lines += [x for pair, found in self.leakage.items() for x in entries("leakage", found, leak(pair))]
         if not self.leakage:
-            lines.append(_line("leakage", "none between the splits"))
-        lines += _finding("conflicts", self.conflicts, "rows have a text that elsewhere has another label (kept)")
-        lines += _finding("empty", self.empty, "rows have no text")
-        lines += [x for reason, found in self.dropped.items() for x in _finding("dropped", found, f"rows: {reason}")]
+            lines.append(entry("leakage", "none between the splits"))
+        lines += entries("conflicts", self.conflicts, "rows have a text that elsewhere has another label (kept)")
+        lines += entries("empty", self.empty, "rows have no text")
+        lines += [x for reason, found in self.dropped.items() for x in entries("dropped", found, f"rows: {reason}")]
         return lines
 
     def _classes(self, classes: dict[str, int]) -> str:
@@ -105,24 +105,24 @@ class DataReport(Spec):
         return text
 
 
-def _line(name: str, text: str) -> str:
+def entry(name: str, text: str) -> str:
     return f"{name:<11}{text}"
 
 
-def _lengths(lengths: Lengths) -> str:
+def in_words(lengths: Lengths) -> str:
     return f"median {lengths.median:,}, 95 % up to {lengths.p95:,}, longest {lengths.max:,}"
 
 
-def _leak(pair: str) -> str:
+def leak(pair: str) -> str:
     earlier, later = pair.split("-")
     return f"rows of {later} have a text of {earlier}"
 
 
-def _finding(name: str, found: Finding, what: str) -> list[str]:
+def entries(name: str, found: Finding, what: str) -> list[str]:
     if not found.count:
         return []
-    places = [_line("", f"  {p.split} row {p.row}{f' ({p.note})' if p.note else ''}: {p.text!r}") for p in found.first]
-    return [_line(name, f"{found.count:,} {what}"), *places]
+    places = [entry("", f"  {p.split} row {p.row}{f' ({p.note})' if p.note else ''}: {p.text!r}") for p in found.first]
+    return [entry(name, f"{found.count:,} {what}"), *places]
 
 
 # ---------------------------------------------------------------------------------------------- counting
@@ -155,9 +155,9 @@ def make_report(
         splits=reports,
         imbalance=max(counts.values()) / min(counts.values()) if counts else None,
         rare=tuple(label for label, n in counts.items() if n == 1),
-        duplicates=_duplicates(splits.train),
-        leakage=_leakage(splits),
-        conflicts=_conflicts([*splits.train, *splits.validation, *splits.test], task),
+        duplicates=duplicates_of(splits.train),
+        leakage=leakage_of(splits),
+        conflicts=conflicts_of([*splits.train, *splits.validation, *splits.test], task),
         empty=finding(empty),
         dropped={reason: finding(items) for reason, items in dropped.items() if items},
         notes=(*notes, *splits.notes),
@@ -176,14 +176,14 @@ def _split_report(items: Sequence[Item], task: TaskKind) -> SplitReport:
     counts = labels_of(items, task)
     return SplitReport(
         rows=len(items),
-        characters=_quantiles([len(item.text) for item in items]),
-        words=_quantiles([item.words for item in items]),
+        characters=quantiles([len(item.text) for item in items]),
+        words=quantiles([item.words for item in items]),
         classes=dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))),
         targets=_targets([item.label for item in items]) if task == "regress" and items else None,
     )
 
 
-def _quantiles(values: list[int]) -> Lengths:
+def quantiles(values: list[int]) -> Lengths:
     values = sorted(values) or [0]
     last = len(values) - 1
     return Lengths(median=values[last // 2], p95=values[math.ceil(0.95 * last)], max=values[last])
@@ -195,13 +195,13 @@ def _targets(values: list[float]) -> Targets:
     return Targets(min=min(values), mean=mean, max=max(values), std=math.sqrt(variance))
 
 
-def _duplicates(items: Sequence[Item]) -> Finding:
+def duplicates_of(items: Sequence[Item]) -> Finding:
     seen: dict[bytes, Item] = {}
     repeats = [item for item in items if seen.setdefault(item.key, item) is not item]
     return finding(repeats, [f"as row {seen[item.key].number}" for item in repeats])
 
 
-def _leakage(splits: Splits) -> dict[str, Finding]:
+def leakage_of(splits: Splits) -> dict[str, Finding]:
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     first = {name: {item.key: item for item in reversed(items)} for name, items in parts.items()}
     found: dict[str, Finding] = {}
@@ -213,7 +213,7 @@ def _leakage(splits: Splits) -> dict[str, Finding]:
     return found
 
 
-def _conflicts(items: Sequence[Item], task: TaskKind) -> Finding:
+def conflicts_of(items: Sequence[Item], task: TaskKind) -> Finding:
     first: dict[bytes, Item] = {}
     other: dict[bytes, Item] = {}  # the first row that disagrees with the first of its text
     for item in items:
@@ -228,4 +228,5 @@ def _conflicts(items: Sequence[Item], task: TaskKind) -> Finding:
 
 
 def _said(label: object) -> str:
-    return "+".join(label) or "none" if isinstance(label, tuple) else str(label)
+    said = "+".join(label) or "none" if isinstance(label, tuple) else str(label)
+    return said if len(said) <= _WIDTH else said[: _WIDTH - 3] + "..."

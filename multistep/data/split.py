@@ -30,6 +30,11 @@ class Item(NamedTuple):
     label: Any
     key: bytes  # equal for equal texts
     words: int
+    group: bytes = b""  # rows of one group stay together when a split is made; b"": those of equal text do
+
+    @property
+    def kin(self) -> bytes:
+        return self.group or self.key
 
 
 class Splits(NamedTuple):
@@ -47,22 +52,26 @@ def normalised(text: str) -> tuple[bytes, int]:
     return blake2b(" ".join(words).encode(), digest_size=16).digest(), len(words)
 
 
-def make_splits(given: dict[str, list[Item]], task: TaskKind, seed: int, where: str) -> Splits:
-    """`given`: items by split as read. What is missing is made from train (or from the only file)."""
-    notes: list[str] = []
+def make_splits(given: dict[str, list[Item]], task: TaskKind, seed: int, where: str, test: bool = True) -> Splits:
+    """`given`: items by split as read. What is missing is made from train (or from the only file); without `test`, no test."""
+    notes: list[str] = [] if test else ["no test split, as asked: every row is for training and validation"]
     train = given["train"] if "train" in given else given["all"]
-    deciding = _without(train, given["validation"], where, notes) if "validation" in given else []
+    deciding = without(train, given["validation"], where, notes) if "validation" in given else []
     held = max(len(train) // _SHARE, min(_SMALL, len(train) // 4))
     parts = dict(given)
     for split, other in (("test", "validation"), ("validation", "test")):
         if split in given:
             continue
+        if split == "test" and not test:
+            parts[split] = []
+            continue
         n = len(train)
-        barred = {item.key for item in given.get(other, [])}
+        barred = {item.kin for item in given.get(other, [])}
         train, parts[split] = divide(train, held, task, f"{seed}/{split}", barred=barred, cover=True)
         if len({item.key for item in parts[split]}) < 2:
+            each = "" if task == "regress" else " per label"
             raise UserError(
-                f"{where}: too few different rows per label to make a {split} split. Add rows or a {split} file."
+                f"{where}: too few different rows{each} to make a {split} split. Add rows or a {split} file."
             )
         notes.append(f"{split} made from train: {len(parts[split]):,} of {n:,} rows")
     if len(parts) > len(given) and held < _SMALL:
@@ -75,7 +84,7 @@ def make_splits(given: dict[str, list[Item]], task: TaskKind, seed: int, where: 
     return Splits(train, parts["validation"], control, calibration, parts["test"], notes)
 
 
-def _without(train: list[Item], validation: list[Item], where: str, notes: list[str]) -> list[Item]:
+def without(train: list[Item], validation: list[Item], where: str, notes: list[str]) -> list[Item]:
     """Validation rows that may decide something: those whose text is not in train."""
     seen = {item.key for item in train}
     clean = [item for item in validation if item.key not in seen]
@@ -102,7 +111,7 @@ def divide(
     """(rest, taken) with about `rows` taken, both in file order. Keys in `barred` stay; `cover`: every label stays too."""
     groups: dict[bytes, list[Item]] = {}
     for item in items:
-        groups.setdefault(item.key, []).append(item)
+        groups.setdefault(item.kin, []).append(item)
     keys = sorted(groups)
     random.Random(seed).shuffle(keys)
     kept = set(barred)
@@ -120,7 +129,7 @@ def divide(
         if debt >= size / 2:
             debt -= size
             taken.add(key)
-    return [i for i in items if i.key not in taken], [i for i in items if i.key in taken]
+    return [i for i in items if i.kin not in taken], [i for i in items if i.kin in taken]
 
 
 def _one_of_each_label(keys: list[bytes], groups: dict[bytes, list[Item]]) -> set[bytes]:

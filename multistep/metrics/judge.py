@@ -32,7 +32,7 @@ def compare(name: str, task: TaskLike, candidate: Scored, incumbent: Scored, see
         gain = sign * (new - old)
         gain_pull_N = sign * (new_pull_N - old_pull_N)
         stderr = stderr_of(gain_pull_N)
-        p = _mcnemar(gain_pull_N + gain) if metric.name in _ZERO_ONE else _paired_t(gain, stderr, n)
+        p = mcnemar(gain_pull_N + gain) if metric.name in _ZERO_ONE else paired_t(gain, stderr, n)
     else:
         assert metric.of is not None
         cells = cells_of(task, candidate.targets, candidate.decisions, incumbent.decisions)
@@ -46,7 +46,7 @@ def compare(name: str, task: TaskLike, candidate: Scored, incumbent: Scored, see
     return Comparison(metric=metric.name, candidate=new, incumbent=old, difference=gain, stderr=stderr, p=p, n=n)
 
 
-def _mcnemar(gain_N: np.ndarray) -> float:
+def mcnemar(gain_N: np.ndarray) -> float:
     """Exact: of the rows where only one is right, at least this many won by the candidate, were each a coin toss."""
     from scipy.special import bdtrc
 
@@ -54,7 +54,7 @@ def _mcnemar(gain_N: np.ndarray) -> float:
     return float(bdtrc(won - 1, won + lost, 0.5)) if won else 1.0
 
 
-def _paired_t(gain: float, stderr: float, n: int) -> float:
+def paired_t(gain: float, stderr: float, n: int) -> float:
     from scipy.special import stdtr
 
     if math.isnan(gain) or n < 2:
@@ -103,7 +103,7 @@ def judge_losses(candidate_N: np.ndarray, incumbent_N: np.ndarray, alpha: float 
         return Verdict(accept=True, rule="the incumbent's losses are not finite, the candidate's are: better")
     gain_N = np.asarray(incumbent_N, np.float64) - np.asarray(candidate_N, np.float64)
     gain, stderr = float(gain_N.mean()), stderr_of(gain_N)
-    p = _paired_t(gain, stderr, len(gain_N))
+    p = paired_t(gain, stderr, len(gain_N))
     found = Comparison(
         metric="loss", candidate=float(candidate_N.mean()), incumbent=float(incumbent_N.mean()), difference=gain,
         stderr=stderr, p=p, n=len(gain_N),

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from multistep.models.base import TextEncoder, zero_head
 from multistep.types import UserError
 
 if TYPE_CHECKING:
@@ -27,21 +28,20 @@ _LAYERED = ("bert", "roberta", "xlm-roberta", "camembert")
 _MASKED = -1e9
 
 
-class Encoder(nn.Module):
+class Encoder(TextEncoder):
     """`backbone`: a transformers encoder; `n_outputs`: K. The head starts at zero."""
+
+    encode_tokens: ClassVar[int] = 2048
 
     def __init__(self, backbone: PreTrainedModel, n_outputs: int):
         super().__init__()
         self.backbone: Any = backbone
         self.config: Any = backbone.config
-        self.head = nn.Linear(self.config.hidden_size, n_outputs)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = zero_head(self.config.hidden_size, n_outputs)
 
     @property
-    def n_layers(self) -> int:
-        """How many layers the forward pass can be cut at; 0 when it cannot be cut."""
-        return len(self.layers())
+    def pad_id(self) -> int:
+        return int(self.config.pad_token_id or 0)
 
     def layers(self) -> Sequence[nn.Module]:
         return list(self.backbone.encoder.layer) if self.config.model_type in _LAYERED else []
@@ -60,10 +60,6 @@ class Encoder(nn.Module):
         if self.n_layers:
             return self.upper(self.lower(ids_BT, mask_BT, 0), mask_BT, 0)
         return pool(self.backbone(input_ids=ids_BT, attention_mask=mask_BT.long()).last_hidden_state, mask_BT)
-
-    def forward(self, x: Tensor, mask_BT: Tensor, cut: int = 0) -> Tensor:
-        """Outputs [B,K] from token ids [B,T] or, with `cut` > 0, from the hidden states [B,T,D] after `cut` layers."""
-        return self.head(self.upper(x, mask_BT, cut) if cut else self.features(x, mask_BT))
 
     @staticmethod
     def _through(layers: Sequence[nn.Module], hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:

@@ -30,6 +30,18 @@ class BaseObjective(Spec):
         """How much the batch weighs: `loss` is a sum divided by this."""
         return float(len(targets))
 
+    def ridge(self, parameter: Tensor) -> float:
+        """The curvature of penalties in this parameter: so many times the identity. Beside it there is that of the outputs."""
+        return 0.0
+
+    def reads_tables(self) -> bool:
+        """Whether it looks into the model's tables of embeddings, and so wants token ids and no cached states above them."""
+        return False
+
+    def labels(self, targets: Any) -> Tensor:
+        """What metrics compare answers with."""
+        return targets
+
     def core(self) -> BaseObjective:
         """The objective inside of all wrappers."""
         return self

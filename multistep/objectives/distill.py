@@ -50,6 +50,10 @@ class Distill(BaseObjective):
 
         return F.cross_entropy(logits_BK.float(), class_ids(_hard(targets)), reduction="none")
 
+    def labels(self, targets: tuple[Tensor, Tensor] | Tensor) -> Tensor:
+        """The classes [B], without the teacher."""
+        return _hard(targets)
+
     def count(self, targets: tuple[Tensor, Tensor] | Tensor) -> float:
         """The number of examples."""
         return float(len(_hard(targets)))

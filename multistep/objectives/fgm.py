@@ -32,6 +32,10 @@ class FGM(Wrapper):
     kind: Literal["fgm"] = "fgm"
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False), Tunable(0.05, 5.0, log=True)] = 1.0
 
+    def reads_tables(self) -> bool:
+        """It moves their outputs."""
+        return True
+
     def of(self, forward: Callable[[], Tensor], targets: Any, model: nn.Module) -> Tensor:
         """The mean of the loss as it is and of the loss where the embeddings are moved. Needs gradients to be on."""
         from torch import autograd, nn

@@ -4,6 +4,8 @@
 
 The penalty is added to the mean loss, once an update: a micro-batch adds all of it and weighs count(part) / count(whole), so that
 parts add up to the whole. Unlike decoupled weight decay it goes through the optimizer's scaling, and it has gradients at zero data.
+Newton's methods take l2 into the curvature; l1 has none (but at zero, where it has no derivative): they meet it in the gradient and in
+the line search, which shortens a step that crosses zero.
 Sources: Tibshirani 1996 (l1); Hoerl and Kennard 1970 (l2).
 Differs from the source: vectors (biases, norms) are not penalized; the convention of l2 is that of `convex.py`. A step seldom lands on
 zero, so l1 makes weights small rather than absent.
@@ -35,6 +37,10 @@ class Penalized(Wrapper):
     def of(self, forward: Callable[[], Tensor], targets: Any, model: nn.Module) -> Tensor:
         """The inner loss and the penalty."""
         return self.inner.of(forward, targets, model) + self.penalty(model)
+
+    def ridge(self, parameter: Tensor) -> float:
+        """l2 on a matrix, and what the inner objective has."""
+        return (self.l2 if parameter.ndim >= 2 else 0.0) + self.inner.ridge(parameter)
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         """What the model's matrices cost, with its graph."""

@@ -31,6 +31,18 @@ class Wrapper(BaseObjective):
         """The inner count."""
         return self.inner.count(targets)
 
+    def ridge(self, parameter: Tensor) -> float:
+        """Of the inner objective."""
+        return self.inner.ridge(parameter)
+
+    def reads_tables(self) -> bool:
+        """Whether the inner objective does."""
+        return self.inner.reads_tables()
+
+    def labels(self, targets: Any) -> Tensor:
+        """Those of the inner objective."""
+        return self.inner.labels(targets)
+
     def core(self) -> BaseObjective:
         """The objective inside of all wrappers."""
         return self.inner.core()

@@ -33,6 +33,7 @@ class Adafactor(GradientOptimizer):
     good_for = "models whose optimizer state does not fit into memory: it has next to none"
     wrong_for = "models that do fit: slower a step than AdamW, and no better; weights that start at zero move slowly"
     bytes_a_parameter = 0.0157  # 4 (R + C) / (R C) for 512 x 512
+    cost = 6.5
 
     kind: Literal["adafactor"] = "adafactor"
     lr: Annotated[float, Field(gt=0, le=1), Tunable(1e-5, 1.0, log=True, live=True)] = 1e-2

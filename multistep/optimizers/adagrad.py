@@ -31,6 +31,7 @@ class Adagrad(GradientOptimizer):
     good_for = "sparse features and embeddings of rare words, in short runs"
     wrong_for = "long runs of deep networks: its steps only ever shrink"
     bytes_a_parameter = 4.0
+    cost = 0.71
 
     kind: Literal["adagrad"] = "adagrad"
     lr: Annotated[float, Field(gt=0, le=10), Tunable(1e-5, 1.0, log=True, live=True)] = 1e-2

@@ -30,6 +30,7 @@ class Adam(GradientOptimizer):
     good_for = "models of tutorials that name it; without weight decay it is AdamW"
     wrong_for = "regularized training: its weight decay is divided away where gradients are large; take adamw"
     bytes_a_parameter = 8.0
+    cost = 1.0
 
     kind: Literal["adam"] = "adam"
     lr: Annotated[float, Field(gt=0, le=1), Tunable(1e-6, 1e-1, log=True, live=True)] = 1e-3

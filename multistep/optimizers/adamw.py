@@ -36,6 +36,7 @@ class AdamW(GradientOptimizer):
     good_for = "any transformer; what to take when nothing else is known"
     wrong_for = "a convex problem, which a second-order solver ends in seconds"
     bytes_a_parameter = 8.0
+    cost = 1.0
 
     kind: Literal["adamw"] = "adamw"
     lr: Annotated[float, Field(gt=0, le=1), Tunable(1e-6, 1e-1, log=True, live=True)] = 3e-4

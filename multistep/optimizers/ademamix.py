@@ -39,6 +39,7 @@ class AdEMAMix(GradientOptimizer):
     good_for = "long pretraining of language models, where old gradients still say something"
     wrong_for = "runs of fewer than a few thousand updates: the slow momentum does not fill"
     bytes_a_parameter = 12.0
+    cost = 7.5
 
     kind: Literal["ademamix"] = "ademamix"
     lr: Annotated[float, Field(gt=0, le=1), Tunable(1e-6, 1e-1, log=True, live=True)] = 2e-3

@@ -32,6 +32,18 @@ class Rate(NamedTuple):
     source: str
 
 
+class StepPart(Protocol):
+    """A batch, or one of its micro-batches."""
+
+    def outputs(self) -> Tensor:
+        """The model's outputs, with their graph."""
+        ...
+
+    def loss_of(self, outputs: Tensor) -> Tensor:
+        """What such outputs add to the batch's mean loss, with its graph: convex in them for the usual objectives."""
+        ...
+
+
 class StepProblem(Protocol):
     """What an optimizer with `closure` may ask of the batch at hand, as often as it likes."""
 
@@ -39,12 +51,12 @@ class StepProblem(Protocol):
         """The loss (a scalar); the parameters' gradients are made anew."""
         ...
 
-    def outputs(self) -> Tensor:
-        """The model's outputs, with their graph."""
+    def parts(self) -> Sequence[StepPart]:
+        """The micro-batches, whose losses add up to the whole. To be read once each, in their order."""
         ...
 
-    def loss_of(self, outputs: Tensor) -> Tensor:
-        """The mean loss of such outputs, with its graph: convex in them for the usual objectives."""
+    def ridge(self, parameter: Tensor) -> float:
+        """The curvature that the objective has in this parameter beside that of the outputs: so many times the identity."""
         ...
 
 
@@ -55,6 +67,13 @@ class GradientOptimizer(Spec):
     good_for: ClassVar[str]  # "Use it for ...": half a sentence
     wrong_for: ClassVar[str]  # "Not for ...": half a sentence
     bytes_a_parameter: ClassVar[float]  # of optimizer state beside a float32 parameter, on a large matrix
+    cost: ClassVar[
+        float
+    ]  # time of a step, AdamW's = 1; with a closure: of a whole update. Measured: benchmarks/optimizers.py
+    gradients: ClassVar[float] = (
+        1.0  # evaluations of loss and gradient an update; with a closure: measured there, on average
+    )
+    products: ClassVar[float] = 0.0  # products with the curvature an update, likewise
     closure: ClassVar[bool] = False  # whether step() takes a StepProblem and looks at the loss several times
 
     lr: Annotated[float, Field(gt=0, le=1000), Tunable(1e-6, 1e1, log=True, live=True)]

@@ -32,6 +32,7 @@ class Lion(GradientOptimizer):
     good_for = "large batches, with half of AdamW's state"
     wrong_for = "small batches: the sign of a noisy gradient is mostly noise"
     bytes_a_parameter = 4.0
+    cost = 2.3
 
     kind: Literal["lion"] = "lion"
     lr: Annotated[float, Field(gt=0, le=1), Tunable(1e-7, 1e-2, log=True, live=True)] = 2e-4

@@ -37,6 +37,7 @@ class NAdam(GradientOptimizer):
     good_for = "training from random weights with one calibrated setting: the baseline that is hard to beat"
     wrong_for = "small CPUs: torch has no fused kernel for it, and AdamW does much the same with one"
     bytes_a_parameter = 8.0
+    cost = 5.2
 
     kind: Literal["nadam"] = "nadam"
     lr: Annotated[float, Field(gt=0, le=1), Tunable(1e-6, 1e-1, log=True, live=True)] = 1.75e-3

@@ -15,7 +15,8 @@ algorithms 4.1, 7.1, 7.2 and section 3.5 (interpolation).
 Differs from the sources: rho on one batch says nothing about the next, so on a new batch damping is not below its first value, nor
 the radius above; the preconditioner is a mean over steps, Martens' sums squared gradients of examples; the last step is scaled
 down further where the model says so; the radius is in the plain norm, not the preconditioner's.
-Gradient and values come from the whole objective, wrappers included; B from the plain loss of the outputs.
+Gradient and values come from the whole objective, wrappers included; B from the plain loss of the outputs, and from the penalties
+that have a constant curvature (`ridge`: the l2 of `penalized`, not its l1).
 Shapes: D parameters in all.
 """
 
@@ -44,7 +45,7 @@ _POWER = 0.75
 
 
 class Here(NamedTuple):
-    """The objective at the parameters before the step. `product` is B without damping, with weight decay."""
+    """The objective at the parameters before the step. `product` is B without damping, with weight decay and penalties."""
 
     w_D: Tensor
     value: float
@@ -53,6 +54,7 @@ class Here(NamedTuple):
     norm: float
     product: Callable[[Tensor], Tensor]
     raw: Products
+    ridge_D: Tensor | None  # the constant part of B's diagonal: weight decay and penalties; None when there is none
 
 
 class Direction(NamedTuple):
@@ -102,13 +104,13 @@ class NewtonOptimizer(torch.optim.Optimizer):
         norm = float(gradient_D.norm())
         facts: dict[str, Any] = {"gradient_norm": norm, "length": 0.0, "evaluations": 1}
         if math.isfinite(value) and math.isfinite(norm) and norm > 0 and lr > 0:
-            raw = Products(closure, self.flat, self._curvature, self._plain)
+            raw, ridge_D = Products(closure, self.flat, self._curvature, self._plain), self._ridge(closure, decay_D)
 
             def product(v_D: Tensor) -> Tensor:
-                return raw(v_D) if decay_D is None else raw(v_D).addcmul_(decay_D, v_D)
+                return raw(v_D) if ridge_D is None else raw(v_D).addcmul_(ridge_D, v_D)
 
             noise = 8 * torch.finfo(loss.dtype).eps * abs(value)
-            facts |= self.move(Here(w_D, value, noise, gradient_D, norm, product, raw), lr)
+            facts |= self.move(Here(w_D, value, noise, gradient_D, norm, product, raw, ridge_D), lr)
             facts["products"] = raw.count
             self._plain = raw.plain
         elif not (math.isfinite(value) and math.isfinite(norm)):
@@ -155,6 +157,15 @@ class NewtonOptimizer(torch.optim.Optimizer):
             return None
         pairs = [(p, group["weight_decay"]) for group in self.param_groups for p in group["params"]]
         return self.flat.join([torch.full_like(p, decay, dtype=self.flat.dtype) for p, decay in pairs])
+
+    def _ridge(self, problem: StepProblem, decay_D: Tensor | None) -> Tensor | None:
+        """Weight decay and the curvature of penalties [D]; None when there is neither."""
+        sizes = [problem.ridge(p) for p in self.flat.parameters]
+        if not any(sizes):
+            return decay_D
+        pairs = zip(self.flat.parameters, sizes, strict=True)
+        ridge_D = self.flat.join([torch.full_like(p, size, dtype=self.flat.dtype) for p, size in pairs])
+        return ridge_D if decay_D is None else ridge_D + decay_D
 
 
 class NewtonCGOptimizer(NewtonOptimizer):
@@ -229,8 +240,8 @@ class NewtonCGOptimizer(NewtonOptimizer):
         self.own["diagonals"] = steps + 1
         self._keep("curvature", squares_D)
         diagonal_D = squares_D / (1 - _KEEP ** (steps + 1))
-        if (decay_D := self._decays()) is not None:
-            diagonal_D += decay_D
+        if here.ridge_D is not None:
+            diagonal_D += here.ridge_D
         diagonal_D += max(damping, 1e-3 * float(diagonal_D.mean()), torch.finfo(self.flat.dtype).tiny ** 0.5)
         return diagonal_D.pow_(-_POWER)
 

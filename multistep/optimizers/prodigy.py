@@ -37,6 +37,7 @@ class Prodigy(GradientOptimizer):
     good_for = "a first run where no learning rate is known and none can be searched for"
     wrong_for = "a model whose learning rate is known: AlgoPerf's calibrated AdamW family is ahead of it; little memory"
     bytes_a_parameter = 16.0
+    cost = 7.3
 
     kind: Literal["prodigy"] = "prodigy"
     lr: Annotated[float, Field(gt=0, le=100), Tunable(1e-2, 1e1, log=True, live=True)] = 1.0

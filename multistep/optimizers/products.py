@@ -5,6 +5,8 @@
 
 J v comes from two backward passes: J^T u is linear in u, so its derivative in u along v is J v. Nothing here needs forward mode,
 which many layers lack. G is H without the outputs' own curvature: positive semidefinite where the loss is convex in the outputs.
+A batch in one part keeps its graph from product to product. In micro-batches every product reads them anew, one after the other, and
+adds them up: memory is that of two of them at most, and a product costs a pass forward more.
 Some fused kernels (attention, recurrent layers) have no second derivative: the batch is then read again with the plain ones.
 Sources: Pearlmutter 1994 (Hessian products); Schraudolph 2002 (Gauss-Newton products); the double-backward J v: Townsend 2017,
 "A new trick for calculating Jacobian vector products"; the diagonal: Chapelle and Erhan 2011, "Improved preconditioner for
@@ -25,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from multistep.types import UserError
 
 if TYPE_CHECKING:
-    from multistep.optimizers.base import StepProblem
+    from multistep.optimizers.base import StepPart, StepProblem
 
 Curvature = Literal["gauss_newton", "hessian"]
 
@@ -71,14 +73,14 @@ class Flat:
 
 
 class Products:
-    """The loss's curvature at the parameters as they are when it is first asked for. Holds their graph."""
+    """The loss's curvature at the parameters as they are when it is first asked for. Holds the graph of a batch in one part."""
 
     def __init__(self, problem: StepProblem, flat: Flat, curvature: Curvature, plain: bool = False) -> None:
-        self.problem, self.flat, self.curvature = problem, flat, curvature
+        self.problem, self.flat = problem, flat
+        self.curvature: Curvature = curvature
         self.plain = plain  # whether fused kernels are avoided
         self.count = 0
-        self._outputs: Tensor | None = None
-        self._product: Callable[[list[Tensor]], Sequence[Tensor]] | None = None
+        self._read: _Read | None = None
 
     def __call__(self, v_D: Tensor) -> Tensor:
         """The curvature times `v_D`. Raises UserError where a layer has no second derivative at all."""
@@ -103,29 +105,59 @@ class Products:
                     f"{str(error).splitlines()[0]} Newton's methods differentiate the model twice: take 'lbfgs' or a "
                     "first-order optimizer, or another layer."
                 ) from None
-        self.plain, self._outputs, self._product = True, None, None
+        self.plain, self._read = True, None
         return self._twice(work)
 
-    def _read(self) -> Tensor:
-        if self._outputs is None:
-            self._outputs = self.problem.outputs()
-        return self._outputs
+    def _parts(self) -> Iterator[_Read]:
+        """The parts of the batch, each with its graph: read anew unless there is one only."""
+        if self._read is not None:
+            yield self._read
+            return
+        parts = self.problem.parts()
+        for part in parts:
+            read = _Read(part, part.outputs(), self.flat.parameters, self.curvature)
+            if len(parts) == 1:
+                self._read = read
+            yield read
 
     def _times(self, v_D: Tensor) -> Tensor:
-        if self._product is None:
-            make = hessian_product if self.curvature == "hessian" else gauss_newton_product
-            self._product = make(self.problem, self._read(), self.flat.parameters)
-        return self.flat.join(self._product(self.flat.split(v_D)))
+        v = self.flat.split(v_D)
+        return _sum(self.flat.join(read.product(v)) for read in self._parts())
 
     def _diagonal(self, draws: int, generator: torch.Generator) -> Tensor:
-        outputs = self._read()
-        cut, pull = _pull(self.problem, outputs)
+        return _sum(self._diagonal_of(read, draws, generator) for read in self._parts())
+
+    def _diagonal_of(self, read: _Read, draws: int, generator: torch.Generator) -> Tensor:
+        outputs = read.outputs
+        cut, pull = _pull(read.part, outputs)
         total_D = torch.zeros(self.flat.size, dtype=self.flat.dtype, device=self.flat.device)
         for _ in range(draws if pull.requires_grad else 0):
             signs, others = _signs(outputs, generator), _signs(outputs, generator)
             inner = (signs * _gradients(pull, [cut], signs)[0]).clamp_min(0)  # the diagonal of H_L, about
             total_D += self.flat.join(_gradients(outputs, self.flat.parameters, inner.sqrt() * others)).square_()
         return total_D.div_(draws)
+
+
+class _Read:
+    """A part that was read: its outputs with their graph, and the product made of them."""
+
+    def __init__(self, part: StepPart, outputs: Tensor, parameters: Sequence[Tensor], curvature: Curvature) -> None:
+        self.part, self.outputs, self._parameters = part, outputs, parameters
+        self._make = hessian_product if curvature == "hessian" else gauss_newton_product
+        self._product: Callable[[list[Tensor]], Sequence[Tensor]] | None = None
+
+    def product(self, v: list[Tensor]) -> Sequence[Tensor]:
+        """The curvature of this part times v, one tensor a parameter."""
+        if self._product is None:
+            self._product = self._make(self.part, self.outputs, self._parameters)
+        return self._product(v)
+
+
+def _sum(terms: Iterator[Tensor]) -> Tensor:
+    total = next(terms)
+    for term in terms:
+        total += term
+    return total
 
 
 # how torch says that a kernel cannot be differentiated twice
@@ -156,10 +188,10 @@ def _check(gradients: Sequence[Tensor]) -> None:
 
 
 def hessian_product(
-    problem: StepProblem, outputs: Tensor, parameters: Sequence[Tensor]
+    part: StepPart, outputs: Tensor, parameters: Sequence[Tensor]
 ) -> Callable[[list[Tensor]], Sequence[Tensor]]:
     """v -> H v for the loss of the outputs."""
-    gradients = _gradients(problem.loss_of(outputs), parameters, create_graph=True)
+    gradients = _gradients(part.loss_of(outputs), parameters, create_graph=True)
     _check(gradients)
 
     def product(v: list[Tensor]) -> Sequence[Tensor]:
@@ -172,10 +204,10 @@ def hessian_product(
 
 
 def gauss_newton_product(
-    problem: StepProblem, outputs: Tensor, parameters: Sequence[Tensor]
+    part: StepPart, outputs: Tensor, parameters: Sequence[Tensor]
 ) -> Callable[[list[Tensor]], Sequence[Tensor]]:
     """v -> J^T H_L J v."""
-    cut, pull = _pull(problem, outputs)
+    cut, pull = _pull(part, outputs)
     probe = torch.zeros_like(outputs, requires_grad=True)
     pulled = _gradients(outputs, parameters, probe, create_graph=True)  # J^T probe, linear in the probe
     _check([*pulled, pull])
@@ -191,10 +223,10 @@ def gauss_newton_product(
     return product
 
 
-def _pull(problem: StepProblem, outputs: Tensor) -> tuple[Tensor, Tensor]:
+def _pull(part: StepPart, outputs: Tensor) -> tuple[Tensor, Tensor]:
     """The outputs cut from the model, and the loss's gradient in them, with its graph."""
     cut = outputs.detach().requires_grad_()
-    return cut, _gradients(problem.loss_of(cut), [cut], create_graph=True)[0]
+    return cut, _gradients(part.loss_of(cut), [cut], create_graph=True)[0]
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -32,6 +32,7 @@ class RAdam(GradientOptimizer):
     good_for = "training without a warm-up of the learning rate"
     wrong_for = "runs of a few updates, and schedules that warm up already: there it is a slower AdamW"
     bytes_a_parameter = 8.0
+    cost = 6.0
 
     kind: Literal["radam"] = "radam"
     lr: Annotated[float, Field(gt=0, le=1), Tunable(1e-6, 1e-1, log=True, live=True)] = 1e-3

@@ -29,6 +29,7 @@ class RMSprop(GradientOptimizer):
     good_for = "recurrent networks, and Adam's scaling with half of its state"
     wrong_for = "the first updates of a pretrained model: v starts at zero and is not corrected, so they are too large"
     bytes_a_parameter = 4.0
+    cost = 2.6
 
     kind: Literal["rmsprop"] = "rmsprop"
     lr: Annotated[float, Field(gt=0, le=1), Tunable(1e-6, 1e-1, log=True, live=True)] = 1e-3

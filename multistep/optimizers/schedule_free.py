@@ -42,6 +42,7 @@ class ScheduleFree(GradientOptimizer):
     )
     wrong_for = "schedules that decay to zero: the averaging is its decay already"
     bytes_a_parameter = 8.0  # 12 while settled for judging
+    cost = 5.0
 
     kind: Literal["schedule_free"] = "schedule_free"
     lr: Annotated[float, Field(gt=0, le=1), Tunable(1e-6, 1e-1, log=True, live=True)] = 2.5e-3

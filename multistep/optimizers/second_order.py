@@ -41,6 +41,9 @@ class ModuleNewtonCG(GradientOptimizer):
     )
     wrong_for = "large models in small batches: a step costs tens of gradients and trusts one batch's curvature"
     bytes_a_parameter = 8.0
+    cost = 12.0
+    gradients = 2.2
+    products = 4.4
     closure = True
 
     kind: Literal["newton_cg"] = "newton_cg"
@@ -66,6 +69,9 @@ class DampedNewton(GradientOptimizer):
     good_for = "problems of up to a few thousand parameters that should be solved to the last digit in a few updates"
     wrong_for = "anything larger: a step costs one product a parameter, and memory their square"
     bytes_a_parameter = 0.0
+    cost = 660.0
+    gradients = 2.0
+    products = 940.0
     closure = True
 
     kind: Literal["newton"] = "newton"
@@ -93,6 +99,9 @@ class ModuleLBFGS(GradientOptimizer):
     good_for = "smooth problems in full batches: no curvature products, and far fewer passes than gradient descent"
     wrong_for = "mini-batches and dropout: what it remembers of one batch does not hold on the next, so it forgets"
     bytes_a_parameter = 88.0
+    cost = 21.0
+    gradients = 22.4
+    products = 0.0
     closure = True
 
     kind: Literal["lbfgs"] = "lbfgs"

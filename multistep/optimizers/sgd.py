@@ -47,6 +47,7 @@ class GradientDescent(GradientOptimizer):
     good_for = "small data in full batches, where every update should lower the loss; a baseline. Same rule as sgd"
     wrong_for = "anything large: it pays a pass over all data for one update"
     bytes_a_parameter = 0.0
+    cost = 0.54
 
     kind: Literal["gradient_descent"] = "gradient_descent"
     lr: Annotated[float, Field(gt=0, le=1000), Tunable(1e-4, 1e1, log=True, live=True)] = 0.1
@@ -60,6 +61,7 @@ class SGD(GradientOptimizer):
     good_for = "linear and other well-scaled models, and where optimizer state must cost no memory"
     wrong_for = "transformers and embeddings: gradients of very different sizes share one learning rate"
     bytes_a_parameter = 0.0
+    cost = 0.53
 
     kind: Literal["sgd"] = "sgd"
     lr: Annotated[float, Field(gt=0, le=1000), Tunable(1e-4, 1e1, log=True, live=True)] = 0.1
@@ -73,6 +75,7 @@ class Momentum(GradientOptimizer):
     good_for = "convolutional networks with batch norm, trained long"
     wrong_for = "transformers from random weights"
     bytes_a_parameter = 4.0
+    cost = 0.79
 
     kind: Literal["momentum"] = "momentum"
     lr: Annotated[float, Field(gt=0, le=1000), Tunable(1e-4, 1e1, log=True, live=True)] = 0.03
@@ -87,6 +90,7 @@ class Nesterov(GradientOptimizer):
     good_for = "what momentum is good for, a little steadier at high momentum"
     wrong_for = "transformers from random weights"
     bytes_a_parameter = 4.0
+    cost = 0.59
 
     kind: Literal["nesterov"] = "nesterov"
     lr: Annotated[float, Field(gt=0, le=1000), Tunable(1e-4, 1e1, log=True, live=True)] = 0.03

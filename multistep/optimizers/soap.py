@@ -36,6 +36,7 @@ class SOAP(GradientOptimizer):
     good_for = "fewest updates to a loss from random weights, with large batches on a GPU"
     wrong_for = "small batches on a CPU, wide layers (decompositions) and little memory"
     bytes_a_parameter = 24.0  # of a square matrix: m, v, A, B, P, Q
+    cost = 170.0
 
     kind: Literal["soap"] = "soap"
     lr: Annotated[float, Field(gt=0, le=1), Tunable(1e-6, 1e-1, log=True, live=True)] = 3e-3

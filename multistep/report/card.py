@@ -88,7 +88,7 @@ def _intro(facts: Mapping[str, Any]) -> str:
 def _scores(facts: Mapping[str, Any]) -> str:
     metrics = measured(facts.get("metrics"))
     if not metrics:
-        return "The test data has not been read."
+        return "No test data has been read."
     parts = ["On the test data, read once, at the end. The second number is the standard error."]
     parts.append(table(["metric", "test ± stderr"], [[k, plus_minus(v, e)] for k, (v, e) in metrics.items()]))
     classes = [c for c in facts.get("per_class") or () if isinstance(c, Mapping)]

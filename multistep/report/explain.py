@@ -28,6 +28,7 @@ def explain(records: Sequence[Mapping[str, Any]]) -> str:
         ("Where the budget went", _budget(run)),
         ("What was tried", _tried(run)),
         ("What was decided, and why", _decisions(run)),
+        ("What was chosen by rule", _chosen(run)),
         ("What was left out", _skipped(run)),
         ("Out of the ordinary", _events(run)),
         ("Diagnosis", _diagnosed(run)),
@@ -148,6 +149,12 @@ def _compared(c: Mapping[str, Any]) -> str:
         words += f" ({number(c['incumbent'])} to {number(c['candidate'])})"
     words += f", p={number(c['p'], 2)}" if c.get("p") is not None else ""
     return words + (f", n={c['n']}" if c.get("n") is not None else "")
+
+
+def _chosen(run: Mapping[str, Any]) -> str:
+    """Each rule once: a profile that was made again says the same."""
+    rules = dict.fromkeys(f"- {c['what']}: {(c.get('facts') or {}).get('rule', '')}" for c in run["chosen"])
+    return "\n".join(rules)
 
 
 def _skipped(run: Mapping[str, Any]) -> str:

@@ -35,6 +35,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "trials": trials,
         "best": _best(trials),
         "stages": _stages(trials),
+        "chosen": [r for r in _all(records, "Noted") if r.get("what") in ("optimizer", "input")],
         "skipped": _all(records, "Skipped"),
         "reserved": _all(records, "Reserved"),
         "diagnosed": _all(records, "Diagnosed"),
@@ -183,6 +184,8 @@ def _leaves(tree: Mapping[str, Any]) -> list[tuple[str, str]]:
                 found.append((key, str(value["kind"])))
             found += _leaves({k: v for k, v in value.items() if k != "kind"})
         elif isinstance(value, list | tuple):
+            if not value:
+                continue
             short = len(value) <= 4 and not any(isinstance(v, Mapping | list) for v in value)
             found.append((key, ",".join(_plain(v) for v in value) if short else f"[{len(value)}]"))
         elif value not in (None, "", False):

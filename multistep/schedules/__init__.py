@@ -12,14 +12,17 @@ from multistep.schedules.exponential import Exponential
 from multistep.schedules.inverse_sqrt import InverseSqrt
 from multistep.schedules.linear import Linear
 from multistep.schedules.one_cycle import OneCycle
+from multistep.schedules.plateau import Plateau
 from multistep.schedules.step import Step
 from multistep.schedules.wsd import WSD
 
-SCHEDULES = (Linear, Constant, Cosine, Step, Exponential, InverseSqrt, OneCycle, WSD)
+SCHEDULES = (Linear, Constant, Cosine, Step, Exponential, InverseSqrt, OneCycle, WSD, Plateau)
 Schedule = Annotated[
-    Linear | Constant | Cosine | Step | Exponential | InverseSqrt | OneCycle | WSD, Field(discriminator="kind")
+    Linear | Constant | Cosine | Step | Exponential | InverseSqrt | OneCycle | WSD | Plateau,
+    Field(discriminator="kind"),
 ]
 
 __all__ = [
-    "SCHEDULES", "WSD", "Constant", "Cosine", "Exponential", "InverseSqrt", "Linear", "OneCycle", "Schedule", "Step",
+    "SCHEDULES", "WSD", "Constant", "Cosine", "Exponential", "InverseSqrt", "Linear", "OneCycle", "Plateau", "Schedule",
+    "Step",
 ]  # fmt: skip

@@ -87,9 +87,8 @@ def _run(bench: Works, trial: Trial, journal: Journal) -> Iterator[dict[str, Any
     run = bench.run(trial)
     try:
         while True:
-            if signal := bench.stop():
-                raise Interrupted(signal)
-            kind, fields = next(run)
+            signal = bench.stop()  # thrown into the trial, which may have something to save
+            kind, fields = run.throw(Interrupted(signal)) if signal else next(run)
             yield _append(bench, journal, kind=kind, **fields)
     except StopIteration as end:
         outcome: Outcome = end.value

@@ -6,7 +6,7 @@ A record to write is `(kind, fields)`. Long work asks `stop()` between batches a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,16 +16,20 @@ from safetensors.torch import load_file
 
 from multistep import metrics
 from multistep.budget import Budget, Clock
-from multistep.evaluate import ENCODE_TOKENS, Rows, encode, head_logits
+from multistep.controllers.choose import Facts, choose
+from multistep.evaluate import Rows, encode, head_logits
 from multistep.metrics import Scored
 from multistep.models.head import solve_head
 from multistep.models.linear import fit_linear
+from multistep.optimizers.muon import hidden_matrices
 from multistep.predictors import Predictor, Single
 from multistep.predictors import fit as fitting
 from multistep.predictors.temperature import fit_temperature
 from multistep.state import read_folder
 from multistep.strategy import Average, FitHead, FitLinear, Predict, Profile, ReadTest, Trial
 from multistep.subwords import encode_ids
+from multistep.tune.memory import device_memory
+from multistep.tune.soup import greedy_soup
 from multistep.tune.workbench import Workbench
 from multistep.types import Cost, Interrupted, Outcome
 
@@ -112,16 +116,35 @@ def run_profile(bench: Bench, trial: Trial, action: Profile) -> Run:
         lengths = np.array([len(i) for i in encode_ids(work.tokenizer, sample, LENGTHS[-1])[0]])
         per_character = {n: float(np.minimum(lengths, n).sum()) / max(1, len(lengths)) for n in LENGTHS}
         facts |= {
-            "encoder": "scratch" if work.scratch else str(work.source),
+            "encoder": work.scratch or str(work.source),
             "mean_tokens": per_character,  # tokens a row at each truncation
             "p95_tokens": float(np.percentile(lengths, 95)),
             "n_layers": work.encoder().n_layers,
-            "hidden": work.backbone().config.hidden_size,
+            "hidden": work.base().width,
             **_throughput(bench, lengths),
         }
         bench.bf16 = facts["precision"] == "bf16"
+        facts["optimizer"] = _optimizer(work)
+        yield "Noted", {"trial": trial.id, "what": "optimizer", "facts": facts["optimizer"]}
     yield "Noted", {"trial": trial.id, "what": "profiled", "facts": facts}
     return Outcome(facts=facts, cost=Cost(wall_s=time.monotonic() - started))
+
+
+def _optimizer(work: Workbench) -> dict[str, Any]:
+    """The settings of the optimizer that will train the encoder, and the rule that chose it."""
+    named = [(n, p) for n, p in work.encoder().named_parameters() if not n.startswith("backbone.pooler.")]
+    hidden = hidden_matrices([(n, p.ndim) for n, p in named])
+    chosen, rule = choose(
+        work.config.optimizer,
+        Facts(
+            regime="scratch" if work.scratch else "fine_tune",
+            parameters=sum(p.numel() for _, p in named),
+            hidden=sum(p.numel() for n, p in named if n in hidden),
+            rows=len(work.texts["train"]),
+            memory_bytes=device_memory(work.device),
+        ),
+    )
+    return {"settings": {k: v for k, v in chosen.model_dump().items() if v is not None}, "rule": rule}
 
 
 def _throughput(bench: Bench, lengths: np.ndarray) -> dict[str, Any]:
@@ -131,15 +154,16 @@ def _throughput(bench: Bench, lengths: np.ndarray) -> dict[str, Any]:
     if not bench.timed() and wanted == "auto":  # a measurement would make the run depend on the machine's mood
         return {"precision": "bf16" if work.device == "cuda" else "fp32", "forward_tokens_s": 0.0}
     typical = max(1, int(np.median(np.minimum(lengths, _PROFILE_LENGTH))))
-    texts = sorted(work.texts["train"][:4000], key=len)
-    count = min(len(texts), max(1, ENCODE_TOKENS // typical))
+    texts, model = sorted(work.texts["train"][:4000], key=len), work.encoder()
+    count = min(len(texts), max(1, model.encode_tokens // typical))
     middle = texts[max(0, (len(texts) - count) // 2) :][:count]
     ids, _ = encode_ids(work.tokenizer, middle, _PROFILE_LENGTH)
-    rows, model = Rows(ids, work.pad_id, work.device), work.encoder()
+    rows = Rows(ids, work.pad_id, work.device)
     few = rows.subset(np.arange(min(8, count)))
     speed: dict[str, float] = {}
     outputs: dict[str, np.ndarray] = {}
-    for name in ("fp32", "bf16") if wanted == "auto" else (wanted,):
+    known = ("fp32", "bf16") if model.in_bf16 else ("fp32",)
+    for name in known if wanted == "auto" else (wanted,):
         encode(model, few, bf16=name == "bf16")  # the first calls set up threads and kernels
         for _ in range(2):
             t = time.monotonic()
@@ -268,6 +292,37 @@ def run_average(bench: Bench, trial: Trial, action: Average) -> Run:
     work.keep_logits(trial.id, "control", work.encoder_logits(model, rows, bench.bf16))
     yield "Noted", {"trial": trial.id, "what": "averaged", "facts": {"which": action.which}}
     return decided(bench, trial, "encoder", trial.id, started)
+
+
+def run_soup(bench: Bench, trial: Trial, action: Average) -> Run:
+    """The mean of fine-tuned states that began at the same weights, taken in one by one while the metric gets no worse."""
+    started = time.monotonic()
+    work, first = bench.work, action.members[0]
+    names = sorted(
+        {k.removeprefix("model.") for k in read_folder(work.state_folder(first))[1] if k.startswith("model.")}
+    )
+    sign = 1.0 if metrics.METRICS[bench.metric].higher_is_better else -1.0
+    rows = work.rows("control", work.max_length)
+
+    def weights(state: str) -> dict[str, torch.Tensor]:
+        parameters = dict(work.encoder(state).named_parameters())
+        return {n: parameters[n].detach() for n in names}
+
+    def score(values: Mapping[str, torch.Tensor]) -> float:
+        model = work.encoder(first)
+        model.load_state_dict(values, strict=False)
+        work.save_weights(trial.id, model, names, start=first)
+        work.keep_logits(trial.id, "control", work.encoder_logits(model, rows, bench.bf16))
+        return (
+            sign * metrics.measure((bench.metric,), work.task, bench.control("encoder", trial.id))[bench.metric].value
+        )
+
+    values, taken, tried = greedy_soup(action.members, weights, score)
+    yield "Noted", {"trial": trial.id, "what": "averaged", "facts": {"which": "soup", "tried": tried}}
+    if len(taken) == 1:
+        return Outcome(ok=False, failure=f"nothing improves {taken[0]} in a soup", cost=_wall(started))
+    score(values)  # what is on disk is the last mixture that was tried
+    return decided(bench, trial, "encoder", trial.id, started, facts={"members": taken})
 
 
 def run_predict(bench: Bench, trial: Trial, action: Predict) -> Run:

@@ -7,18 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from multistep.budget import Budget
 from multistep.evaluate import Rows, keep_hidden
-from multistep.models.encoder import Encoder
+from multistep.models.base import TextEncoder
+from multistep.schedules import Plateau
 from multistep.state import TrainState, read_folder, write_folder
 from multistep.strategy import FineTune, Trial
 from multistep.train import TrainData
 from multistep.tune.actions import Bench, Run, decided
+from multistep.tune.augmented import AugmentedRows
 from multistep.tune.segment import Keeper, mean_recent, run_segment, stretch
+from multistep.tune.watch import Found, Looks, checks
 
 GAP_CHECKS = (0.3, 0.45, 0.6, 0.75)  # progress at which train and validation loss are compared
 GAP_ROWS = 400  # of the control split, for these checks
+LOOK_ROWS = 1000  # of the control split, for early stopping and the plateau
 
 
 def run_fine_tune(bench: Bench, trial: Trial, action: FineTune) -> Run:
@@ -35,14 +40,19 @@ def run_fine_tune(bench: Bench, trial: Trial, action: FineTune) -> Run:
         stretch(state, trial.share)
     else:
         state.begin(action, _length(bench, trial, data, started))
-    watch = _GapWatch(bench, action, data) if trial.watch_gap else None
+    watch = _looks(bench, trial, action) or (_GapWatch(bench, action, data) if trial.watch_gap else None)
     keeper = Keeper(work.out / "states", trial.id, bench.clock, watch)
     if keeper.load(state):
         if bench.timed():  # loading and encoding took time again, and the end of the run stays where it is
             left = (1 - state.segment.progress()) * state.segment.total.amount
             stretch(state, max(0.5, min(left, bench.clock.remaining())))
         yield "Event", {"trial": trial.id, "event": "resumed", "update": state.counters.update}
+    if action.objective.reads_tables() and action.trains == "top" and action.layers < state.model.n_layers:
+        rule = f"{action.objective.kind} moves the outputs of the embeddings: every pass starts from token ids, none from cached states"
+        yield "Noted", {"trial": trial.id, "what": "input", "facts": {"rule": rule}}
     facts = yield from run_segment(trial, state, data, keeper, watch, bench.stop)
+    if isinstance(watch, Looks) and "stopped" in facts:
+        facts |= watch.back_to_best(state)
     state.settle(training=False)
     _save_whole(state, work.state_folder(trial.id), trial.start, action)
     keeper.clear()
@@ -58,29 +68,39 @@ def run_fine_tune(bench: Bench, trial: Trial, action: FineTune) -> Run:
 # ---------------------------------------------------------------------------------------------- data and length
 
 
-def training_rows(bench: Bench, action: FineTune) -> Rows:
-    """Train's rows: cached hidden states below the trained layers where they fit in memory, else token ids."""
+def training_rows(bench: Bench, action: FineTune) -> Rows | AugmentedRows:
+    """Train's rows: cached hidden states below the trained layers where they fit in memory, else token ids; those of texts that change
+    every epoch where that was asked for."""
     work = bench.work
     rows = work.rows("train", action.max_length)
     model = work.encoder()
-    cut = model.n_layers - action.layers if action.trains == "top" and model.n_layers else 0
+    cut = _cut(model, action)
     for split in ("train", "control"):
         part = work.rows(split, action.max_length)
         if part.cut > cut:  # cached above what is trained now
             part.hidden_SD, part.cut = None, 0
+    if action.augment.on:
+        return AugmentedRows(rows, work.texts["train"], action.augment, work.tokenize)
     if cut > 0 and rows.cut == 0 and work.fits_hidden(rows):
         keep_hidden(model, rows, cut, bf16=action.bf16, watch=work.watch)
     return rows
 
 
-def _length(bench: Bench, trial: Trial, data: Rows, started: float) -> Budget:
+def _cut(model: TextEncoder, action: FineTune) -> int:
+    """The layers below what is trained, whose states may be cached."""
+    if action.trains == "all" or not model.n_layers or action.objective.reads_tables():
+        return 0
+    return model.n_layers - action.layers
+
+
+def _length(bench: Bench, trial: Trial, data: Rows | AugmentedRows, started: float) -> Budget:
     """The segment: the trial's share, less the time to judge its end."""
     if not bench.timed():
         return Budget(amount=trial.share, unit=bench.clock.budget.unit)
     return Budget(amount=max(0.5, trial.share - (time.monotonic() - started)))
 
 
-def _keep_control_logits(bench: Bench, state: str, model: Encoder) -> None:
+def _keep_control_logits(bench: Bench, state: str, model: TextEncoder) -> None:
     work = bench.work
     rows = work.rows("control", work.max_length)
     work.keep_logits(state, "control", work.encoder_logits(model, rows, bench.bf16))
@@ -114,6 +134,28 @@ def _go_on(state: TrainState, folder: Path, action: FineTune) -> None:
 # ---------------------------------------------------------------------------------------------- the gap
 
 
+def _looks(bench: Bench, trial: Trial, action: FineTune) -> Looks | None:
+    """Early stopping and the plateau, where they were asked for: in place of the watch over the gap."""
+    plateau = action.schedule if isinstance(action.schedule, Plateau) else None
+    if not (trial.patience or plateau):
+        return None
+    rows = bench.work.rows("control", action.max_length)
+    few = np.arange(min(len(rows.ids), LOOK_ROWS))
+    control = rows.subset(few)
+
+    def validate(state: TrainState) -> np.ndarray:
+        logits_NK = bench.work.encoder_logits(state.model, control, action.bf16)
+        return np.asarray(bench.work.task.nll_N(logits_NK, bench.work.targets["control"][few]), np.float64)
+
+    look_s = 0.0
+    if bench.timed():
+        begun = time.monotonic()
+        bench.work.encoder_logits(bench.work.encoder(), control, action.bf16)
+        look_s = time.monotonic() - begun
+    folder = bench.work.out / "states" / f"{trial.id}.best"
+    return Looks(folder, validate, checks(trial.share, look_s), patience=trial.patience, plateau=plateau)
+
+
 class _GapWatch:
     """Compares train and validation loss at a few points; two rises in a row of the validation loss are a named diagnosis."""
 
@@ -125,11 +167,14 @@ class _GapWatch:
         self.checks = list(GAP_CHECKS)
         self.seen: list[dict[str, float]] = []
 
-    def remember(self, seen: list[dict[str, float]]) -> None:
-        self.seen = seen
-        del self.checks[: len(seen)]
+    def memory(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"seen": list(self.seen)}, {}
 
-    def look(self, state: TrainState, losses: list[float]) -> dict[str, Any] | None:
+    def remember(self, memory: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.seen = memory["seen"]
+        del self.checks[: len(self.seen)]
+
+    def look(self, state: TrainState, losses: list[float]) -> Found | None:
         progress = state.segment.progress()
         if not self.checks or progress < self.checks[0]:
             return None
@@ -149,9 +194,7 @@ class _GapWatch:
             and third > 1.05 * first
             and self.seen[-1]["train_loss"] < self.seen[-3]["train_loss"]
         ):
-            return {
-                "name": "overfitting",
-                "numbers": {"checks": self.seen},
-                "action": "stronger regularization on a fork, against going on as before",
-            }
+            action = "stronger regularization on a fork, against going on as before"
+            numbers = {"checks": self.seen}
+            return Found("Diagnosed", {"name": "overfitting", "numbers": numbers, "action": action}, "diagnosis")
         return None

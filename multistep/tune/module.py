@@ -22,18 +22,19 @@ from multistep.budget import Budget, Clock
 from multistep.controllers.module import ModuleProblem
 from multistep.loader import ModuleRows
 from multistep.metrics import Scored
-from multistep.objectives import BinaryCrossEntropy, CrossEntropy, Huber, MeanAbsoluteError, MeanSquaredError
+from multistep.objectives import BinaryCrossEntropy, CrossEntropy, Distill, Huber, MeanAbsoluteError, MeanSquaredError
 from multistep.objectives.base import BaseObjective
+from multistep.schedules import Plateau
 from multistep.state import TrainState, read_folder, write_folder
 from multistep.strategy import AsGiven, Average, Profile, ReadTest, TrainModule, Trial
 from multistep.tasks import Classify, Multilabel, Regress, Task
 from multistep.train import train
-from multistep.tune.segment import Keeper, Record, mean_recent, run_segment, stretch
+from multistep.tune.segment import Keeper, Record, run_segment, stretch
+from multistep.tune.soup import greedy_soup
+from multistep.tune.watch import Looks, checks
 from multistep.types import Cost, MetricValue, Outcome, UserError, Verdict
 
 JUDGE_BATCH = 256  # examples at once while judging
-CHECKS = 19  # at most, in a watched segment: every twentieth of it
-CHECK_SHARE = 0.1  # of a watched segment's time at most goes into looking at validation
 PROFILE_UPDATES = 3
 
 Run = Generator[Record, None, Outcome]
@@ -68,6 +69,8 @@ class ModuleWorks:
                 return self._as_given(trial)
             case TrainModule() as action:
                 return self._train(trial, action)
+            case Average(which="soup") as action:
+                return self._soup(trial, action)
             case Average() as action:
                 return self._average(trial, action)
             case ReadTest():
@@ -130,25 +133,9 @@ class ModuleWorks:
             self._answers[state] = self.judge(self.module(state), self.rows["validation"])
         return self._answers[state]
 
-    @torch.no_grad()
     def judge(self, module: nn.Module, rows: ModuleRows) -> Answers:
         """The module's answers on these rows. Leaves it in evaluation mode."""
-        module.eval()
-        objective, losses, logits, targets = self.problem.objective, [], [], []
-        device = next(iter(module.parameters())).device.type
-        for part in rows.parts(JUDGE_BATCH):
-            inputs, wanted = rows.load(part)
-            with torch.autocast(device, torch.bfloat16, enabled=self.problem.bf16):
-                found = rows.outputs(module, inputs).float()
-            losses.append(objective.each(found, wanted).float().cpu().numpy())
-            if self.task is not None:
-                logits.append(_logits(self.task, found).cpu().numpy())
-                targets.append(wanted.cpu().numpy())
-        losses_N = np.concatenate(losses).astype(np.float64)
-        if self.task is None:
-            return Answers(losses_N, None)
-        logits_NK, targets_N = np.concatenate(logits).astype(np.float64), _targets(self.task, np.concatenate(targets))
-        return Answers(losses_N, Scored(targets_N, logits_NK, self.task.decide(logits_NK)))
+        return judge_rows(module, rows, self.problem.objective, self.task, self.problem.bf16)
 
     def verdict(self, candidate: Answers, incumbent: Answers) -> Verdict:
         if self.problem.metric == "loss" or self.task is None:
@@ -186,16 +173,19 @@ class ModuleWorks:
         started = time.monotonic()
         p, rows = self.problem, self.rows["train"]
         first = rows.order(p.batch_size, self.seed).at(0)
-        trainable = sum(q.numel() for q in self._module.parameters() if q.requires_grad)
+        strategy = TrainModule(
+            optimizer=p.optimizer.at(1e-12),
+            objective=p.objective,
+            batch_size=p.batch_size,
+            bf16=p.bf16,
+            freeze=p.freeze,
+        )
+        trainable = sum(q.numel() for _, q in strategy.trained(self._module))
         facts: dict[str, Any] = {"rows": dict(p.rows), "parameters": trainable, "tokens_an_update": rows.tokens(first)}
         facts |= {"update_s": 0.0, "judge_s": 0.0, "test_s": 0.0}
         if p.unit == "seconds":
             state = TrainState(copy.deepcopy(self._module))
-            optimizer = p.optimizer.at(1e-12)
-            state.begin(
-                TrainModule(optimizer=optimizer, objective=p.objective, batch_size=p.batch_size, bf16=p.bf16),
-                Budget(amount=PROFILE_UPDATES, unit="updates"),
-            )
+            state.begin(strategy, Budget(amount=PROFILE_UPDATES, unit="updates"))
             times = [time.monotonic()]
             times += [time.monotonic() for _ in train(state, rows, bf16=p.bf16)]
             facts["update_s"] = min(np.diff(times).tolist(), default=0.0)
@@ -225,7 +215,7 @@ class ModuleWorks:
             state.begin(before, Budget(**meta["segment"]["total"]))
             state.restore({"meta": meta, "tensors": tensors})  # moments and place in the data go on
         state.begin(action, budget)
-        watch = _Watch(self, trial) if trial.watch_gap else None
+        watch = self._watch(trial, action)
         keeper = Keeper(self.out / "states", trial.id, self.clock, watch)
         if keeper.load(state):
             if self.problem.unit == "seconds":  # loading took time, and the end of the run stays where it is
@@ -233,7 +223,7 @@ class ModuleWorks:
                 stretch(state, max(1e-3, min(left, self.clock.remaining())))
             yield "Event", {"trial": trial.id, "event": "resumed", "update": state.counters.update}
         facts = yield from run_segment(trial, state, self.rows["train"], keeper, watch, self.stop)
-        if watch is not None and "diagnosis" in facts:
+        if watch is not None and ("diagnosis" in facts or "stopped" in facts):
             facts |= watch.back_to_best(state)
         state.settle(training=False)
         snapshot = state.snapshot()
@@ -242,6 +232,19 @@ class ModuleWorks:
         keeper.clear()
         self._answers[trial.id] = self.judge(state.model, self.rows["validation"])
         return self._decided(trial, facts, started, **keeper.spent)
+
+    def _watch(self, trial: Trial, action: TrainModule) -> Looks | None:
+        plateau = action.schedule if isinstance(action.schedule, Plateau) else None
+        epochs = self.problem.looks == "epoch" and trial.stage == "trunk"
+        if not (trial.watch_gap or trial.patience or plateau or epochs):
+            return None
+        at = checks(trial.share, self.judge_s) if self.problem.unit == "seconds" else checks()
+        an_epoch = self.rows["train"].order(self.problem.batch_size, self.seed).per_epoch
+        return Looks(
+            self.out / "states" / f"{trial.id}.best",
+            lambda state: self.judge(state.model, self.rows["validation"]).losses_N,
+            at, overfitting=trial.watch_gap, patience=trial.patience, plateau=plateau, every=an_epoch if epochs else 0,
+        )  # fmt: skip
 
     def _average(self, trial: Trial, action: Average) -> Run:
         started = time.monotonic()
@@ -256,6 +259,27 @@ class ModuleWorks:
         yield "Noted", {"trial": trial.id, "what": "averaged", "facts": {"which": action.which}}
         return self._decided(trial, {}, started)
 
+    def _soup(self, trial: Trial, action: Average) -> Run:
+        started = time.monotonic()
+        higher = self.problem.metric != "loss" and metrics.METRICS[self.problem.metric].higher_is_better
+
+        def weights(state: str) -> dict[str, Tensor]:
+            tensors = read_folder(self._folder(state))[1]
+            return {k: v for k, v in tensors.items() if k.startswith(("model.", "buffer."))}
+
+        def score(values: Mapping[str, Tensor]) -> float:
+            module = self.module(None)
+            self._fill(module, values)
+            value = self.measured(self.judge(module, self.rows["validation"]))[self.problem.metric].value
+            return value if higher else -value
+
+        values, taken, tried = greedy_soup(action.members, weights, score)
+        yield "Noted", {"trial": trial.id, "what": "averaged", "facts": {"which": "soup", "tried": tried}}
+        if len(taken) == 1:
+            return Outcome(ok=False, failure=f"nothing improves {taken[0]} in a soup", cost=_wall(started))
+        write_folder(self._folder(trial.id), {"family": "module", "start": None}, values)
+        return self._decided(trial, {"members": taken}, started)
+
     def _test(self, trial: Trial) -> Run:
         started = time.monotonic()
         found = self.measured(self.judge(self.module(self.incumbent), self.rows["test"]))
@@ -263,63 +287,25 @@ class ModuleWorks:
         return Outcome(metrics=found, cost=_wall(started))
 
 
-# ---------------------------------------------------------------------------------------------- overfitting
-
-
-class _Watch:
-    """Looks at validation while a segment runs and keeps its best state; three looks in a row that are worse than the best,
-    the last beyond two standard errors (paired over examples), while training loss falls, are overfitting."""
-
-    def __init__(self, works: ModuleWorks, trial: Trial):
-        self._works, self._folder = works, works.out / "states" / f"{trial.id}.best"
-        timed = works.problem.unit == "seconds"
-        count = min(CHECKS, max(4, int(CHECK_SHARE * trial.share / max(1e-9, works.judge_s)))) if timed else CHECKS
-        self._checks = [(n + 1) / (count + 1) for n in range(count)]
-        self._best = np.array([np.inf])
-        self.seen: list[dict[str, float]] = []
-
-    def remember(self, seen: list[dict[str, float]]) -> None:
-        self.seen = seen
-        self._checks = [c for c in self._checks if not seen or c > seen[-1]["progress"]]
-        if self._folder.exists():
-            self._best = read_folder(self._folder)[1]["losses"].numpy()
-
-    def look(self, state: TrainState, losses: list[float]) -> dict[str, Any] | None:
-        if not self._checks or state.segment.progress() < self._checks[0]:
-            return None
-        while self._checks and state.segment.progress() >= self._checks[0]:
-            self._checks.pop(0)
-        state.settle(training=False)
-        losses_N = self._works.judge(state.model, self._works.rows["validation"]).losses_N
-        state.settle(training=True)
-        progress, loss = state.segment.progress(), float(losses_N.mean())
-        self.seen.append({"progress": progress, "train_loss": mean_recent(losses), "validation_loss": loss})
-        if losses_N.mean() < self._best.mean():
-            self._best = losses_N
-            snapshot = state.snapshot()
-            write_folder(self._folder, snapshot["meta"], {**snapshot["tensors"], "losses": torch.from_numpy(losses_N)})
-            return None
-        worse = losses_N - self._best
-        last = self.seen[-3:]
-        rising = len(last) == 3 and all(s["validation_loss"] > self._best.mean() for s in last)
-        beyond = worse.mean() > 2 * worse.std(ddof=1) / len(worse) ** 0.5 if len(worse) > 1 else False
-        if not (rising and beyond and last[-1]["train_loss"] < last[0]["train_loss"]):
-            return None
-        best = min(self.seen, key=lambda s: s["validation_loss"])
-        return {
-            "name": "overfitting",
-            "numbers": {"best": best, "now": self.seen[-1], "checks": len(self.seen)},
-            "action": "back to the best state; its learning rate decays to zero and training ends",
-        }
-
-    def back_to_best(self, state: TrainState) -> dict[str, Any]:
-        """Restore the best state; where it was and the learning rate it had."""
-        meta, tensors = read_folder(self._folder)
-        state.restore({"meta": meta, "tensors": tensors})
-        assert state.strategy is not None
-        progress = state.segment.progress()
-        lr = state.strategy.optimizer.lr * state.strategy.schedule(progress) * state.counters.lr_scale
-        return {"best_progress": progress, "best_lr": lr}
+@torch.no_grad()
+def judge_rows(module: nn.Module, rows: ModuleRows, objective: BaseObjective, task: Task | None, bf16: bool) -> Answers:
+    """A module's answers on these rows. Leaves it in evaluation mode."""
+    module.eval()
+    losses, logits, targets = [], [], []
+    device = next(iter(module.parameters())).device.type
+    for part in rows.parts(JUDGE_BATCH):
+        inputs, wanted = rows.load(part)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            found = rows.outputs(module, inputs).float()
+        losses.append(objective.each(found, wanted).float().cpu().numpy())
+        if task is not None:
+            logits.append(_logits(task, found).cpu().numpy())
+            targets.append(objective.labels(wanted).cpu().numpy())
+    losses_N = np.concatenate(losses).astype(np.float64)
+    if task is None:
+        return Answers(losses_N, None)
+    logits_NK, targets_N = np.concatenate(logits).astype(np.float64), _targets(task, np.concatenate(targets))
+    return Answers(losses_N, Scored(targets_N, logits_NK, task.decide(logits_NK)))
 
 
 # ---------------------------------------------------------------------------------------------- tasks
@@ -328,7 +314,7 @@ class _Watch:
 def task_of(objective: BaseObjective, outputs: Tensor) -> Task | None:
     """The task whose metrics fit an objective and its outputs; None where only the loss can be compared."""
     core, flat = objective.core(), outputs.ndim == 1 or outputs.shape[1:] == (1,)
-    if isinstance(core, CrossEntropy) and outputs.ndim == 2 and outputs.shape[1] > 1:
+    if isinstance(core, CrossEntropy | Distill) and outputs.ndim == 2 and outputs.shape[1] > 1:
         return Classify(labels=tuple(str(k) for k in range(outputs.shape[1])))
     if isinstance(core, BinaryCrossEntropy):
         return (

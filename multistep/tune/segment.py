@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -18,27 +18,15 @@ from multistep.budget import Budget, Clock
 from multistep.state import TrainState, read_folder, write_folder
 from multistep.strategy import Trial
 from multistep.train import TrainData, train
+from multistep.tune.watch import Watch
 from multistep.types import Interrupted, Measure
 
 SNAPSHOT_UPDATES = 25
 MAX_ROLLBACKS = 3
-_SAVE_SHARE = 0.03  # at most this share of the time goes into writing snapshots to disk
+_LOOKED = "watch."  # before the names of tensors that a watch remembers
+_SAVE_SHARE = 0.01  # at most this share of the time goes into writing snapshots to disk
 
 Record = tuple[str, dict[str, Any]]
-
-
-class Watch(Protocol):
-    """Looks at a training from outside, now and then. `seen` is its memory: JSON, kept with the snapshots."""
-
-    seen: list[dict[str, float]]
-
-    def look(self, state: TrainState, losses: list[float]) -> dict[str, Any] | None:
-        """A diagnosis that stops the segment ({"name", "numbers", "action"}), or None."""
-        ...
-
-    def remember(self, seen: list[dict[str, float]]) -> None:
-        """Take over the memory of a snapshot."""
-        ...
 
 
 def run_segment(
@@ -48,25 +36,29 @@ def run_segment(
     action = state.strategy
     assert action is not None
     seen, last_said = keeper.losses, time.monotonic()
-    for measure in train(state, data, bf16=action.bf16):
-        keeper.spend(measure)
-        if measure.event:
-            yield "Event", _roll_back(trial, measure, state, keeper)
-            if keeper.rollbacks > MAX_ROLLBACKS:
-                break
-            continue
-        seen.append(measure.loss_nats)
-        if measure.update % SNAPSHOT_UPDATES == 0:
-            keeper.snapshot(state)
-        if time.monotonic() - last_said > 1.0:
-            last_said = time.monotonic()
-            yield "Measured", _measured(trial, measure, state, seen[-50:])
-        if signal := stop():
-            keeper.save()
-            raise Interrupted(signal)
-        if watch is not None and (diagnosis := watch.look(state, seen)):
-            yield "Diagnosed", {"trial": trial.id, **diagnosis}
-            return {**_facts(state, keeper), "diagnosis": diagnosis}
+    try:
+        for measure in train(state, data, bf16=action.bf16):
+            keeper.spend(measure)
+            if measure.event:
+                yield "Event", _roll_back(trial, measure, state, keeper)
+                if keeper.rollbacks > MAX_ROLLBACKS:
+                    break
+                continue
+            seen.append(measure.loss_nats)
+            if watch is not None and (found := watch.look(state, seen)):
+                yield found.kind, {"trial": trial.id, **found.fields}
+                if found.ends:
+                    return {**_facts(state, keeper), found.ends: found.fields}
+            if measure.update % SNAPSHOT_UPDATES == 0:  # after the look: a resumed segment does not look again
+                keeper.snapshot(state)
+            if time.monotonic() - last_said > 1.0:
+                last_said = time.monotonic()
+                yield "Measured", _measured(trial, measure, state, seen[-50:])
+            if signal := stop():
+                raise Interrupted(signal)
+    except Interrupted:  # here, or thrown in where a record is given out
+        keeper.save()
+        raise
     return _facts(state, keeper)
 
 
@@ -148,7 +140,8 @@ class Keeper:
             self.spent, self.losses, self.rollbacks = memory["spent"], memory["losses"], memory["rollbacks"]
             self.clock.spend(**self.spent)
             if self.watch is not None:
-                self.watch.remember(memory["watch"])
+                looked = {k.removeprefix(_LOOKED): v for k, v in tensors.items() if k.startswith(_LOOKED)}
+                self.watch.remember(memory["watch"], looked)
         self._take(state)
         return bool(found)
 
@@ -166,13 +159,14 @@ class Keeper:
             self.save()
 
     def _take(self, state: TrainState) -> None:
-        self._last = state.snapshot()
+        self._last = state.snapshot(into=self._last.get("tensors"))
         self._tokens = state.counters.tokens
         del self.losses[:-50]
+        memory, looked = self.watch.memory() if self.watch is not None else ({}, {})
         self._last["meta"]["memory"] = {
-            "spent": self.spent, "losses": list(self.losses), "rollbacks": self.rollbacks,
-            "watch": list(self.watch.seen) if self.watch is not None else [],
+            "spent": self.spent, "losses": list(self.losses), "rollbacks": self.rollbacks, "watch": memory,
         }  # fmt: skip
+        self._last["tensors"] |= {f"{_LOOKED}{k}": v for k, v in looked.items()}
 
     def save(self) -> None:
         """Write the last snapshot; the one before it is deleted after."""

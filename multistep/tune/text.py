@@ -17,6 +17,7 @@ from multistep.tune.actions import (
     run_linear,
     run_predict,
     run_profile,
+    run_soup,
     run_test,
 )
 from multistep.tune.fine_tune import run_fine_tune
@@ -48,6 +49,8 @@ class TextWorks:
                 return run_head(bench, trial, action)
             case FineTune() as action:
                 return run_fine_tune(bench, trial, action)
+            case Average(which="soup") as action:
+                return run_soup(bench, trial, action)
             case Average() as action:
                 return run_average(bench, trial, action)
             case Predict() as action:

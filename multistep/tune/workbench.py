@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,22 +20,22 @@ from multistep.config import FitConfig
 from multistep.data import Dataset
 from multistep.evaluate import EncoderText, Rows, Watch, cache_folder, encode, head_logits, keep_hidden
 from multistep.metrics import Scored
+from multistep.models.base import TextEncoder
 from multistep.models.encoder import Encoder, load_backbone, new_backbone
 from multistep.models.linear import Linear
+from multistep.models.lstm import LSTM, new_lstm
 from multistep.models.source import HUB_ENGLISH, default_encoders, fingerprint, packaged_encoder
 from multistep.predictors import Predictor
 from multistep.state import read_folder, write_folder
-from multistep.subwords import encode_ids, load_tokenizer, train_tokenizer, unknown_rate
+from multistep.subwords import encode_ids, load_tokenizer, train_tokenizer, train_words, unknown_rate
 from multistep.tasks import Regress, Task
 from multistep.types import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 UNKNOWN_LIMIT = 0.05  # a pretrained tokenizer that does not know more of the text than this is not used
 _HIDDEN_BYTES = 3 * 2**30  # cached hidden states may take this much memory
 _CACHED_FILES = 24
 SCRATCH_WIDTH, SCRATCH_LAYERS, SCRATCH_VOCABULARY = 128, 1, 8000  # deeper and wider did worse in minutes (LOG.md)
+LSTM_WIDTH, LSTM_VOCABULARY = 64, 10_000
 
 
 class Workbench:
@@ -52,10 +52,10 @@ class Workbench:
         self.texts: dict[str, list[str]] = {k: [e.text for e in v] for k, v in splits.items()}
         self.targets: dict[str, np.ndarray] = {k: task.encode([e.label for e in v]) for k, v in splits.items()}
         self.source: str | None = None  # the pretrained encoder's folder or hub name; None when there is none
-        self.scratch = False  # a small encoder with random weights stands in
+        self.scratch = ""  # "scratch" (a small BERT) or "lstm" when the weights are random, else ""
         self.tokenizer: Tokenizer | None = None
         self.max_length = 0
-        self._backbone: PreTrainedModel | None = None
+        self._base: TextEncoder | None = None
         self._rows: dict[str, Rows] = {}
         self.truncated: dict[str, int] = {}
         self._logits: dict[tuple[str, str], np.ndarray] = {}
@@ -68,6 +68,8 @@ class Workbench:
         wanted = self.config.model
         if wanted == "none":
             return "--model none"
+        if wanted == LSTM:
+            return "--model lstm starts from scratch"
         names = default_encoders() if wanted == "auto" else iter([wanted])
         why = "no pretrained encoder is installed and the hub cannot be reached"
         sample = self.texts["train"][:500]
@@ -82,18 +84,21 @@ class Workbench:
         return why
 
     def start_from_scratch(self) -> None:
-        """A tokenizer trained on train, a small encoder with random weights."""
+        """A tokenizer trained on train, a small model with random weights."""
         path = self.out / "tokenizer.json"
+        self.scratch = LSTM if self.config.model == LSTM else "scratch"
         if not path.exists():
-            train_tokenizer(self.texts["train"], SCRATCH_VOCABULARY, path)
+            if self.scratch == LSTM:
+                train_words(self.texts["train"], LSTM_VOCABULARY, path)
+            else:
+                train_tokenizer(self.texts["train"], SCRATCH_VOCABULARY, path)
         self.tokenizer = Tokenizer.from_file(str(path))
-        self.scratch = True
 
     def adopt(self, facts: dict[str, Any]) -> None:
         """Take over what an earlier process of this run found in its profile."""
         if self.has_encoder or facts["encoder"] == "none":
             return
-        if facts["encoder"] == "scratch":
+        if facts["encoder"] in ("scratch", LSTM):
             self.start_from_scratch()
         else:
             self.source, self.tokenizer = facts["encoder"], load_tokenizer(facts["encoder"])
@@ -107,30 +112,45 @@ class Workbench:
 
     @property
     def has_encoder(self) -> bool:
-        return self.source is not None or self.scratch
+        return self.source is not None or bool(self.scratch)
 
-    def backbone(self) -> PreTrainedModel:
-        if self._backbone is None:  # [PAD] is the first special token of a tokenizer of ours: id 0
-            if self.source is not None:
-                self._backbone = load_backbone(self.source)
-            else:
-                assert self.tokenizer is not None and self.scratch
-                self._backbone = new_backbone(
-                    self.tokenizer.get_vocab_size(), 0, SCRATCH_WIDTH, SCRATCH_LAYERS, 512, self.config.seed
-                )
-        return self._backbone
+    def base(self) -> TextEncoder:
+        """The encoder before any training, with its head at zero. [PAD] is the first special token of a tokenizer of ours: id 0."""
+        if self._base is None:
+            seed, n_outputs = self.config.seed, self.task.n_outputs
+            with torch.random.fork_rng(devices=[]):
+                if self.source is not None:
+                    self._base = Encoder(load_backbone(self.source), n_outputs)
+                else:
+                    assert self.tokenizer is not None and self.scratch
+                    size = self.tokenizer.get_vocab_size()
+                    if self.scratch == LSTM:
+                        self._base = new_lstm(size, 0, LSTM_WIDTH, n_outputs, seed)
+                    else:
+                        backbone = new_backbone(size, 0, SCRATCH_WIDTH, SCRATCH_LAYERS, 512, seed)
+                        self._base = Encoder(backbone, n_outputs)
+        return self._base
 
-    def encoder(self, state: str | None = None) -> Encoder:
-        """A fresh encoder on the device, with the weights of `state` laid over the pretrained ones."""
+    def reseeded(self, seed: int) -> Workbench:
+        """The same data and tokens; what is random in the weights is drawn anew from `seed`."""
         import copy
 
-        with torch.random.fork_rng(devices=[]):
-            model = Encoder(copy.deepcopy(self.backbone()), self.task.n_outputs)
+        twin = copy.copy(self)
+        twin.config = self.config.with_(seed=seed)
+        if self.source is None:
+            twin._base = None
+        return twin
+
+    def encoder(self, state: str | None = None) -> TextEncoder:
+        """A fresh encoder on the device, with the weights of `state` laid over the first ones."""
+        import copy
+
+        model = copy.deepcopy(self.base())
         if state is not None:
             self._overlay(model, state)
         return model.to(self.device).eval()
 
-    def _overlay(self, model: Encoder, state: str) -> None:
+    def _overlay(self, model: TextEncoder, state: str) -> None:
         meta, tensors = read_folder(self.state_folder(state))
         if meta.get("start"):
             self._overlay(model, meta["start"])
@@ -165,7 +185,7 @@ class Workbench:
 
     @property
     def pad_id(self) -> int:
-        return int(self.backbone().config.pad_token_id or 0)
+        return self.base().pad_id
 
     def _train_targets(self, split: str) -> torch.Tensor:
         targets = self.targets[split]
@@ -174,7 +194,7 @@ class Workbench:
 
     def fits_hidden(self, rows: Rows) -> bool:
         """Whether the hidden states of these rows may be kept in memory."""
-        return int(rows.lengths_N.sum()) * self.backbone().config.hidden_size * 4 <= _HIDDEN_BYTES
+        return int(rows.lengths_N.sum()) * self.base().width * 4 <= _HIDDEN_BYTES
 
     def features(
         self, split: str, max_length: int, *, bf16: bool, cut: int = 0, take: np.ndarray | None = None
@@ -206,7 +226,7 @@ class Workbench:
     def state_folder(self, state: str) -> Path:
         return self.out / "states" / state
 
-    def save_weights(self, state: str, model: Encoder, names: Sequence[str], start: str | None) -> None:
+    def save_weights(self, state: str, model: TextEncoder, names: Sequence[str], start: str | None) -> None:
         """Keep the named parameters of `model` as a state; the others are those of `start`."""
         parameters = dict(model.named_parameters())
         tensors = {f"model.{n}": parameters[n] for n in names}
@@ -241,7 +261,7 @@ class Workbench:
         model = self.encoder(state)
         return self.encoder_logits(model, self.rows(split, self.max_length), bf16)
 
-    def encoder_logits(self, model: Encoder, rows: Rows, bf16: bool) -> np.ndarray:
+    def encoder_logits(self, model: TextEncoder, rows: Rows, bf16: bool) -> np.ndarray:
         scale, mean = self.units
         return head_logits(model, encode(model, rows, bf16=bf16, watch=self.watch)) * scale + mean
 

@@ -323,6 +323,10 @@ def test_facts(member: type[GradientOptimizer]) -> None:
         assert member(lr=rate.low).lr < member(lr=rate.high).lr  # both are within the field's bounds
     for fact in (member.good_for, member.wrong_for):
         assert 10 < len(fact) < 130 and not fact.endswith(".") and "\n" not in fact
+    assert 0 < member.cost < 1000 and (member.gradients, member.products) == (
+        1.0,
+        0.0,
+    )  # measured: benchmarks/optimizers.py
     assert member().lr >= min(rate.low for rate in member.rates.values())
 
 

@@ -20,6 +20,7 @@ from multistep.schedules import (
     InverseSqrt,
     Linear,
     OneCycle,
+    Plateau,
     Schedule,
     Step,
 )  # fmt: skip
@@ -31,6 +32,7 @@ FIELDS: dict[type, list[dict[str, Any]]] = {  # every member at more than its de
     Linear: [{}], Constant: [{}], Cosine: [{}, {"floor": 0.1}], Step: [{}, {"drops": 5, "factor": 0.5}],
     Exponential: [{}, {"floor": 0.5}], InverseSqrt: [{}], OneCycle: [{}, {"start": 0.0, "floor": 0.05}],
     WSD: [{}, {"shape": "linear"}, {"decay": 0.4}, {"shape": "linear", "decay": 0.5}],
+    Plateau: [{}, {"factor": 0.1, "patience": 5}],
 }  # fmt: skip
 MEMBERS = [
     member(warmup=warmup, **fields)
@@ -72,7 +74,7 @@ def test_the_end(schedule: Any) -> None:
     ends: dict[type, Callable[[], float]] = {
         Linear: lambda: 0.0, Constant: lambda: 1.0, Cosine: lambda: schedule.floor, Exponential: lambda: schedule.floor,
         Step: lambda: schedule.factor**schedule.drops, InverseSqrt: lambda: schedule.warmup**0.5,
-        OneCycle: lambda: schedule.floor, WSD: lambda: 0.0,
+        OneCycle: lambda: schedule.floor, WSD: lambda: 0.0, Plateau: lambda: 1.0,
     }  # fmt: skip
     assert schedule(1.0) == pytest.approx(ends[type(schedule)](), abs=1e-15)
 

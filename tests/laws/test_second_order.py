@@ -15,10 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from multistep.budget import Budget
+from multistep.loader import rows_of
+from multistep.objectives import FGM, CrossEntropy, Penalized
 from multistep.optimizers.base import REGIMES, GradientOptimizer
 from multistep.optimizers.newton_module import conjugate_gradients
 from multistep.optimizers.products import Curvature, Flat, Products
 from multistep.optimizers.second_order import DampedNewton, ModuleLBFGS, ModuleNewtonCG
+from multistep.schedules import Constant
+from multistep.state import TrainState
+from multistep.strategy import TrainModule
+from multistep.train import Batch, train
 from multistep.types import UserError
 
 pytestmark = pytest.mark.usefixtures("torch_seeded")
@@ -40,6 +47,12 @@ class Problem:
 
     def loss_of(self, outputs: Tensor) -> Tensor:
         return self.loss(outputs, self.y)
+
+    def parts(self) -> list[Problem]:
+        return [self]
+
+    def ridge(self, parameter: Tensor) -> float:
+        return 0.0
 
     def __call__(self) -> Tensor:
         self.calls += 1
@@ -125,6 +138,119 @@ def test_products_equal_the_explicit_matrix(make: Callable[[], Problem], curvatu
     found = torch.stack([products(unit) for unit in torch.eye(len(matrix), dtype=torch.float64)])
     torch.testing.assert_close(found, matrix, rtol=1e-9, atol=1e-12)
     assert float(matrix.abs().max()) > 1e-3 and products.count == len(matrix)
+
+
+def posed(micro: int, objective: Any = None, dropout: float = 0.0, optimizer: Any = None) -> Batch:
+    """A batch of 30 rows as the loop poses it, in micro-batches. Classes weigh differently, so that parts do too."""
+    problem = mlp(3)
+    module = nn.Sequential(problem.module, nn.Dropout(dropout)).train()
+    strategy = TrainModule(
+        objective=objective or CrossEntropy(class_weights=(1.0, 2.0, 3.0)), optimizer=optimizer or ModuleNewtonCG(),
+        batch_size=30, micro_batch=micro, clip=0.01,
+    )  # fmt: skip
+    state = TrainState(module)
+    state.begin(strategy, Budget(amount=1, unit="updates"))
+    return Batch(state, rows_of((problem.x, problem.y), "train", "cpu"), np.arange(30), False, False)
+
+
+@pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
+def test_products_of_micro_batches_add_up_to_the_whole(curvature: Curvature) -> None:
+    found, diagonals = [], []
+    for micro in (0, 7):
+        torch.manual_seed(5)
+        batch = posed(micro)
+        flat = Flat(batch.parameters)
+        products = Products(batch, flat, curvature)
+        found.append(torch.stack([products(unit) for unit in torch.eye(flat.size, dtype=torch.float64)]))
+        diagonals.append(products.diagonal(400, 0))
+        assert len(batch.parts()) == (1 if micro == 0 else 5)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-9)  # the loss is computed in float32
+    assert float(found[0].abs().max()) > 1e-3
+    torch.testing.assert_close(diagonals[0].sum(), diagonals[1].sum(), rtol=0.2, atol=0)  # other draws
+
+
+def test_micro_batches_hold_the_graph_of_one_at_a_time() -> None:
+    """What is saved for the backward pass of one product: of a part, not of the batch."""
+    held = []
+    for micro in (0, 5):
+        batch = posed(micro)
+        alive, most = 0, 0
+
+        class Saved:
+            def __init__(self, tensor: Tensor):
+                nonlocal alive, most
+                self.tensor, self.size = tensor, tensor.numel()
+                alive += self.size
+                most = max(most, alive)
+
+            def __del__(self) -> None:
+                nonlocal alive
+                alive -= self.size
+
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            products = Products(batch, flat := Flat(batch.parameters), "gauss_newton")
+            for _ in range(2):
+                products(torch.ones(flat.size, dtype=torch.float64))
+        held.append(most)
+    assert held[1] < 0.5 * held[0]
+
+
+@pytest.mark.parametrize("micro", [0, 7])
+def test_products_see_the_dropout_that_the_gradient_saw(micro: int) -> None:
+    batch = posed(micro, dropout=0.5)
+    batch()
+    gradient_D = Flat(batch.parameters).gradient()
+    again_D = torch.zeros_like(gradient_D)
+    for part in batch.parts():
+        grads = torch.autograd.grad(part.loss_of(part.outputs()), batch.parameters)
+        again_D += torch.cat([g.reshape(-1) for g in grads])
+    torch.testing.assert_close(again_D, gradient_D)
+
+
+@pytest.mark.parametrize("wrap", [lambda inner: inner, lambda inner: FGM(inner=inner)])
+def test_the_l2_of_penalties_is_curvature(wrap: Callable[[Any], Any]) -> None:
+    """The product that Newton's methods use, against differences of the gradient of the whole objective."""
+    objective = wrap(Penalized(l1=0.0, l2=0.7))
+    batch = posed(0, objective)
+    for parameter in batch.parameters:
+        assert batch.ridge(parameter) == (0.7 if parameter.ndim >= 2 else 0.0)
+    assert Penalized(l1=0.5, l2=0.0).ridge(batch.parameters[0]) == 0.0  # |w| has no curvature
+    if isinstance(objective, FGM):
+        return  # needs a table of embeddings to be run
+    problem = logistic()
+    optimizer = build(ModuleNewtonCG(damping=1e-9, max_cg=200), problem.module)
+    strategy = TrainModule(objective=objective, optimizer=ModuleNewtonCG(), batch_size=120, clip=0.0)
+    state = TrainState(problem.module)
+    state.begin(strategy, Budget(amount=1, unit="updates"))
+    whole = Batch(state, rows_of((problem.x, problem.y), "train", "cpu"), np.arange(120), False, False)
+    rho = []
+    for _ in range(12):
+        optimizer.step(whole)
+        rho.append(optimizer.facts["rho"])
+    whole()
+    assert float(Flat(whole.parameters).gradient().norm()) < 1e-5 and rho[3] == pytest.approx(1.0, abs=0.2)
+
+
+@pytest.mark.parametrize("spec", [ModuleNewtonCG(), ModuleLBFGS()])
+def test_the_loop_evaluates_a_batch_once_before_the_step(spec: GradientOptimizer) -> None:
+    """The evaluation that looks for bad batches is the step's first; clipping does not reach it."""
+    problem = mlp()
+    strategy = TrainModule(optimizer=spec, batch_size=60, clip=1e-3, schedule=Constant(warmup=0.0))
+    state = TrainState(problem.module)
+    state.begin(strategy, Budget(amount=3, unit="updates"))
+    rows, forwards, wanted = rows_of((problem.x, problem.y), "train", "cpu"), [], 0
+    problem.module.register_forward_hook(lambda *_: forwards.append(1))
+    optimizer: Any = state.optimizer
+    first = float(problem())
+    forwards.clear()
+    for measure in train(state, rows):
+        wanted += optimizer.facts["evaluations"] + (
+            1 if isinstance(spec, ModuleNewtonCG) else 0
+        )  # the products read once
+        assert len(forwards) == wanted
+        if measure.update == 1:  # a gradient clipped to 1e-3 would hardly move
+            assert measure.loss_nats == pytest.approx(first) and float(problem()) < 0.97 * first
+            forwards.pop()
 
 
 def test_gauss_newton_is_the_hessian_for_a_linear_model_only() -> None:
@@ -506,6 +632,7 @@ def test_groups_and_rates(spec: GradientOptimizer) -> None:
     assert {(g["decays"], g["weight_decay"]) for g in optimizer.param_groups} == {(True, 0.5), (False, 0.0)}
     assert all(g["lr"] == 1.0 and g["lr_scale"] == 1.0 for g in optimizer.param_groups)
     assert spec.closure and set(spec.rates) == set(REGIMES)
+    assert spec.cost > 1 and spec.gradients >= 2 and (spec.products > 0) == (not isinstance(spec, ModuleLBFGS))
     assert all(r.low < r.prior < r.high and r.source for r in spec.rates.values())
     assert type(spec).model_validate_json(spec.model_dump_json()) == spec
 

@@ -1,0 +1,257 @@
+"""The generation engine: prompts in, token ids out, token by token or whole; batched, with cached keys and values.
+
+Rows that have ended leave the batch. What a request gets does not depend on what else is in the batch (up to the rounding of sums
+in batches of other shapes; random numbers are drawn per request and position).
+Shapes: B rows, K beams, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multistep.models.step import Stepper, stepper_of
+from multistep.predictors.decoding import Beam, Decoding, Greedy, Sample
+
+BATCH = 32  # prompts at once
+
+
+@dataclass
+class Written:
+    """What a request gave. `score`: mean log-probability a token, in nats; `ended`: by an end token or stop text, not by length."""
+
+    ids: list[int] = field(default_factory=list)
+    score: float = 0.0
+    ended: bool = False
+
+
+Decode = Callable[[list[int]], str]  # token ids -> text, for stop texts
+
+
+def generate(
+    model: Any, prompts: Sequence[np.ndarray], decoding: Decoding, end_ids: Sequence[int], *,
+    decode: Decode | None = None, batch: int = BATCH, watch: Callable[[float], None] | None = None,
+) -> list[Written]:  # fmt: skip
+    """A text for every prompt (token ids), in order. `end_ids`: the tokens that end a text. Raises ValueError on an empty prompt."""
+    if any(len(p) == 0 for p in prompts):
+        raise ValueError("generate: a prompt has no token; give at least the begin token")
+    found: list[Written] = [Written() for _ in prompts]
+    order = np.argsort([len(p) for p in prompts], kind="stable")
+    size = max(1, batch // decoding.beams) if isinstance(decoding, Beam) else batch
+    for start in range(0, len(order), size):
+        part = order[start : start + size]
+        stepper = stepper_of(model)
+        these = [prompts[i] for i in part]
+        if isinstance(decoding, Beam):
+            done = _beam(stepper, these, decoding, end_ids, decode)
+        else:
+            for _ in (done := _OneByOne(stepper, these, decoding, end_ids, decode, [int(i) for i in part])):
+                pass
+            done = done.written
+        for i, written in zip(part, done, strict=True):
+            found[int(i)] = written
+        if watch is not None:
+            watch(min(1.0, (start + size) / len(order)))
+    return found
+
+
+def stream(
+    model: Any, prompt: np.ndarray, decoding: Greedy | Sample, end_ids: Sequence[int], decode: Decode | None = None
+) -> Iterator[int]:
+    """The tokens of one text as they are written, the end token left out."""
+    writing = _OneByOne(stepper_of(model), [prompt], decoding, end_ids, decode, [0])
+    for token in writing:
+        yield token[0]
+
+
+class _OneByOne:
+    """Greedy and sampled writing. Iterating makes a step at a time and gives the new tokens of the rows that go on, by row."""
+
+    def __init__(
+        self, stepper: Stepper, prompts: Sequence[np.ndarray], decoding: Greedy | Sample, end_ids: Sequence[int],
+        decode: Decode | None, requests: Sequence[int],
+    ):  # fmt: skip
+        self.stepper, self.prompts, self.decoding, self.decode = stepper, prompts, decoding, decode
+        self.ends = set(end_ids)
+        self.written = [Written() for _ in prompts]
+        self._requests = requests
+
+    def __iter__(self) -> Iterator[dict[int, int]]:
+        decoding, alive = self.decoding, list(range(len(self.prompts)))
+        logits_BV = self.stepper.start(self.prompts)
+        for place in range(decoding.max_new_tokens):
+            logits_BV = self._shaped(logits_BV.float(), alive, place)
+            tokens = self._choose(logits_BV, alive, place)
+            gained = logits_BV.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
+            new, going = {}, []
+            for slot, (row, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
+                written = self.written[row]
+                written.score += gained[slot]
+                if token in self.ends:
+                    written.ended = True
+                    continue
+                written.ids.append(token)
+                if self._stopped(written):
+                    continue
+                new[row] = token
+                going.append(slot)
+            if new:
+                yield new
+            if not going or place + 1 == decoding.max_new_tokens:
+                break
+            if len(going) < len(alive):
+                keep = torch.tensor(going, device=tokens.device)
+                self.stepper.keep(keep)
+                tokens, alive = tokens[keep], [alive[slot] for slot in going]
+            logits_BV = self.stepper.step(tokens)
+        for written in self.written:
+            written.score /= max(1, len(written.ids) + written.ended)
+
+    def _shaped(self, logits_BV: Tensor, alive: Sequence[int], place: int) -> Tensor:
+        return shape(logits_BV, [self.written[r].ids for r in alive], self.decoding, self.ends, place)
+
+    def _choose(self, logits_BV: Tensor, alive: Sequence[int], place: int) -> Tensor:
+        if isinstance(self.decoding, Greedy):
+            return logits_BV.argmax(-1)
+        allowed_BV = narrowed(logits_BV / self.decoding.temperature, self.decoding)
+        draws = [draw(self.decoding.seed, self._requests[row], place) for row in alive]
+        cumulated_BV = allowed_BV.softmax(-1).double().cumsum(-1)
+        level_B = torch.tensor(draws, dtype=torch.float64, device=logits_BV.device) * cumulated_BV[:, -1]
+        return torch.searchsorted(cumulated_BV, level_B[:, None], right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
+
+    def _stopped(self, written: Written) -> bool:
+        """Whether the text holds a stop text by now; the tokens from there on are taken back."""
+        if not self.decoding.stop or self.decode is None:
+            return False
+        if not any(s in self.decode(written.ids) for s in self.decoding.stop):
+            return False
+        while written.ids and any(s in self.decode(written.ids) for s in self.decoding.stop):
+            written.ids.pop()
+        written.ended = True
+        return True
+
+
+def draw(seed: int, request: int, place: int) -> float:
+    """A uniform random number of a request and a position alone."""
+    return float(np.random.default_rng([seed, request, place]).random())
+
+
+def shape(
+    logits_BV: Tensor, written: Sequence[Sequence[int]], decoding: Decoding, ends: set[int], place: int
+) -> Tensor:
+    """Penalties and bans that depend on what was written so far."""
+    if decoding.repetition_penalty != 1.0:
+        logits_BV = logits_BV.clone()
+        for row, ids in enumerate(written):
+            seen = torch.tensor(sorted(set(ids)), dtype=torch.long, device=logits_BV.device)
+            value = logits_BV[row, seen]
+            penalty = decoding.repetition_penalty
+            logits_BV[row, seen] = torch.where(value > 0, value / penalty, value * penalty)
+    banned = [_repeats(ids, decoding.no_repeat_ngram) for ids in written]
+    if place < decoding.min_new_tokens:
+        banned = [b | ends for b in banned]
+    if any(banned):
+        logits_BV = logits_BV.clone()
+        for row, tokens in enumerate(banned):
+            logits_BV[row, sorted(tokens)] = -torch.inf
+    return logits_BV
+
+
+def _repeats(ids: Sequence[int], n: int) -> set[int]:
+    """Tokens that would complete an n-gram which is there already."""
+    if not n or len(ids) < n:
+        return set()
+    last = tuple(ids[len(ids) - n + 1 :])
+    return {ids[i + n - 1] for i in range(len(ids) - n + 1) if tuple(ids[i : i + n - 1]) == last}
+
+
+def narrowed(logits_BV: Tensor, decoding: Sample) -> Tensor:
+    """The logits with all but the likeliest tokens at minus infinity: top-k, min-p and top-p, in this order."""
+    if decoding.top_k and decoding.top_k < logits_BV.shape[-1]:
+        least = logits_BV.topk(decoding.top_k, -1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < least, -torch.inf)
+    if decoding.min_p:
+        p_BV = logits_BV.softmax(-1)
+        logits_BV = logits_BV.masked_fill(p_BV < decoding.min_p * p_BV.amax(-1, keepdim=True), -torch.inf)
+    if decoding.top_p < 1.0:
+        p_BV, order_BV = logits_BV.softmax(-1).sort(-1, descending=True)
+        outside_BV = p_BV.cumsum(-1) - p_BV >= decoding.top_p  # the token that crosses the limit stays
+        logits_BV = logits_BV.masked_fill(outside_BV.scatter(-1, order_BV, outside_BV), -torch.inf)
+    return logits_BV
+
+
+# ---------------------------------------------------------------------------------------------- beams
+
+
+def _beam(
+    stepper: Stepper, prompts: Sequence[np.ndarray], decoding: Beam, end_ids: Sequence[int], decode: Decode | None
+) -> list[Written]:
+    """Beam search. A row is done when its K best finished texts cannot be beaten by what its beams could still become."""
+    k, ends = decoding.beams, set(end_ids)
+    first_BV = stepper.start(prompts)
+    rows = list(range(len(prompts)))  # of the batch, those that are still searched
+    beams: list[list[list[int]]] = [[[]] for _ in rows]
+    scores: list[list[float]] = [[0.0] for _ in rows]
+    finished: list[list[Written]] = [[] for _ in prompts]
+    logits_NV = first_BV
+    for place in range(decoding.max_new_tokens):
+        written = [ids for row in rows for ids in beams[row]]
+        logp_NV = shape(logits_NV.float(), written, decoding, ends, place).log_softmax(-1)
+        take: list[int] = []  # places in the batch as it is now
+        tokens: list[int] = []
+        going, base = [], 0
+        for row in rows:
+            count = len(beams[row])
+            total_KV = logp_NV[base : base + count] + torch.tensor(scores[row], device=logp_NV.device)[:, None]
+            best = total_KV.flatten().topk(min(2 * k, total_KV.numel()))
+            found: list[tuple[int, int, float]] = []
+            for rank, (value, index) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
+                beam, token = divmod(index, logp_NV.shape[1])
+                if value == -np.inf:
+                    continue
+                ids = beams[row][beam]
+                if token in ends:
+                    if rank < k:
+                        finished[row].append(Written(list(ids), value / _length(len(ids) + 1, decoding), True))
+                elif len(found) < k:
+                    if decode is not None and any(s in decode([*ids, token]) for s in decoding.stop):
+                        if rank < k:
+                            finished[row].append(Written(list(ids), value / _length(len(ids) + 1, decoding), True))
+                    else:
+                        found.append((beam, token, value))
+            finished[row] = sorted(finished[row], key=lambda w: -w.score)[:k]
+            if found and not _settled(finished[row], found[0][2], place + 1, decoding):
+                take += [base + beam for beam, _, _ in found]
+                tokens += [token for _, token, _ in found]
+                beams[row] = [[*beams[row][beam], token] for beam, token, _ in found]
+                scores[row] = [value for _, _, value in found]
+                going.append(row)
+            base += count
+        rows = going
+        if not rows or place + 1 == decoding.max_new_tokens:
+            break
+        stepper.keep(torch.tensor(take, device=logits_NV.device))
+        logits_NV = stepper.step(torch.tensor(tokens, device=logits_NV.device))
+    for row in rows:  # what the length cut off competes too
+        cut = [
+            Written(ids, score / _length(len(ids), decoding))
+            for ids, score in zip(beams[row], scores[row], strict=True)
+        ]
+        finished[row] = sorted(finished[row] + cut, key=lambda w: -w.score)
+    return [found[0] if found else Written() for found in finished]
+
+
+def _length(n: int, decoding: Beam) -> float:
+    return float(max(1, n)) ** decoding.length_penalty
+
+
+def _settled(finished: Sequence[Written], best: float, length: int, decoding: Beam) -> bool:
+    if len(finished) < decoding.beams:
+        return False
+    reach = decoding.max_new_tokens if decoding.length_penalty > 0 else length
+    return finished[-1].score >= best / _length(reach, decoding)

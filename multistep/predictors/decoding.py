@@ -1,0 +1,46 @@
+"""How a model writes: frozen settings. The engine that obeys them is `multistep.generate`. No torch here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from multistep.types import Spec
+
+
+class _Writing(Spec):
+    max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 128
+    min_new_tokens: Annotated[int, Field(ge=0, le=100_000)] = 0
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0  # Keskar et al. 2019 (CTRL), arXiv 1909.05858
+    no_repeat_ngram: Annotated[int, Field(ge=0, le=20)] = 0  # n-grams of this length are written once; 0: off
+    stop: tuple[str, ...] = ()  # texts that end the writing; they are not part of it
+
+
+class Greedy(_Writing):
+    """The likeliest token, always."""
+
+    kind: Literal["greedy"] = "greedy"
+
+
+class Beam(_Writing):
+    """The likeliest text of a beam search; scores are log-probabilities divided by length^length_penalty."""
+
+    kind: Literal["beam"] = "beam"
+    beams: Annotated[int, Field(ge=2, le=64)] = 4
+    length_penalty: Annotated[float, Field(ge=-5, le=5)] = 1.0
+
+
+class Sample(_Writing):
+    """Draw tokens, from the likeliest few. Every request has its own random numbers, whatever else is in the batch."""
+
+    kind: Literal["sample"] = "sample"
+    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0: all
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # Holtzman et al. 2020, arXiv 1904.09751
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0  # Nguyen et al. 2024, arXiv 2407.01082
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+
+DECODINGS = (Greedy, Beam, Sample)
+Decoding = Annotated[Greedy | Beam | Sample, Field(discriminator="kind")]

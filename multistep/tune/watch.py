@@ -1,0 +1,174 @@
+"""Looks at validation while a segment runs: keeps the best state, and acts on what it sees, with the numbers for the journal.
+
+    overfitting      three looks in a row worse than the best, the last beyond two standard errors, while training loss falls: back
+                     to the best state, the segment ends
+    plateau          `schedule.patience` looks in a row without a gain: the learning rate is cut, the segment goes on
+    no improvement   `patience` looks in a row without a gain (early stopping): back to the best state, the segment ends
+
+A gain is measured over the examples, paired with the last look that was one (t-test, p <= 0.1), so that neither noise nor many small
+steps are mistaken for the other. All that is remembered travels with the segment's snapshots: a resumed run decides as the straight one.
+Sources: Prechelt 1998, "Early stopping - but when?"; the plateau: see schedules/plateau.py. Shapes: N validation examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multistep.metrics import judge_losses
+from multistep.schedules import Plateau
+from multistep.state import TrainState, read_folder, write_folder
+from multistep.types import Verdict
+
+CHECKS = 19  # looks at most: every twentieth of the segment
+CHECK_SHARE = 0.1  # of a segment's time at most goes into looking, but for four looks
+LEAST_CHECKS = 4
+
+
+class Found(NamedTuple):
+    """What a look found: a journal record, and under which name it ends the segment's facts ("": the segment goes on)."""
+
+    kind: str
+    fields: dict[str, Any]
+    ends: str
+
+
+class Watch(Protocol):
+    """Looks at a training from outside, now and then. What it remembers (JSON and tensors) is kept with the snapshots."""
+
+    def look(self, state: TrainState, losses: list[float]) -> Found | None:
+        """Called after every update with the last training losses."""
+        ...
+
+    def memory(self) -> tuple[dict[str, Any], dict[str, Tensor]]: ...
+
+    def remember(self, memory: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take over what `memory` gave."""
+        ...
+
+
+def checks(share: float = 0.0, look_s: float = 0.0) -> list[float]:
+    """The progress at each look; fewer where `look_s` seconds each would be more than a tenth of the `share` seconds."""
+    count = min(CHECKS, max(LEAST_CHECKS, int(CHECK_SHARE * share / max(1e-9, look_s)))) if look_s else CHECKS
+    return [(n + 1) / (count + 1) for n in range(count)]
+
+
+class Looks:
+    """`validate` gives the loss of every validation example [N] under a state; the best state is kept in `folder`. `every`: updates
+    between looks, in place of the progress `at` each of them."""
+
+    def __init__(
+        self, folder: Path, validate: Callable[[TrainState], np.ndarray], at: list[float], *, overfitting: bool = False,
+        patience: int = 0, plateau: Plateau | None = None, every: int = 0,
+    ):  # fmt: skip
+        self._folder, self._validate, self._at = folder, validate, at
+        self._overfitting, self._patience, self._plateau, self._every = overfitting, patience, plateau, every
+        self._seen: list[dict[str, float]] = []
+        self._without_gain, self._since_cut, self._cuts = 0, 0, 0  # looks, looks, times
+        self._losses: dict[str, np.ndarray] = {}
+
+    def memory(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        counts = {"without_gain": self._without_gain, "since_cut": self._since_cut, "cuts": self._cuts}
+        return {"seen": list(self._seen), **counts}, {k: torch.tensor(v) for k, v in self._losses.items()}
+
+    def remember(self, memory: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self._seen = list(memory["seen"])
+        self._without_gain, self._since_cut, self._cuts = (memory[k] for k in ("without_gain", "since_cut", "cuts"))
+        self._losses = {k: v.numpy() for k, v in tensors.items()}
+        self._at = [p for p in self._at if not self._seen or p > self._seen[-1]["progress"]]
+
+    def look(self, state: TrainState, losses: list[float]) -> Found | None:
+        progress = state.segment.progress()
+        if not self._is_time(state, progress):
+            return None
+        state.settle(training=False)
+        now_N = self._validate(state)
+        state.settle(training=True)
+        loss = float(now_N.mean())
+        train_loss = float(np.mean(losses[-50:])) if losses else float("nan")
+        self._seen.append({"progress": progress, "train_loss": train_loss, "validation_loss": loss})
+        verdict = judge_losses(now_N, self._losses["reference"]) if self._losses else None
+        gain = verdict is None or verdict.accept
+        if gain:
+            self._losses["reference"] = now_N
+        self._without_gain = 0 if gain else self._without_gain + 1
+        self._since_cut = 0 if gain else self._since_cut + 1
+        best = float(self._losses["best"].mean()) if "best" in self._losses else float("nan")
+        if loss < best or not np.isfinite(best):
+            self._losses["best"] = now_N
+            if self._overfitting or self._patience:
+                snapshot = state.snapshot()
+                write_folder(self._folder, snapshot["meta"], snapshot["tensors"])
+        if self._overfitting and self._rises(now_N):
+            action = "back to the best state; its learning rate decays to zero and training ends"
+            return Found(
+                "Diagnosed", {"name": "overfitting", "numbers": self._numbers(), "action": action}, "diagnosis"
+            )
+        if verdict is None or gain:
+            return self._looked(state)
+        if self._patience and self._without_gain >= self._patience:
+            best = self._numbers()["best"]
+            action = (
+                f"stopped: {self._without_gain} looks in a row without a gain ({verdict.rule}); back to the best state, "
+                f"validation loss {best['validation_loss']:.4f} at {best['progress']:.0%}"
+            )
+            return Found("Event", self._event("no improvement", state, verdict, action), "stopped")
+        return self._cut(state, verdict) or self._looked(state)
+
+    def _is_time(self, state: TrainState, progress: float) -> bool:
+        if self._every:
+            return state.segment.updates % self._every == 0
+        due = bool(self._at) and progress >= self._at[0]
+        while self._at and progress >= self._at[0]:
+            self._at.pop(0)
+        return due
+
+    def _looked(self, state: TrainState) -> Found | None:
+        """An epoch's look is a line of the journal whatever it found."""
+        if not self._every:
+            return None
+        return Found(
+            "Noted", {"what": "looked", "facts": {"epoch": state.segment.updates // self._every, **self._seen[-1]}}, ""
+        )
+
+    def _cut(self, state: TrainState, verdict: Verdict) -> Found | None:
+        """Reduce on plateau."""
+        p = self._plateau
+        if p is None or self._since_cut < p.patience or p.factor ** (self._cuts + 1) < p.floor * (1 - 1e-9):
+            return None
+        action = f"learning rate times {p.factor:g}: {self._since_cut} looks in a row without a gain ({verdict.rule})"
+        self._since_cut, self._cuts = 0, self._cuts + 1
+        state.counters.lr_scale *= p.factor
+        return Found("Event", self._event("plateau", state, verdict, action), "")
+
+    def _event(self, event: str, state: TrainState, verdict: Verdict, action: str) -> dict[str, Any]:
+        return {
+            "event": event, "update": state.counters.update, "numbers": self._numbers(), "rule": verdict.rule,
+            "evidence": [c.model_dump() for c in verdict.evidence], "lr_scale": state.counters.lr_scale, "action": action,
+        }  # fmt: skip
+
+    def _numbers(self) -> dict[str, Any]:
+        best = min(self._seen, key=lambda s: s["validation_loss"])
+        return {"best": best, "now": self._seen[-1], "checks": len(self._seen)}
+
+    def _rises(self, now_N: np.ndarray) -> bool:
+        best_N = self._losses["best"]
+        worse_N, last = now_N - best_N, self._seen[-3:]
+        rising = len(last) == 3 and all(s["validation_loss"] > best_N.mean() for s in last)
+        beyond = worse_N.mean() > 2 * worse_N.std(ddof=1) / len(worse_N) ** 0.5 if len(worse_N) > 1 else False
+        return bool(rising and beyond and last[-1]["train_loss"] < last[0]["train_loss"])
+
+    def back_to_best(self, state: TrainState) -> dict[str, Any]:
+        """Restore the best state; where it was and the learning rate it had, which holds the cuts: they are not carried on."""
+        meta, tensors = read_folder(self._folder)
+        state.restore({"meta": meta, "tensors": tensors})
+        assert state.strategy is not None
+        progress = state.segment.progress()
+        lr = state.strategy.optimizer.lr * state.strategy.schedule(progress) * state.counters.lr_scale
+        state.counters.lr_scale = 1.0
+        return {"best_progress": progress, "best_lr": lr}
