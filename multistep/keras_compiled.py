@@ -28,7 +28,10 @@ _LOSSES = {  # Keras's name -> our kind; its short names are resolved by Keras
     "huber_loss": "huber",
 }
 _LINKS: Mapping[str, Link] = {"binary_cross_entropy": "sigmoid", "cross_entropy": "softmax"}
+_OF_OUTPUTS = ("mse", "mae", "huber")  # read the model's outputs as they are: a final sigmoid is trained through
 ACTIVATIONS: Mapping[Link, Any] = {"sigmoid": keras.activations.sigmoid, "softmax": keras.activations.softmax}
+_NOT_CARRIED = ("clipvalue", "use_ema", "gradient_accumulation_steps", "amsgrad")
+_DECOUPLED = ("adamw", "nadam", "lion", "sgd")  # decay as Keras does; in the others it goes through the gradient
 _CLIP = 1.0  # where the optimizer does not say: what `optimize` takes
 
 
@@ -49,6 +52,11 @@ def goal_of(model: Any, objective: Any) -> Goal:
     """The objective of the compiled loss, or the one given. Raises UserError on a loss that has no counterpart."""
     if objective is not None:
         found: dict[str, Any] = {"kind": objective} if isinstance(objective, str) else _dump(objective)
+        core = found
+        while isinstance(core.get("inner"), Mapping):
+            core = core["inner"]
+        if core.get("kind") in _OF_OUTPUTS:
+            return Goal(found, "identity", False)
         last = last_layer(model)
         ends = last.activation if isinstance(last, keras.layers.Dense | keras.layers.Activation) else None
         for link, activation in ACTIVATIONS.items():
@@ -70,6 +78,8 @@ def goal_of(model: Any, objective: Any) -> Goal:
         raise UserError("loss: a model of several outputs is trained on one loss only. Give a model with one output.")
     if name not in _LOSSES:
         raise UserError(f"loss: {name!r} has no counterpart here.{nearest(name, list(_LOSSES))} Or give objective=.")
+    if settings.get("ignore_class") is not None:
+        raise UserError("loss: ignore_class has no counterpart here. Leave those rows out.")
     kind = _LOSSES[name]
     found = {"kind": kind}
     if kind == "huber":
@@ -101,7 +111,15 @@ def updates_of(model: Any, optimizer: Any) -> Updates:
     if own is None:
         return Updates({"kind": "auto"}, _CLIP)
     config = own.get_config()
-    found = _settings(type(own).__name__, config)
+    name = type(own).__name__
+    found = _settings(name, config)
+    unlike = [k for k in _NOT_CARRIED if config.get(k)]
+    if config.get("weight_decay") and found["kind"] not in _DECOUPLED:
+        unlike.append("weight_decay")
+    if unlike:
+        raise UserError(
+            f"optimizer: {unlike[0]} of Keras's {name} is not carried over. Leave it out, or give optimizer=."
+        )
     clip = config.get("global_clipnorm") or config.get("clipnorm") or _CLIP
     if config.get("weight_decay"):
         found["weight_decay"] = float(config["weight_decay"])
@@ -129,7 +147,7 @@ def _settings(name: str, c: Mapping[str, Any]) -> dict[str, Any]:
         case "RMSprop" if not (c["momentum"] or c["centered"]):
             return {"kind": "rmsprop", "alpha": c["rho"], "eps": c["epsilon"]}
         case "Adagrad":
-            return {"kind": "adagrad", "eps": c["epsilon"]}
+            return {"kind": "adagrad", "eps": c["epsilon"], "initial_accumulator": c["initial_accumulator_value"]}
         case "Nadam":
             return {
                 "kind": "nadam",

@@ -82,9 +82,9 @@ def as_function(model: Any, link: Link) -> Iterator[Link]:
     try:
         for layer in model._flatten_layers():
             if type(layer) is keras.layers.LSTM and _plain(layer):
-                layer.__dict__["inner_loop"] = functools.partial(_inner_loop, layer)
+                layer.__dict__["inner_loop"] = functools.partial(_inner_loop, layer, threads)
                 undo.append(functools.partial(layer.__dict__.pop, "inner_loop"))
-        if undo and threads > 1:  # torch's threads meet at every step: measured slower than one
+        if undo and threads > 1:  # which meet at every step; parts of a batch meet once
             torch.set_num_threads(1)
             undo.append(functools.partial(torch.set_num_threads, threads))
         last = last_layer(model)
@@ -110,8 +110,8 @@ def _plain(layer: Any) -> bool:
     return same and not cell.recurrent_dropout and layer.compute_dtype == "float32"
 
 
-def _inner_loop(layer: Any, sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> Any:
-    """What keras.layers.LSTM.inner_loop does. Masked steps are Keras's own work."""
+def _inner_loop(layer: Any, threads: int, sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> Any:
+    """What keras.layers.LSTM.inner_loop does, a part of the rows on each thread. Masked steps are Keras's own work."""
     if any(m is not None for m in (mask if isinstance(mask, list | tuple) else [mask])):
         return type(layer).inner_loop(layer, sequences, initial_state, mask, training)
     cell = layer.cell
@@ -121,7 +121,7 @@ def _inner_loop(layer: Any, sequences: Any, initial_state: Any, mask: Any, train
         sequences = torch.flip(sequences, dims=[1])
     kernel, recurrent = _tensor(cell.kernel), _tensor(cell.recurrent_kernel)
     bias = None if cell.bias is None else _tensor(cell.bias)
-    outputs, last, carry = lstm(sequences, kernel, recurrent, bias, initial_state[0], initial_state[1])
+    outputs, last, carry = lstm(sequences, kernel, recurrent, bias, initial_state[0], initial_state[1], threads)
     return last, outputs if layer.return_sequences else last[:, None], [last, carry]
 
 

@@ -45,6 +45,11 @@ class ModuleRows:
         """The loader's own, where there is one."""
         return None if self._loader is None else self._loader.batch_size
 
+    @property
+    def drawn(self) -> bool:
+        """Whether a loader draws the batches: they are as large as it makes them, whatever was asked for."""
+        return self._loader is not None
+
     def order(self, batch_size: int, seed: int) -> Batches | LoaderOrder:
         if self._loader is not None and self._loader.batch_sampler is not None:
             return LoaderOrder(self._loader, seed)

@@ -37,7 +37,7 @@ from multistep.optimizers.base import REGIMES, Regime
 from multistep.optimizers.muon import hidden_matrices
 from multistep.report.progress import Progress
 from multistep.schedules import SCHEDULES
-from multistep.strategy import is_below
+from multistep.strategy import frozen_ids
 from multistep.tasks import Task
 from multistep.tune import tune
 from multistep.tune.memory import device_memory
@@ -122,11 +122,12 @@ def optimize(
     chosen: Regime = next(r for r in REGIMES if r == regime)
     total = parse_budget(budget)
     frozen = _frozen(module, freeze)
-    facts = _facts(module, goal, rows["train"], chosen, total, device, frozen)
-    config, choice = choose(optimizer_of(optimizer), facts)
-    if config.member.closure and rows["train"].batch_size is None and choice.startswith("auto"):
-        problem_batch = len(rows["train"])
     outputs = first_outputs(module, rows["validation"])
+    facts = _facts(module, goal, rows["train"], chosen, total, device, frozen)
+    facts = facts.with_(gradual=layer_decay != 1.0 or bool(clip_z) or bool(batch_growth))
+    config, choice = choose(optimizer_of(optimizer), facts)
+    if config.member.closure and not rows["train"].drawn and choice.startswith("auto"):
+        problem_batch = len(rows["train"])
     task = task_of(goal, outputs)
     metric = metric_of(metric, task)
     if controller not in MODULE_CONTROLLERS:
@@ -221,10 +222,11 @@ def _facts(
     frozen: tuple[str, ...],
 ) -> Facts:  # fmt: skip
     """What the rules of `auto` read."""
-    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad and not is_below(n, frozen)]
+    still = frozen_ids(module, frozen)
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad and id(p) not in still]
     hidden = hidden_matrices([(n, p.ndim) for n, p in named])
     layers = [m for m in module.modules() if any(True for _ in m.parameters(recurse=False))]
-    whole = rows.batch_size is None
+    whole = not rows.drawn
     inputs = rows.load(np.arange(1))[0] if whole else ()
     given = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
     widths = [t.numel() for t in given if isinstance(t, torch.Tensor)] + [p.shape[-1] for _, p in named if p.ndim]
@@ -245,7 +247,8 @@ def _frozen(module: nn.Module, freeze: str | Sequence[str]) -> tuple[str, ...]:
     for name in above:
         if name not in known:
             raise UserError(f"freeze: the module has no {name!r}.{nearest(name, known)}")
-    if all(is_below(n, above) for n, p in module.named_parameters() if p.requires_grad):
+    still = frozen_ids(module, above)
+    if all(id(p) in still for p in module.parameters() if p.requires_grad):
         raise UserError(f"freeze: nothing is left to train without {', '.join(above)}. Name fewer.")
     return above
 
@@ -286,7 +289,7 @@ def rows_by_split(
     rows = {"train": rows_of(train, "train", device, split)}
     if validation is not None:
         rows["validation"] = rows_of(validation, "validation", device, split)
-    elif rows["train"].batch_size is not None:
+    elif rows["train"].drawn:
         raise UserError(
             "validation: a DataLoader for train cannot be cut. Give validation data too, or give a Dataset."
         )

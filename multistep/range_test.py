@@ -23,7 +23,7 @@ from torch import nn
 
 from multistep.budget import Budget
 from multistep.loader import Split, rows_of
-from multistep.modules import device_of, optimizer_of, spec_of
+from multistep.modules import device_of, first_outputs, optimizer_of, spec_of
 from multistep.objectives import OBJECTIVES
 from multistep.optimizers.base import REGIMES, Regime
 from multistep.schedules import Constant
@@ -79,6 +79,7 @@ def lr_range_test(
     thousandth and a thousand times the optimizer's calibrated rate. Data and objective as in `optimize`. Raises UserError on bad input."""
     device, goal = device_of(module), spec_of(objective, OBJECTIVES, "objective")
     rows = rows_of(train, "train", device, split)
+    first_outputs(module, rows)  # which says so where they do not fit each other
     config = optimizer_of(optimizer)
     chosen: Regime | None = next((r for r in REGIMES if r == regime), None)
     if chosen is None:

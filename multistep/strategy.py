@@ -161,12 +161,14 @@ class TrainModule(Training):
 
     def trained(self, model: Any) -> list[tuple[str, nn.Parameter]]:
         """The parameters that this strategy trains, by name; every other one stays frozen."""
-        return [(n, p) for n, p in super().trained(model) if not is_below(n, self.freeze)]
+        still = frozen_ids(model, self.freeze)
+        return [(n, p) for n, p in super().trained(model) if id(p) not in still]
 
 
-def is_below(name: str, above: Sequence[str]) -> bool:
-    """Whether a parameter is one of these, or is inside of one of these modules."""
-    return any(name == a or name.startswith(f"{a}.") for a in above)
+def frozen_ids(model: nn.Module, above: Sequence[str]) -> set[int]:
+    """The parameters that are one of these or inside of one of these modules; one with several names (tied) by any of them."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {id(p) for n, p in named if any(n == a or n.startswith(f"{a}.") for a in above)}
 
 
 class AsGiven(Spec):

@@ -11,7 +11,6 @@ from torch import nn
 import multistep
 from multistep.budget import parse_budget
 from multistep.config import KINDS, OptimizerConfig
-from multistep.controllers import choose as rules
 from multistep.controllers.choose import Facts, choose, is_convex
 from multistep.loader import rows_of
 from multistep.modules import _facts
@@ -44,6 +43,8 @@ LARGE: dict[str, Any] = {"regime": "scratch", "parameters": 10_000_000, "memory_
         ({**LINEAR, "updates": 9.0}, "adamw", "calibrated default"),
         ({**LINEAR, "updates": 10.0}, "newton_cg", "fit in one batch"),
         ({**LINEAR, "convex": False}, "adamw", "calibrated default"),
+        ({**LINEAR, "smooth": False}, "adamw", "calibrated default"),
+        ({**LINEAR, "gradual": True}, "adamw", "calibrated default"),
         (SMALL, "newton_cg", "5,000 parameters and 200 rows"),
         ({**SMALL, "parameters": 5_001}, "adamw", "calibrated default"),
         ({**SMALL, "width": 10**6}, "adamw", "calibrated default"),
@@ -56,22 +57,16 @@ LARGE: dict[str, Any] = {"regime": "scratch", "parameters": 10_000_000, "memory_
         ({**LARGE, "parameters": 10**9, "regime": "fine_tune"}, "adafactor", "41.0 GiB"),
         ({**LARGE, "parameters": 10**9, "memory_bytes": 80 * GIB}, "adamw", "default"),
         ({**LARGE, "hidden": 4_999_999}, "adamw", "calibrated default for any network"),
+        ({**LARGE, "hidden": 8_000_000}, "muon", "80% of 10,000,000 parameters"),
+        ({**LARGE, "hidden": 8_000_000, "regime": "fine_tune"}, "adamw", "fine-tune"),
+        ({**LARGE, "parameters": 600_000, "hidden": 500_000}, "muon", "hidden matrices"),
+        ({**LARGE, "parameters": 600_000, "hidden": 499_999}, "adamw", "calibrated default for any network"),
     ],
 )
 def test_each_rule(facts: dict[str, Any], kind: str, words: str) -> None:
     config, rule = choose(OptimizerConfig(), Facts(**facts))
     assert config.kind == kind and words in rule and rule.startswith(f"auto: {kind}, ")
     assert config.at(config.member.rates["scratch"].prior).kind == kind
-
-
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_hidden_matrices_from_random_weights_take_what_is_set_for_them(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rules, "FROM_SCRATCH", kind)
-    config, rule = choose(OptimizerConfig(), Facts(**{**LARGE, "hidden": 8_000_000}))
-    assert config.kind == kind and "80% of 10,000,000 parameters are hidden matrices" in rule
-    assert choose(OptimizerConfig(), Facts(**{**LARGE, "hidden": 8_000_000, "regime": "fine_tune"}))[0].kind == "adamw"
 
 
 def test_what_was_given_stays() -> None:
@@ -81,10 +76,6 @@ def test_what_was_given_stays() -> None:
     config, rule = choose(OptimizerConfig.model_validate({"lr": 0.01, "weight_decay": 0.1}), Facts(**LINEAR))
     assert config.kind == "adamw" and config.at(0.01).weight_decay == 0.1
     assert rule == "auto: adamw, whose lr and weight_decay were given"
-
-
-def test_no_rule_chooses_schedule_free() -> None:
-    assert rules.FROM_SCRATCH in KINDS and rules.FROM_SCRATCH != "schedule_free"
 
 
 def test_which_losses_are_convex() -> None:

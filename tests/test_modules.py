@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
 import multistep
 from multistep import journal
@@ -297,6 +297,42 @@ def test_dictionaries_and_custom_splits() -> None:
     assert found.best.value > 0.7
 
 
+def _drawn() -> DataLoader:
+    """A loader that has no batch size: its batch sampler says what a batch is."""
+    data = TensorDataset(*blobs(300, 0))
+    return DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 20, drop_last=False))
+
+
+def test_batches_that_a_loader_draws_are_not_solved_as_one() -> None:
+    result = run(nn.Linear(8, 3), train=_drawn(), budget="30 updates")
+    rule = next(r["facts"]["rule"] for r in result.records() if r["kind"] == "Noted" and r["what"] == "optimizer")
+    assert rule.startswith("auto: adamw")
+
+
+def test_auto_keeps_from_solvers_what_they_have_no_use_for() -> None:
+    x, y = blobs(300, 0)
+    data = (x, y.float())
+    small = run(
+        network(outputs=1),
+        objective="mse",
+        train=data,
+        validation=data,
+        metric="loss",
+        layer_decay=0.9,
+        budget="20 updates",
+    )
+    rules = [r["facts"]["rule"] for r in small.records() if r["kind"] == "Noted" and r["what"] == "optimizer"]
+    assert rules and rules[0].startswith("auto: adamw")
+    chance = run(nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 3)), budget="20 updates")
+    assert "auto: adamw" in chance.explain()
+
+
+def test_a_look_an_epoch_also_when_batches_grow() -> None:
+    result = run(looks="epoch", batch_growth=(0.5,), budget="100 updates", batch_size=30)
+    looked = [r["facts"]["epoch"] for r in result.records() if r["kind"] == "Noted" and r["what"] == "looked"]
+    assert looked == list(range(1, 16))  # 50 batches of 30, then 50 twice as large, ten batches of 30 an epoch
+
+
 @pytest.mark.parametrize(
     "more, words",
     [
@@ -318,6 +354,8 @@ def test_dictionaries_and_custom_splits() -> None:
         ({"train": DataLoader(_Stream())}, ("train", "stream")),
         ({"train": (torch.zeros(30, 5), torch.zeros(30).long())}, ("module", "cannot read")),
         ({"validation": None, "train": blobs(10, 0)}, ("train", "too few")),
+        ({"validation": None, "train": _drawn()}, ("validation", "DataLoader")),
+        ({"split": lambda batch: (batch["x"], batch["y"])}, ("module", "cannot read")),
     ],
 )
 def test_bad_input_is_named(more: dict[str, Any], words: tuple[str, ...]) -> None:

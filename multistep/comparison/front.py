@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from multistep import __version__
 from multistep.api import signals
@@ -44,7 +45,7 @@ LEAST_UPDATES = 3  # of a probe, with the slowest optimizer
 
 @dataclass
 class Compared:
-    """What `compare` gives back, or what `Compared.load` finds in its folder."""
+    """What `compare` gives back; `Compared(folder)` reads what is in a folder."""
 
     out: Path
     _folder: Any = field(default=None, repr=False)  # keeps a temporary folder alive
@@ -128,6 +129,8 @@ def compare(
     temporary = tempfile.TemporaryDirectory(prefix="multistep-") if out is None else None
     folder = Path(temporary.name if temporary is not None else str(out))
     arena: ModuleArena | TextArena
+    if isinstance(subject, torch.nn.Module):
+        raise UserError("compare: a module is trained once only. Give a function from a seed to a fresh module.")
     if callable(subject):
         if objective is None or train is None:
             raise UserError("compare: a module needs objective= and train= beside it, as optimize does.")
@@ -315,7 +318,15 @@ def _module_arena(
     dropout: float | None, bf16: bool, curve_rows: int,
 ) -> tuple[ModuleArena, dict[str, Any], dict[str, Any]]:  # fmt: skip
     goal = spec_of(objective, OBJECTIVES, "objective")
-    module = made(make, TUNE_SEED)
+    if isinstance(train, DataLoader):
+        raise UserError(
+            "train: a DataLoader makes batches of its own, so no optimizer could have another. Give its dataset and batch_size=."
+        )
+    module, again = made(make, TUNE_SEED), made(make, TUNE_SEED)
+    if {id(p) for p in module.parameters()} & {id(p) for p in again.parameters()}:
+        raise UserError(
+            "compare: the function gives the same module again, so one run would go on where another ended. Make a new one in it."
+        )
     rows = rows_by_split(train, validation, None, device_of(module), split, seed=0)
     task = task_of(goal, first_outputs(module, rows["validation"]))
     arena = ModuleArena(

@@ -29,9 +29,9 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     runs = {n: [r for r in rows if r["kind"] == "run" and r["optimizer"] == n] for n in names}
     runs = {n: sorted(found, key=lambda r: r["seed"]) for n, found in runs.items() if found}
     sound = {n: found for n, found in runs.items() if not any(r["diverged"] for r in found)}
-    order = sorted(sound, key=lambda n: -sign * statistics.fmean(r["score"] for r in sound[n]))
+    scores = {n: {r["seed"]: r["score"] for r in found} for n, found in sound.items()}
+    order = _ranked(scores, sign)
     best = order[0] if order else None
-    scores = {n: {r["seed"]: r["score"] for r in sound[n]} for n in order}
     rivals = against_best(scores, best, sign) if best is not None else {}
     curves = {n: mean_curve([r["curve"] for r in found]) for n, found in sound.items()}
     level = min((curves[n][-1][3] for n in order[:LEADERS] if curves[n]), key=lambda v: sign * v, default=None)
@@ -59,6 +59,18 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "metric": metric, "better": "higher" if sign > 0 else "lower", "best": best, "level": level, "settings": settings,
         "standings": standings, "tuning_s": tuning_s, "versions": versions, "machines": machines,
     }  # fmt: skip
+
+
+def _ranked(scores: Mapping[str, Mapping[int, float]], sign: float) -> list[str]:
+    """By mean over all seeds; but one with fewer seeds does not come before the best of those with the most of them unless it is
+    better on the seeds that both have."""
+    order = sorted(scores, key=lambda n: -sign * statistics.fmean(scores[n].values()))
+    if not order:
+        return order
+    most = max(map(len, scores.values()))
+    lead = next(n for n in order if len(scores[n]) == most)
+    gains = [sign * (v - scores[order[0]][s]) for s, v in scores[lead].items() if s in scores[order[0]]]
+    return [lead, *(n for n in order if n != lead)] if gains and statistics.fmean(gains) >= 0 else order
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -131,6 +143,9 @@ def words(found: Mapping[str, Any]) -> list[str]:
         )
     if given:
         said.append(f"* Not tuned, for its value was given: {', '.join(given)}.")
+    for what in ("machines", "versions"):
+        if len(found[what]) > 1:
+            said.append(f"Runs of several {what}, which may not be comparable: {'; '.join(found[what])}.")
     said.append(
         f"{settings['budget']} of training a run after {settings['probes']} probes of {settings['probe']} for each optimizer; "
         f"{settings['schedule']['kind']} schedule; validation {settings['rows']['validation']} rows; threads: "

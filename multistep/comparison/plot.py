@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from multistep.comparison.book import Row
 from multistep.comparison.page import sign_of, summary
+from multistep.comparison.statistics import aligned
 from multistep.report.words import number
 
 # Twelve hues that differ in lightness too; then the same again, dashed.
@@ -76,7 +77,7 @@ def _lines(rows: Sequence[Row], order: Sequence[str], sign: float) -> list[Line]
     made = []
     for i, name in enumerate(order):
         curves = [r["curve"] for r in rows if r["kind"] == "run" and r["optimizer"] == name and not r["diverged"]]
-        marks = [m for m in zip(*curves, strict=False) if all(p[3] is not None for p in m)]
+        marks = [m for m in aligned(curves) if all(p[3] is not None for p in m)]
         if not marks:
             continue
         xs = [[sum(p[k] for p in m) / len(m) for m in marks] for k in (1, 2)]

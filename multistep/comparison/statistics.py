@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from multistep.types import Spec
 
@@ -33,7 +33,7 @@ class Against(Spec):
     high: float
     p: float  # Holm-corrected
     n: int
-    apart: bool  # whether the difference is beyond noise
+    apart: bool  # whether it is worse beyond noise
 
 
 def mean_of(values: Sequence[float]) -> Mean:
@@ -83,7 +83,7 @@ def against_best(scores: Mapping[str, Mapping[int, float]], best: str, sign: flo
     for name, p in zip(others, corrected, strict=True):
         gain = mean_of(gains[name])
         found[name] = Against(
-            gain=gain.value, low=gain.low, high=gain.high, p=p, n=len(gains[name]), apart=p <= ALPHA
+            gain=gain.value, low=gain.low, high=gain.high, p=p, n=len(gains[name]), apart=p <= ALPHA and gain.value < 0
         )  # fmt: skip
     return found
 
@@ -93,10 +93,15 @@ def against_best(scores: Mapping[str, Mapping[int, float]], best: str, sign: flo
 Point = tuple[float, float, float, float]  # progress, seconds, updates, score
 
 
+def aligned(curves: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    """The looks of all seeds side by side, counted from the end: where updates are slow a seed has fewer, and all have the last one."""
+    return list(zip(*(reversed(c) for c in curves), strict=False))[::-1]
+
+
 def mean_curve(curves: Sequence[Sequence[Sequence[float | None]]]) -> list[Point]:
     """The mean over seeds at every mark that all of them have, where all scores are finite."""
     points = []
-    for marks in zip(*curves, strict=False):
+    for marks in aligned(curves):
         if all(m[3] is not None for m in marks):
             progress, seconds, updates, score = (statistics.fmean(float(m[i] or 0.0) for m in marks) for i in range(4))
             points.append((progress, seconds, updates, score))

@@ -5,7 +5,7 @@
     small         a regression with few parameters and few rows: all of train in one batch      -> newton_cg
     memory        what AdamW needs beside the activations is more than the machine has          -> adafactor
     fine_tune     pretrained weights, and adapters beside them                                  -> adamw
-    scratch       random weights that are hidden matrices for the most part                     -> FROM_SCRATCH
+    scratch       random weights, half a million or more in hidden matrices and these most of all  -> muon
     else                                                                                        -> adamw
 
 Never schedule_free: a run here knows where it ends, and a schedule that decays to zero is better then. The rules read exact counts
@@ -13,7 +13,7 @@ and no measured speed, so that a run under a budget in updates or tokens chooses
 Evidence: convex, LOG.md of 2026-11-23, "the convex head" (2.2 and 6.7 times sooner than scikit-learn's solvers); small, LOG.md of
 2026-11-24, "small problems in full batches" (lbfgs, and any solver on classes, lost there); memory, the optimizers' measured
 `bytes_a_parameter`; fine_tune, the calibrated rates are AdamW's, and Qu et al. 2026 (arXiv 2605.10468) find another rule than that of
-pretraining harmful.
+pretraining harmful; scratch, docs/which-optimizer.md (one GPT of 0.8 million parameters: a narrow base, so smaller networks are left out).
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ from multistep.objectives.base import BaseObjective
 from multistep.optimizers.base import Regime
 from multistep.types import Spec
 
-FROM_SCRATCH = (
-    "adamw"  # for weights of which HIDDEN_SHARE are hidden matrices; "muon" where evidence holds (docs/optimize.md)
-)
-HIDDEN_SHARE = 0.5
+HIDDEN_SHARE, LEAST_HIDDEN = 0.5, 500_000  # of weights that are hidden matrices: the smallest that was measured
 CONVEX_ELEMENTS = 2e7  # inputs of all rows, as one batch
 SMALL_PARAMETERS, SMALL_ELEMENTS = 5_000, 1e6  # the same for a network
 LEAST_UPDATES = 10  # of the whole of train: with fewer, small batches get further
@@ -47,6 +44,7 @@ class Facts(Spec):
     convex: bool = False  # the loss, in the outputs; and smooth
     regression: bool = False  # squared or Huber's loss
     smooth: bool = False  # no dropout and no statistics of the batch: the loss is a function of the parameters
+    gradual: bool = False  # layer_decay, clip_z or batch_growth was asked for: a solved step has no use for them
     whole: bool = False  # all rows of train can be one batch (no DataLoader says otherwise)
     rows: int = 0
     width: int = 0  # the largest number of inputs of a layer
@@ -70,11 +68,11 @@ def choose(given: OptimizerConfig, facts: Facts) -> tuple[OptimizerConfig, str]:
 
 
 def _rule(f: Facts) -> tuple[str, str]:
-    enough = f.updates is None or f.updates >= LEAST_UPDATES
-    if f.linear and f.convex and f.whole and enough and f.elements <= CONVEX_ELEMENTS:
+    solvable = f.whole and f.smooth and not f.gradual and (f.updates is None or f.updates >= LEAST_UPDATES)
+    if f.linear and f.convex and solvable and f.elements <= CONVEX_ELEMENTS:
         return "newton_cg", f"for one linear layer is a convex problem, and its {f.elements:,} inputs fit in one batch"
     small = f.parameters <= SMALL_PARAMETERS and f.elements <= SMALL_ELEMENTS
-    if f.regime == "scratch" and f.regression and f.smooth and f.whole and enough and small:
+    if f.regime == "scratch" and f.regression and solvable and small:
         return "newton_cg", f"for {f.parameters:,} parameters and {f.rows:,} rows in one batch are a small regression"
     needed = f.parameters * (BESIDE_BYTES + 2 * KINDS["adamw"].bytes_a_parameter)
     if needed > MEMORY_SHARE * f.memory_bytes:
@@ -82,9 +80,9 @@ def _rule(f: Facts) -> tuple[str, str]:
         return "adafactor", f"for adamw would need {_size(needed)} for {f.parameters:,} parameters (> {share})"
     if f.regime != "scratch":
         return "adamw", f"whose rates are calibrated for {f.regime.replace('_', '-')}"
-    if f.hidden >= HIDDEN_SHARE * f.parameters:
-        share = f"{f.hidden / max(1, f.parameters):.0%} of {f.parameters:,} parameters are hidden matrices"
-        return FROM_SCRATCH, f"the calibrated default from random weights: {share}"
+    if f.hidden >= max(HIDDEN_SHARE * f.parameters, LEAST_HIDDEN):
+        share = f"{f.hidden / max(1, f.parameters):.0%} of {f.parameters:,} parameters"
+        return "muon", f"for from random weights it gets further with hidden matrices, which are {share}"
     return "adamw", "the calibrated default for any network"
 
 

@@ -35,6 +35,7 @@ STEP = 3.0  # between the learning rates of the race: a module from elsewhere ma
 MOST_PROBES = 5
 COOL_SHARE = 0.15  # of what the trunk spent: decaying from its best state to zero
 LEAST_SOLVER_UPDATES = 3  # of an optimizer that takes a closure: its updates are tens of others'
+SOUP_SHARE = 0.2  # of what is left at most is kept for a soup; one that costs more is not made
 FINISH_SHARE = 0.02  # of the budget: loading, judging, writing
 
 
@@ -103,20 +104,27 @@ class _Plan:
 
     def updates(self, amount: float) -> float:
         """How many updates `amount` of the budget buys."""
+        grown = 1.0 + sum((1 - share) * 2**n for n, share in enumerate(self.problem.batch_growth))  # batches an update
         match self.problem.unit:
             case "seconds":
-                return amount / max(1e-9, self.facts["update_s"])
+                return amount / max(1e-9, self.facts["update_s"] * grown)
             case "updates":
                 return amount
             case "tokens":
-                return amount / max(1.0, self.facts["tokens_an_update"])
+                return amount / max(1.0, self.facts["tokens_an_update"] * grown)
 
     def spare(self) -> float:
         """What training may take of what is left: the end needs a little, and so do two averages to be judged."""
         if self.problem.unit != "seconds":
             return self.remaining
-        judged = 3 * self.facts["judge_s"] + self.facts["test_s"]
+        soup = self.soup_s(len(self.ends) + 2) if self.problem.soup else 0.0
+        soup = soup if soup <= SOUP_SHARE * self.remaining else 0.0
+        judged = 3 * self.facts["judge_s"] + self.facts["test_s"] + soup
         return max(0.0, self.remaining - judged - FINISH_SHARE * self.problem.budget)
+
+    def soup_s(self, members: int) -> float:
+        """Seconds to judge each member alone, every mixture, and the soup."""
+        return 2 * members * self.facts["judge_s"]
 
     def strategy(self, lr: float | None = None, schedule: Schedule | None = None) -> TrainModule:
         p = self.problem
@@ -200,13 +208,13 @@ def _averages(plan: _Plan, state: str) -> Generator[Ask, Outcome | None, None]:
 
 def _soup(plan: _Plan) -> Generator[Ask, Outcome | None, None]:
     """The probes and what came after them, all from the same weights: their mean, as far as it helps."""
-    needed = len(plan.ends) * plan.facts["judge_s"]
+    needed = plan.soup_s(len(plan.ends)) + plan.facts["test_s"]
     if len(plan.ends) < 2:
         yield Skip(
             stage="soup", why=f"{len(plan.ends)} training came to its end: a soup needs two from the same weights"
         )
     elif plan.problem.unit == "seconds" and plan.remaining < needed:
-        yield Skip(stage="soup", why=f"{plan.remaining:.1f} s are left, judging the mixtures takes {needed:.1f} s")
+        yield Skip(stage="soup", why=f"{plan.remaining:.1f} s are left, judging mixtures and test takes {needed:.1f} s")
     else:
         why = f"greedy mean of {len(plan.ends)} trainings that began at the same weights"
         yield from plan.trial("soup", Average(which="soup", members=tuple(plan.ends)), why)

@@ -125,11 +125,17 @@ class Plan:
         return tokens[min((n for n in tokens if n >= max_length), default=max(tokens))]
 
     def train_tokens_s(self, layers: int) -> float:
-        """Tokens a second of training the last layers on cached states: backward costs two forwards. Texts that change every epoch
-        have no cached states: the forward pass is whole."""
+        """Tokens a second of training the last layers on cached states: backward costs two forwards. Where there are none, the
+        forward pass is whole."""
         share = layers / self.facts["n_layers"] if self.facts["n_layers"] else 1.0
-        forward = 1.0 if self.problem.config.augment.on else share
+        forward = 1.0 if self.reads_ids else share
         return self.facts["forward_tokens_s"] / (forward + 2 * share)
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether no hidden states are cached: texts change every epoch, or the objective looks into the embeddings."""
+        config = self.problem.config
+        return config.augment.on or (config.objective is not None and config.objective.reads_tables())
 
     @property
     def growth(self) -> float:
@@ -311,7 +317,7 @@ def encoder_rows(plan: Plan) -> Generator[Ask, Outcome | None, tuple[int, int | 
 
 def head(plan: Plan, rows: int | None, cut: int) -> Step:
     config = plan.problem.config
-    cut = 0 if config.augment.on else cut  # texts that change every epoch are not kept as hidden states
+    cut = 0 if plan.reads_ids else cut
     action = FitHead(max_length=plan.max_length, max_rows=rows, bf16=plan.facts["precision"] == "bf16", cut=cut)
     why = f"a convex head on the frozen encoder, texts cut at {plan.max_length} tokens"
     if rows:

@@ -15,6 +15,7 @@ from multistep.types import Outcome, Verdict
 
 PROBE_SHARE = 0.06  # of what is left, for each probe
 PROBE_UPDATES = 60  # a shorter probe says nothing
+SOUP_SHARE = 0.2  # of what is left at most is kept for a soup; one that costs more is not made
 LEAST_UPDATES = 30  # a trunk shorter than this is not begun
 LEAST_EPOCHS = 1.0  # nor one that does not see train once: it only disturbs the solved head (measured, LOG.md)
 
@@ -68,7 +69,7 @@ def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
         return None
     most = plan.scratch.most_epochs if plan.scratch else MOST_EPOCHS
     longest = most / max(1e-9, plan.epochs(1.0, action.layers))
-    share = min(plan.remaining - average_s(plan), longest) if plan.timed else plan.remaining
+    share = min(plan.remaining - end_s(plan, 1), longest) if plan.timed else plan.remaining
     which = "the whole model" if action.trains == "all" else f"the last {action.layers} layers"
     why = f"lr {action.optimizer.lr:.2g}, {which}, about {plan.epochs(share, action.layers):.1f} epochs"
     if action.augment.on:
@@ -77,7 +78,7 @@ def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
     if "diagnosis" not in told.facts:
         return told.state
     rest = share * (1 - told.facts["progress"])
-    return (yield from _fork(plan, action, told, min(rest, 0.48 * (plan.remaining - average_s(plan)))))
+    return (yield from _fork(plan, action, told, min(rest, 0.48 * (plan.remaining - end_s(plan, 2)))))
 
 
 def _fork(plan: Plan, action: FineTune, paused: Outcome, share: float) -> Finetuned:
@@ -101,11 +102,22 @@ def average_s(plan: Plan) -> float:
     return 2 * plan.encode_s(plan.problem.rows["control"]) + 2.0 if plan.timed else 0.0
 
 
+def soup_s(plan: Plan, members: int) -> float:
+    """Seconds to judge each member alone, every mixture, and the soup."""
+    return 2 * members * plan.encode_s(plan.problem.rows["control"])
+
+
+def end_s(plan: Plan, more: int) -> float:
+    """Seconds that come after the trunk: the averages and, where it was asked for, the soup of what is there and `more`."""
+    needed = soup_s(plan, len(plan.ends) + more) if plan.problem.config.soup else 0.0
+    return average_s(plan) + (needed if needed <= SOUP_SHARE * plan.remaining else 0.0)
+
+
 def soup(plan: Plan) -> Generator[Ask, Outcome | None, None]:
     """Where it was asked for: the mean of the probes, the trunk and its forks, all from the same weights, as far as it helps."""
     if not plan.problem.config.soup:
         return
-    needed = len(plan.ends) * plan.encode_s(plan.problem.rows["control"])
+    needed = soup_s(plan, len(plan.ends))
     if len(plan.ends) < 2:
         yield Skip(
             stage="soup", why=f"{len(plan.ends)} training came to its end: a soup needs two from the same weights"

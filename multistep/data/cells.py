@@ -126,7 +126,13 @@ def _chat(row: Row, layout: Layout, number: int, where: str) -> Found:
     elif isinstance(cell, list) and isinstance(row.get(layout.target or ""), list):  # both sides are lists of messages
         turns += _messages([*cell, *row[layout.target or ""]], number, where)
     else:
-        for asked, answered in structure(row.get(layout.history or "")) or []:
+        past = structure(row.get(layout.history or ""))
+        past = [] if cell_kind(past) == "missing" else past
+        if not isinstance(past, list) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in past):
+            raise UserError(
+                f"{where}: row {number}: {layout.history!r} holds {brief(past)}, not pairs of question and answer."
+            )
+        for asked, answered in past:
             turns += [Turn("user", str(asked)), Turn("assistant", str(answered))]
         parts = [text_of(row, layout.source, number, where)]
         parts += [text_of(row, [layout.input], number, where)] if layout.input else []
@@ -239,13 +245,15 @@ def _choose(row: Row, layout: Layout, question: str, context: str, number: int, 
         cell, letters = cell.get("text", []), cell.get("label", letters)
     if not isinstance(cell, list):
         raise UserError(f"{where}: row {number}: {layout.choices[0]!r} holds {brief(cell)}, not a list of choices.")
-    choices = tuple(text_of({"choices": c}, ["choices"], number, where) for c in cell if cell_kind(c) != "missing")
+    there = [n for n, c in enumerate(cell) if cell_kind(c) != "missing"]  # a gap moves no letter and no place
+    choices = tuple(text_of({"choices": cell[n]}, ["choices"], number, where) for n in there)
     if len(set(choices)) < 2:
         raise UserError(f"{where}: row {number}: {len(set(choices))} different choices. At least two are needed.")
     answer = row.get(layout.target or "")
     if cell_kind(answer) == "missing":
         return Found(Record(question, (), context, choices=choices))
-    right = _chosen(answer, choices, [str(x).strip().upper() for x in letters])
+    texts = [choices[there.index(n)] if n in there else None for n in range(len(cell))]
+    right = _chosen(answer, texts, [str(x).strip().upper() for x in letters])
     if right is None:
         raise UserError(
             f"{where}: row {number}: answer {brief(answer)} is none of the {len(choices)} choices. "
@@ -254,7 +262,8 @@ def _choose(row: Row, layout: Layout, question: str, context: str, number: int, 
     return Found(Record(question, (right,), context, choices=choices))
 
 
-def _chosen(answer: Any, choices: tuple[str, ...], letters: Sequence[str]) -> str | None:
+def _chosen(answer: Any, choices: Sequence[str | None], letters: Sequence[str]) -> str | None:
+    """`choices`: None where the row has a gap."""
     said = str(answer).strip()
     if said in choices:
         return said

@@ -96,7 +96,7 @@ def _discounts(counts: np.ndarray) -> np.ndarray:
         return np.array([0.0, 0.5, 0.5, 0.5])
     y = n1 / (n1 + 2 * n2)
     found = [0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3]
-    return np.clip(found, 0.0, [0.0, 0.999, 1.999, 2.999])
+    return np.clip(found, [0.0, 0.1, 0.1, 0.1], [0.0, 0.999, 1.999, 2.999])  # 0 would leave nothing to unseen bytes
 
 
 def _stream(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

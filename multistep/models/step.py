@@ -40,8 +40,10 @@ def stepper_of(model: Any, start_id: int | None = None) -> Stepper:
     config = model.config
     if config.is_encoder_decoder:
         start = config.decoder_start_token_id if start_id is None else start_id
-        return M2MSteps(model, start) if config.model_type == "m2m_100" else CachedSeq2Seq(model, start)
-    rope = (config.rope_parameters or {}).get("rope_type", "default") if config.model_type == "llama" else ""
+        ours = config.model_type == "m2m_100" and config.activation_function == "relu"
+        return M2MSteps(model, start) if ours else CachedSeq2Seq(model, start)
+    ours = config.model_type == "llama" and config.hidden_act == "silu"
+    rope = (config.rope_parameters or {}).get("rope_type", "default") if ours else ""
     return LlamaSteps(model) if rope == "default" else CachedDecoder(model)
 
 
@@ -179,7 +181,6 @@ class M2MSteps:
         config = model.config
         self.heads, self.width = config.decoder_attention_heads, config.d_model // config.decoder_attention_heads
         self.scale = config.d_model**0.5 if config.scale_embedding else 1.0
-        self.relu = config.activation_function == "relu"
         self.layers = [_m2m_layer(layer) for layer in self.decoder.layers]
         self.cache: Cache | None = None
 
@@ -218,7 +219,7 @@ class M2MSteps:
             mixed = F.scaled_dot_product_attention(query, source[0], source[1], self.seen)
             x_BD = x_BD + F.linear(mixed.reshape(len(x_BD), -1), layer["cross_out"], layer["cross_out_bias"])
             inner = F.linear(_layer_norm(x_BD, layer["mlp_norm"]), layer["up"], layer["up_bias"])
-            x_BD = x_BD + F.linear(F.relu(inner) if self.relu else F.gelu(inner), layer["down"], layer["down_bias"])
+            x_BD = x_BD + F.linear(F.relu(inner), layer["down"], layer["down_bias"])
         self.cache.advance(1)
         return self.model.lm_head(_layer_norm(x_BD, self.decoder.layer_norm))
 

@@ -36,10 +36,15 @@ class Adagrad(GradientOptimizer):
     kind: Literal["adagrad"] = "adagrad"
     lr: Annotated[float, Field(gt=0, le=10), Tunable(1e-5, 1.0, log=True, live=True)] = 1e-2
     eps: Annotated[float, Field(gt=0)] = 1e-10
+    initial_accumulator: Annotated[float, Field(ge=0)] = (
+        0.0  # what the sums of squares begin at: it tames the first steps
+    )
 
     def build(self, parameters: Sequence[tuple[str, nn.Parameter]], head_lr: float = 1.0) -> torch.optim.Optimizer:
         import torch
 
         groups = parameter_groups(parameters, self.weight_decay, head_lr)
         fused = not any(p.is_cuda for _, p in parameters)  # torch has the fused kernel for the CPU only
-        return torch.optim.Adagrad(groups, lr=self.lr, eps=self.eps, fused=fused)
+        return torch.optim.Adagrad(
+            groups, lr=self.lr, eps=self.eps, initial_accumulator_value=self.initial_accumulator, fused=fused
+        )

@@ -59,8 +59,8 @@ def checks(share: float = 0.0, look_s: float = 0.0) -> list[float]:
 
 
 class Looks:
-    """`validate` gives the loss of every validation example [N] under a state; the best state is kept in `folder`. `every`: updates
-    between looks, in place of the progress `at` each of them."""
+    """`validate` gives the loss of every validation example [N] under a state; the best state is kept in `folder`. `every`: batches
+    of an epoch, for a look after each in place of those at the progress `at`."""
 
     def __init__(
         self, folder: Path, validate: Callable[[TrainState], np.ndarray], at: list[float], *, overfitting: bool = False,
@@ -70,15 +70,19 @@ class Looks:
         self._overfitting, self._patience, self._plateau, self._every = overfitting, patience, plateau, every
         self._seen: list[dict[str, float]] = []
         self._without_gain, self._since_cut, self._cuts = 0, 0, 0  # looks, looks, times
+        self._epoch = 0  # the last that was seen to end
         self._losses: dict[str, np.ndarray] = {}
 
     def memory(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         counts = {"without_gain": self._without_gain, "since_cut": self._since_cut, "cuts": self._cuts}
-        return {"seen": list(self._seen), **counts}, {k: torch.tensor(v) for k, v in self._losses.items()}
+        return {"seen": list(self._seen), "epoch": self._epoch, **counts}, {
+            k: torch.tensor(v) for k, v in self._losses.items()
+        }
 
     def remember(self, memory: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self._seen = list(memory["seen"])
         self._without_gain, self._since_cut, self._cuts = (memory[k] for k in ("without_gain", "since_cut", "cuts"))
+        self._epoch = memory["epoch"]
         self._losses = {k: v.numpy() for k, v in tensors.items()}
         self._at = [p for p in self._at if not self._seen or p > self._seen[-1]["progress"]]
 
@@ -122,7 +126,8 @@ class Looks:
 
     def _is_time(self, state: TrainState, progress: float) -> bool:
         if self._every:
-            return state.segment.updates % self._every == 0
+            before, self._epoch = self._epoch, state.counters.position // self._every
+            return self._epoch > before
         due = bool(self._at) and progress >= self._at[0]
         while self._at and progress >= self._at[0]:
             self._at.pop(0)
@@ -132,9 +137,7 @@ class Looks:
         """An epoch's look is a line of the journal whatever it found."""
         if not self._every:
             return None
-        return Found(
-            "Noted", {"what": "looked", "facts": {"epoch": state.segment.updates // self._every, **self._seen[-1]}}, ""
-        )
+        return Found("Noted", {"what": "looked", "facts": {"epoch": self._epoch, **self._seen[-1]}}, "")
 
     def _cut(self, state: TrainState, verdict: Verdict) -> Found | None:
         """Reduce on plateau."""

@@ -225,6 +225,12 @@ def test_what_is_frozen_stays_and_the_module_is_as_it_was_given() -> None:
     assert profile["facts"]["parameters"] == 16 * 3 + 3
 
 
+def test_a_tied_parameter_is_frozen_by_any_of_its_names() -> None:
+    module = torch.nn.ModuleDict({"table": torch.nn.Embedding(5, 4), "out": torch.nn.Linear(4, 5, bias=False)})
+    module["out"].weight = module["table"].weight
+    assert TrainModule(freeze=("out",)).trained(module) == [] == TrainModule(freeze=("table",)).trained(module)
+
+
 @pytest.mark.parametrize(
     "freeze, words", [(("0.weigth",), ("freeze", "'0.weight'")), (("0", "3"), ("freeze", "nothing is left"))]
 )
