@@ -30,6 +30,7 @@ from multistep.journal import Journal
 from multistep.metrics import Scored, check_metric, measure, per_class
 from multistep.models.linear import candidates
 from multistep.report.progress import Progress
+from multistep.state import sweep
 from multistep.strategy import Trial
 from multistep.tasks import Classify, Multilabel, Regress, Task
 from multistep.text import text_facts
@@ -187,6 +188,8 @@ def resume(run_dir: str | Path, budget: str | None = None, progress: Progress | 
         total = total.plus(parse_budget(budget[1:])) if budget.startswith("+") else parse_budget(budget)
     if past[-1]["kind"] == "Finished" and not extended:
         return Run(out)
+    sweep(out)
+    sweep(out / "states")
     clock = Clock(total)
     clock.restore(clock_then(past))
     if clock.remaining() <= 0 and extended:

@@ -37,6 +37,7 @@ from multistep.optimizers.base import REGIMES, Regime
 from multistep.optimizers.muon import hidden_matrices
 from multistep.report.progress import Progress
 from multistep.schedules import SCHEDULES
+from multistep.state import sweep
 from multistep.strategy import frozen_ids
 from multistep.tasks import Task
 from multistep.tune import tune
@@ -190,6 +191,7 @@ def _open(
         )
         data = book.append("Data", clock=clock.save(), report={"rows": problem.rows}, fingerprint="")
         return book, [first, data]
+    sweep(folder / "states")
     past = journal.read(path)
     then = next((r["config"] for r in past if r["kind"] == "Started"), None)
     now = TypeAdapter(dict[str, Any]).dump_python(asked, mode="json")

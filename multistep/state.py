@@ -334,6 +334,13 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"state {folder.name!r} is missing from {folder.parent}. Start the run again.") from None
 
 
+def sweep(folder: Path) -> None:
+    """Delete what killed processes had half written in `folder`."""
+    for path in folder.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def replace_folder(new: Path, target: Path) -> None:
     """Sync `new` and put it in the place of `target` in one step; what stood there is deleted."""
     for path in [*new.rglob("*"), new]:

@@ -260,6 +260,16 @@ def test_labels_that_cannot_be_learnt_leave_the_incumbent(folder: Path, tmp_path
     assert abs(of_kind(done, "TestRead")[0]["metrics"]["accuracy"][0] - 1 / 3) < 0.3
 
 
+def test_what_a_killed_process_had_half_written_goes(tmp_path: Path) -> None:
+    from multistep.state import sweep, write_folder
+
+    write_folder(tmp_path / "01-linear", {}, {})
+    (tmp_path / ".02-trunk.123.tmp").mkdir()
+    (tmp_path / ".02-trunk.123.tmp" / "state.json").write_text("{")
+    sweep(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["01-linear"]
+
+
 def test_kill_9_at_random_moments(folder: Path, tmp_path: Path) -> None:
     """A real process, killed twice at moments that only the seed knows (benchmarks/kills.py does it 20 times)."""
     rng = random.Random(0)
