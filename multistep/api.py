@@ -156,20 +156,11 @@ def fit_config(config: FitConfig, progress: Progress, started: float | None = No
     save_config(config, out / "config.yaml")
     book = Journal(out / "journal.jsonl")
     machine = {
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "device": work.device,
-    }
+        "cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version(), "device": work.device,
+    }  # fmt: skip
     book.append(
-        "Started",
-        clock=clock.save(),
-        config=config,
-        budget=clock.budget,
-        metric=metric,
-        versions=_versions(),
-        machine=machine,
-    )
+        "Started", clock=clock.save(), config=config, budget=clock.budget, metric=metric, versions=_versions(), machine=machine,
+    )  # fmt: skip
     book.append("Data", clock=clock.save(), report=dataset.report, fingerprint=dataset.fingerprint)
     return _drive(work, clock, metric, book, [], progress)
 

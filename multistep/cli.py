@@ -1,6 +1,7 @@
 """The command line: one verb a function, at most 12 options each. Torch is imported inside the verbs that need it.
 
 Results go to standard output, all else to standard error; with --json standard output is exactly one JSON object.
+Over 400 lines for it is one list of verbs and the border they share, read together.
 Exit codes: 0 done, 2 bad input (one line, no traceback), 130 and 143 stopped by SIGINT and SIGTERM.
 """
 
