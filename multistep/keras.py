@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from multistep import journal, report
-from multistep.types import Interrupted, MetricValue, UserError
+from multistep.types import Interrupted, MetricValue, UserError, nearest
 
 try:
     import keras
@@ -43,6 +43,7 @@ from multistep.keras_compiled import check_losses, goal_of, targets_of, updates_
 __all__ = ["Trained", "optimize"]
 
 EPOCHS = "10 epochs"
+PRECISIONS = ("auto", "fp32", "bf16")
 VALIDATION_SHARE = 0.1  # of train, held out where no validation data is given
 
 
@@ -84,6 +85,7 @@ def optimize(
     schedule: Any = None,
     controller: str = "staged",
     patience: int = 0,
+    precision: str = "auto",
     seed: int = 0,
     out: str | Path | None = None,
     verbose: bool | int = 1,
@@ -93,9 +95,12 @@ def optimize(
     `x`: an array, or a list of them for several inputs; `y`: targets as `fit` takes them. `validation_data`: (x, y); without it a
     tenth of the rows is held out. `objective`, `optimizer`: in place of the compiled ones; `optimizer="adamw"` lets the run look
     for the learning rate, the compiled one is taken as given. `metric`: decides between states, "loss" or one that fits.
+    `precision`: "fp32", "bf16" (the factors of an LSTM's products in training; state, sums and judging stay float32) or "auto".
     `verbose`: a line an epoch on standard error. `out`: a folder for the journal; a run that was stopped there goes on.
     Raises UserError on bad input, Interrupted after SIGINT or SIGTERM with everything saved.
     """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision: {precision!r} is not known.{nearest(precision, PRECISIONS)}")
     xs, n = _inputs(x, "x")
     model(_first(xs))  # builds it
     check_losses(model)
@@ -114,7 +119,7 @@ def optimize(
     settings: dict[str, Any] = {
         "objective": goal.objective, "optimizer": updates.optimizer, "clip": updates.clip, "metric": metric,
         "budget": _budget(budget, n - held, batch_size), "batch_size": batch_size, "schedule": schedule,
-        "controller": controller, "patience": patience, "seed": seed, "looks": "epoch", "quiet": not verbose,
+        "controller": controller, "patience": patience, "precision": precision, "seed": seed, "looks": "epoch", "quiet": not verbose,
     }  # fmt: skip
     work = _here if keras.backend.backend() == "torch" else _elsewhere
     found = work(model, splits, goal.link, settings, folder)
@@ -125,10 +130,13 @@ def _here(
     model: Any, splits: dict[str, list[np.ndarray]], link: Any, settings: dict[str, Any], out: Path
 ) -> dict[str, Any]:
     """Train in this process; the model's variables are filled."""
-    from multistep.keras_module import KerasModule, as_function
+    from multistep.keras_module import KerasModule, as_function, gains_by_bf16
     from multistep.modules import optimize as optimize_module
 
-    with as_function(model, link) as left:
+    wanted = settings["precision"]
+    bf16 = wanted == "bf16" or (wanted == "auto" and gains_by_bf16(model))
+    settings = {**{k: v for k, v in settings.items() if k != "precision"}, "bf16": bf16}
+    with as_function(model, link, bf16) as left:
         module = KerasModule(model, left)
         given = {k: tuple(v) for k, v in splits.items()}
         result = optimize_module(module, train=given["train"], validation=given.get("validation"), out=out, **settings)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from multistep.keras_compiled import ACTIVATIONS, Link, last_layer
-from multistep.models.recurrence import lstm
+from multistep.models.recurrence import has_bf16, lstm
 
 LEAST = 1e-7  # a probability is read as a logit no further from 0 and 1 than this, as Keras does
 
@@ -42,7 +42,8 @@ class KerasModule(nn.Module):
         trained = [self.get_parameter(n) for n in self._names[0]]
         others = [self.get_buffer(n) for n in self._names[1]]
         given = inputs[0] if len(inputs) == 1 else list(inputs)
-        outputs, after = self._held[0].stateless_call(trained, others, given, training=self.training)
+        with torch.autocast(inputs[0].device.type, enabled=False):  # bf16 is for the LSTM's products in training alone
+            outputs, after = self._held[0].stateless_call(trained, others, given, training=self.training)
         if self.training:  # running statistics and the seeds of dropout
             with torch.no_grad():
                 for before, now in zip(others, after, strict=True):
@@ -72,18 +73,22 @@ def _unlinked(outputs: Tensor, link: Link) -> Tensor:
 
 
 @contextmanager
-def as_function(model: Any, link: Link) -> Iterator[Link]:
+def as_function(model: Any, link: Link, bf16: bool = False) -> Iterator[Link]:
     """The model with fast LSTM layers and, where the last layer's activation is `link`, without it; all is put back at the end.
 
-    Yields what is left of the link: "identity" where the activation could be left out.
+    Yields what is left of the link: "identity" where the activation could be left out. `bf16`: fast layers round the factors of
+    their products while they are trained.
     """
     undo: list[Callable[[], None]] = []
     threads = torch.get_num_threads()
     try:
         for layer in model._flatten_layers():
-            if type(layer) is keras.layers.LSTM and _plain(layer):
-                layer.__dict__["inner_loop"] = functools.partial(_inner_loop, layer, threads)
+            if _plain(layer):
+                layer.__dict__["inner_loop"] = functools.partial(_inner_loop, layer, threads, bf16)
                 undo.append(functools.partial(layer.__dict__.pop, "inner_loop"))
+        if undo and _simple(model):
+            model.__dict__["call"] = functools.partial(_call, model, threads, bf16)
+            undo.append(functools.partial(model.__dict__.pop, "call"))
         if undo and threads > 1:  # which meet at every step; parts of a batch meet once
             torch.set_num_threads(1)
             undo.append(functools.partial(torch.set_num_threads, threads))
@@ -103,14 +108,23 @@ def as_function(model: Any, link: Link) -> Iterator[Link]:
             back()
 
 
+def gains_by_bf16(model: Any) -> bool:
+    """Whether the model has a layer for recurrence.py, on a processor where that is faster in bf16."""
+    return any(_plain(layer) for layer in model._flatten_layers()) and has_bf16()
+
+
 def _plain(layer: Any) -> bool:
-    """Whether the layer's cell is the one of recurrence.py."""
+    """Whether it is an LSTM whose cell is the one of recurrence.py."""
+    if type(layer) is not keras.layers.LSTM:
+        return False
     cell = layer.cell
     same = cell.activation is keras.activations.tanh and cell.recurrent_activation is keras.activations.sigmoid
     return same and not cell.recurrent_dropout and layer.compute_dtype == "float32"
 
 
-def _inner_loop(layer: Any, threads: int, sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> Any:
+def _inner_loop(
+    layer: Any, threads: int, bf16: bool, sequences: Any, initial_state: Any, mask: Any, training: bool = False
+) -> Any:
     """What keras.layers.LSTM.inner_loop does, a part of the rows on each thread. Masked steps are Keras's own work."""
     if any(m is not None for m in (mask if isinstance(mask, list | tuple) else [mask])):
         return type(layer).inner_loop(layer, sequences, initial_state, mask, training)
@@ -121,8 +135,45 @@ def _inner_loop(layer: Any, threads: int, sequences: Any, initial_state: Any, ma
         sequences = torch.flip(sequences, dims=[1])
     kernel, recurrent = _tensor(cell.kernel), _tensor(cell.recurrent_kernel)
     bias = None if cell.bias is None else _tensor(cell.bias)
-    outputs, last, carry = lstm(sequences, kernel, recurrent, bias, initial_state[0], initial_state[1], threads)
-    return last, outputs if layer.return_sequences else last[:, None], [last, carry]
+    every = layer.return_sequences
+    outputs, last, carry = lstm(
+        sequences, kernel, recurrent, bias, *initial_state[:2], threads, bf16=bf16 and training, every=every
+    )
+    return last, outputs if every else last[:, None], [last, carry]
+
+
+def _simple(model: Any) -> bool:
+    """Whether it is the tutorials': embeddings without a mask, LSTM layers that end in themselves, dense layers, all in float32."""
+    if type(model) is not keras.Sequential or not model.built:
+        return False
+    for layer in model.layers:
+        plain = _plain(layer) and not (layer.dropout or layer.stateful or layer.return_state or layer.go_backwards)
+        words = type(layer) is keras.layers.Embedding and not layer.mask_zero and not layer.quantization_mode
+        dense = type(layer) is keras.layers.Dense and not layer.quantization_mode
+        if not (plain or words or dense) or layer.compute_dtype != "float32" or getattr(layer, "lora_enabled", False):
+            return False
+    return True
+
+
+def _call(model: Any, threads: int, bf16: bool, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+    """What keras.Sequential.call does for a `_simple` model, without what Keras does around each layer (a ms an update)."""
+    found, table = inputs, None
+    for layer in model.layers:
+        if type(layer) is keras.layers.Embedding:
+            found, table = found.long(), _tensor(layer.embeddings)
+            continue
+        if type(layer) is keras.layers.LSTM:
+            cell, every = layer.cell, layer.return_sequences
+            weights = [None if v is None else _tensor(v) for v in (cell.kernel, cell.recurrent_kernel, cell.bias)]
+            outputs, last, _ = lstm(
+                found, *weights, threads=threads, bf16=bf16 and bool(training), every=every, table_VD=table
+            )
+            found, table = outputs if every else last, None
+            continue
+        if table is not None:
+            found, table = torch.nn.functional.embedding(found, table), None
+        found = layer.call(found)
+    return found if table is None else torch.nn.functional.embedding(found, table)
 
 
 def _tensor(variable: Any) -> Any:
