@@ -87,8 +87,9 @@ def as_function(model: Any, link: Link, bf16: bool = False) -> Iterator[Link]:
                 layer.__dict__["inner_loop"] = functools.partial(_inner_loop, layer, threads, bf16)
                 undo.append(functools.partial(layer.__dict__.pop, "inner_loop"))
         if undo and _simple(model):
-            model.__dict__["call"] = functools.partial(_call, model, threads, bf16)
-            undo.append(functools.partial(model.__dict__.pop, "call"))
+            places = [id(v) for v in (*model.trainable_variables, *model.non_trainable_variables)]
+            model.__dict__["stateless_call"] = functools.partial(_stateless_call, model, places, threads, bf16)
+            undo.append(functools.partial(model.__dict__.pop, "stateless_call"))
         if undo and threads > 1:  # which meet at every step; parts of a batch meet once
             torch.set_num_threads(1)
             undo.append(functools.partial(torch.set_num_threads, threads))
@@ -149,31 +150,38 @@ def _simple(model: Any) -> bool:
     for layer in model.layers:
         plain = _plain(layer) and not (layer.dropout or layer.stateful or layer.return_state or layer.go_backwards)
         words = type(layer) is keras.layers.Embedding and not layer.mask_zero and not layer.quantization_mode
-        dense = type(layer) is keras.layers.Dense and not layer.quantization_mode
-        if not (plain or words or dense) or layer.compute_dtype != "float32" or getattr(layer, "lora_enabled", False):
+        dense = type(layer) is keras.layers.Dense and not layer.quantization_mode and not layer.lora_enabled
+        words = words and not layer.lora_enabled
+        if not (plain or words or dense) or layer.compute_dtype != "float32":
             return False
-    return True
+    return type(model.layers[0]) is keras.layers.Embedding  # so that the inputs are what they have to be
 
 
-def _call(model: Any, threads: int, bf16: bool, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-    """What keras.Sequential.call does for a `_simple` model, without what Keras does around each layer (a ms an update)."""
+def _stateless_call(
+    model: Any, places: list[int], threads: int, bf16: bool, trained: list[Tensor], others: list[Tensor], inputs: Any,
+    training: bool = False,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """What `stateless_call` does for a `_simple` model, without what Keras does around each layer (2 ms an update)."""
+    values = dict(zip(places, [*trained, *others], strict=True))
     found, table = inputs, None
     for layer in model.layers:
         if type(layer) is keras.layers.Embedding:
-            found, table = found.long(), _tensor(layer.embeddings)
+            found, table = found.long(), values[id(layer.embeddings)]
             continue
         if type(layer) is keras.layers.LSTM:
             cell, every = layer.cell, layer.return_sequences
-            weights = [None if v is None else _tensor(v) for v in (cell.kernel, cell.recurrent_kernel, cell.bias)]
+            bias = None if cell.bias is None else values[id(cell.bias)]
             outputs, last, _ = lstm(
-                found, *weights, threads=threads, bf16=bf16 and bool(training), every=every, table_VD=table
-            )
+                found, values[id(cell.kernel)], values[id(cell.recurrent_kernel)], bias, threads=threads,
+                bf16=bf16 and training, every=every, table_VD=table,
+            )  # fmt: skip
             found, table = outputs if every else last, None
             continue
         if table is not None:
-            found, table = torch.nn.functional.embedding(found, table), None
-        found = layer.call(found)
-    return found if table is None else torch.nn.functional.embedding(found, table)
+            found, table = nn.functional.embedding(found, table), None
+        found = found.float() @ values[id(layer.kernel)]
+        found = layer.activation(found if layer.bias is None else found + values[id(layer.bias)])
+    return found if table is None else nn.functional.embedding(found, table), others
 
 
 def _tensor(variable: Any) -> Any:

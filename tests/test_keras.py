@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ if keras.backend.backend() != "torch":
 
 from multistep.keras_compiled import goal_of, updates_of
 from multistep.keras_module import KerasModule, as_function
+from multistep.models.recurrence import has_bf16
 
 Arrays = tuple[np.ndarray, np.ndarray]
 
@@ -121,6 +123,34 @@ def test_fast_layers_are_those_of_keras(settings: dict[str, Any]) -> None:
         torch.testing.assert_close(quick, slow, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_tutorials_model_is_asked_as_keras_asks_it(bf16: bool) -> None:
+    """Stacked, on its own path past Keras's layers: values and gradients, in bf16 within its rounding, and only in training."""
+    if bf16 and not has_bf16():
+        pytest.skip("no fast bf16 here")
+    keras.utils.set_random_seed(1)
+    layers = keras.layers
+    stack = [layers.LSTM(6, return_sequences=True), layers.LSTM(5, use_bias=False), layers.Dense(4, activation="relu")]
+    model = keras.Sequential([layers.Embedding(30, 8), *stack, layers.Dense(1, activation="sigmoid")])
+    x = torch.randint(0, 30, (20, 7), generator=torch.Generator().manual_seed(0))
+    model(x)
+    found = []
+    for fast in (False, True):
+        with as_function(model, "sigmoid", bf16) if fast else nullcontext("sigmoid") as link:
+            assert ("stateless_call" in model.__dict__) == fast
+            module = KerasModule(model, link).train()
+            logits = module(x)
+            found.append([logits, *torch.autograd.grad(logits.sum(), list(module.parameters()))])
+            judged = module.eval()(x)
+    assert "stateless_call" not in model.__dict__
+    torch.testing.assert_close(judged, found[0][0], rtol=2e-5, atol=2e-5)
+    for slow, quick in zip(*found, strict=True):
+        if bf16:
+            assert (quick - slow).norm() <= 0.02 * slow.norm()
+        else:
+            torch.testing.assert_close(quick, slow, rtol=2e-4, atol=2e-5)
+
+
 def test_masks_and_other_cells_stay_with_keras() -> None:
     layers = keras.layers
     model = keras.Sequential([layers.Embedding(30, 4, mask_zero=True), layers.LSTM(4), layers.Dense(1)])
@@ -200,6 +230,7 @@ def test_optimizers_in_our_words(optimizer: Any, found: dict[str, Any]) -> None:
         ({"optimizer": keras.optimizers.Ftrl()}, ("optimizer", "Ftrl")),
         ({"budget": "3 aeons"}, ("budget", "aeons")),
         ({"metric": "f3"}, ("metric", "f3")),
+        ({"precision": "bf61"}, ("precision", "bf61")),
         ({"y": np.array(["good"] * 600)}, ("y", "numbers")),
         ({"x": np.array(["a text"] * 600)}, ("x", "numbers")),
         ({"regularizer": "l2"}, ("regularizers",)),
@@ -215,7 +246,7 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], words: tuple[str, ..
     )
     model.compile(change.get("optimizer", "adam"), change.get("loss", "mse"))
     x, y = marked(600, 0)
-    more = {k: change[k] for k in ("budget", "metric") if k in change}
+    more = {k: change[k] for k in ("budget", "metric", "precision") if k in change}
     with pytest.raises(UserError) as caught:
         multistep.keras.optimize(model, change.get("x", x), change.get("y", y), **more)
     assert all(word in str(caught.value) for word in words), str(caught.value)

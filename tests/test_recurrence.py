@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from multistep.models.recurrence import lstm
+from multistep.models.recurrence import has_bf16, lstm
 
 pytestmark = pytest.mark.usefixtures("torch_seeded")
 B, T, D, H = 17, 9, 4, 6  # rows enough for two threads
@@ -71,6 +71,42 @@ def test_no_gradient_where_none_is_wanted(threads: int) -> None:
     last = lstm(x.detach(), kernel, recurrent.detach(), bias, h, c, threads)[1]
     (found,) = torch.autograd.grad(last.sum(), [kernel])
     torch.testing.assert_close(found, torch.autograd.grad(lstm(x, kernel, recurrent, bias, h, c)[1].sum(), [kernel])[0])
+
+
+@pytest.mark.parametrize("used", ["outputs", "last", "cell", "all"])
+def test_bf16_costs_about_what_rounding_the_factors_costs(used: str, threads: int) -> None:
+    """And ids are looked up in the table, with its gradient."""
+    if not has_bf16():
+        pytest.skip("no fast bf16 here")
+    _, *given = weights(torch.float32)
+    table, ids = torch.randn(30, D).requires_grad_(), torch.randint(0, 30, (B, T))
+    given = [table, *given]
+
+    def everything(rounded: bool, bf16: bool) -> list[Tensor]:
+        t, kernel, recurrent, bias, h, c = (
+            v.bfloat16().float() if rounded and n not in (3, 5) else v for n, v in enumerate(given)
+        )
+        out = lstm(
+            ids if bf16 else t[ids], kernel, recurrent, bias, h, c, threads, bf16=bf16, table_VD=t if bf16 else None
+        )
+        loss = sum(
+            v.square().sum() for k, v in zip(("outputs", "last", "cell"), out, strict=True) if used in (k, "all")
+        )
+        return [*out, *torch.autograd.grad(loss, given)]  # pyright: ignore
+
+    runs = [everything(False, False), everything(True, False), everything(False, True)]
+    for exact, rounded, found in zip(*runs, strict=True):
+        assert found.dtype == torch.float32
+        assert (found - exact).norm() <= 2.5 * (rounded - exact).norm() + 2e-3 * exact.norm()
+
+
+def test_the_last_step_alone_has_the_same_gradients(threads: int) -> None:
+    given = weights(torch.float32)
+    whole, alone = lstm(*given, threads), lstm(*given, threads, every=False)
+    assert torch.equal(alone[0][:, 0], whole[1]) and torch.equal(alone[1], whole[1])
+    wanted = torch.autograd.grad(whole[0][:, -1].sum() + 2 * whole[1].sum(), given)
+    for one, other in zip(torch.autograd.grad(alone[0].sum() + 2 * alone[1].sum(), given), wanted, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_starts_from_zeros_without_a_bias() -> None:
