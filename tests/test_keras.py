@@ -130,7 +130,7 @@ def test_the_tutorials_model_is_asked_as_keras_asks_it(bf16: bool) -> None:
         pytest.skip("no fast bf16 here")
     keras.utils.set_random_seed(1)
     layers = keras.layers
-    stack = [layers.LSTM(6, return_sequences=True), layers.LSTM(5, use_bias=False), layers.Dense(4, activation="relu")]
+    stack = [layers.LSTM(6, return_sequences=True), layers.LSTM(5, use_bias=False), layers.Dense(4, activation="tanh")]
     model = keras.Sequential([layers.Embedding(30, 8), *stack, layers.Dense(1, activation="sigmoid")])
     x = torch.randint(0, 30, (20, 7), generator=torch.Generator().manual_seed(0))
     model(x)

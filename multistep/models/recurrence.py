@@ -2,8 +2,9 @@
 
     i, f, o = sigmoid(x W + h U + b);  g = tanh(x W + h U + b);  c <- f c + i g;  h <- o tanh(c)
 
-The kernel's own threads meet at every step; parts of a batch meet once. Measured in LOG.md, as is a hand-written backward pass of
-whole-tensor operations, which was slower than the kernel.
+The kernel's own threads meet at every step; parts of a batch meet once. In bf16 the factors of its products are rounded, and h between
+steps; the cell, sums and gradients are float32. Measured in LOG.md, as is a hand-written backward pass of whole-tensor operations,
+which was slower than the kernel.
 
 Source: Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 2000; the cell of Keras (gates in the order
 i, f, g, o; one bias).
