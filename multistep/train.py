@@ -7,12 +7,14 @@ event and the batch's rows, and the caller decides what to do (go on, or roll ba
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from multistep.precision import training_in
 from multistep.state import TrainState, now_s
 from multistep.types import Measure
 
@@ -169,7 +171,7 @@ class Part(NamedTuple):
 
     def outputs(self) -> Tensor:
         """The outputs, with their graph."""
-        with self._autocast():
+        with self._precision():
             return self.batch.data.outputs(self.batch.state.model, self.inputs)
 
     def loss_of(self, outputs: Tensor) -> Tensor:
@@ -179,7 +181,7 @@ class Part(NamedTuple):
     def loss(self) -> Tensor:
         """What this part adds to the batch's loss, wrappers included, with its graph."""
         batch, model = self.batch, self.batch.state.model
-        with self._autocast():
+        with self._precision():
             return self._weighed(
                 batch.strategy.objective.of(lambda: batch.data.outputs(model, self.inputs), self.targets, model)
             )
@@ -187,8 +189,8 @@ class Part(NamedTuple):
     def _weighed(self, loss: Tensor) -> Tensor:
         return loss if self.weight == 1.0 else loss * self.weight
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast("cuda" if self.batch.cuda else "cpu", torch.bfloat16, enabled=self.batch.bf16)
+    def _precision(self) -> AbstractContextManager[None]:
+        return training_in(self.batch.bf16, "cuda" if self.batch.cuda else "cpu")
 
 
 def _get_rng(cuda: bool) -> Tensor:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from pydantic import Field
-from scipy import optimize
 
 from multistep.optimizers.newton_cg import Solution
 from multistep.types import Spec
@@ -37,6 +36,8 @@ class LBFGS(Spec):
         self, problem: ConvexProblem, start: Tensor | None = None, deadline: Callable[[], bool] | None = None
     ) -> Solution:
         """From `start` (zeros when None) until |g| <= tolerance |g(0)|. Past `deadline` the best so far is returned."""
+        from scipy import optimize
+
         zeros = problem.zeros()
         unit = float(problem.at(zeros).gradient.norm()) or 1.0
         first = problem.at(zeros if start is None else start)

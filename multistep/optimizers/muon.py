@@ -2,11 +2,12 @@
 
     m <- b m + (1-b) g;  u <- NS5((1-b) g + b m);  w <- (1 - lr wd) w - lr 0.2 sqrt(max(R, C)) u
 
-Sources: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks" (momentum, Newton-Schulz and its
-coefficients); Liu et al. 2025, "Muon is scalable for LLM training" (weight decay, and the scale that gives the update the root
-mean square of AdamW's, so that one learning rate serves both rules).
-Differs from the sources: on a CPU the iteration runs in float32, for bfloat16 is slow on most, and of wide matrices on their Gram
-matrices; on a GPU in bfloat16. Matrices of one shape are iterated together.
+Sources: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks" (momentum, Newton-Schulz); Amsel et al. 2025,
+"The Polar Express" (the coefficients of each step: `polar.py`); Liu et al. 2025, "Muon is scalable for LLM training" (weight decay,
+and the scale that gives the update the root mean square of AdamW's, so that one learning rate serves both rules).
+Differs from the sources: momentum 0.9, not 0.95, for runs of minutes (LOG.md, 2026-11-25); on a CPU the iteration runs in float32,
+for bfloat16 is slow on most, and of wide matrices on their Gram matrices; on a GPU in bfloat16. Matrices of one shape are
+iterated together.
 Shapes: R rows, C columns.
 """
 
@@ -24,18 +25,18 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from multistep.optimizers.polar import Quintic
     from multistep.optimizers.rule import Part
 
 _TABLES = ("embed", "wte", "wpe")  # anywhere in a name
 _OUTPUTS = ("head", "lm_head", "classifier")  # a whole word of a dotted name
-_A, _B, _C = 3.4445, -4.7750, 2.0315  # the quintic's coefficients
 _TOGETHER = 2**22  # elements of matrices of one shape that are iterated together
 
 
 class Muon(GradientOptimizer):
     rates: ClassVar = {
         "scratch": Rate(
-            1e-2, 2e-3, 4e-2, "measured, LOG.md of 2026-11-24: a GPT of width 128 on characters, 250 to 500 updates"
+            2e-2, 2e-3, 6e-2, "measured, LOG.md of 2026-11-25: a GPT of width 128 on characters, 400 updates"
         ),
         "fine_tune": Rate(
             4e-5, 1e-5, 3e-4, "prior: AdamW's, not measured here; Qu et al. 2026 find it harmful after Adam"
@@ -50,7 +51,7 @@ class Muon(GradientOptimizer):
     kind: Literal["muon"] = "muon"
     lr: Annotated[float, Field(gt=0, le=1), Tunable(1e-6, 1e-1, log=True, live=True)] = 1.5e-3
     weight_decay: Annotated[float, Field(ge=0, le=10), Tunable(1e-4, 1.0, log=True, live=True)] = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # 0.95 in runs of many thousand updates
     steps: Annotated[int, Field(ge=1, le=20)] = 5  # of the Newton-Schulz iteration
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of AdamW
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
@@ -81,6 +82,7 @@ def hidden_matrices(named: Sequence[tuple[str, int]]) -> set[str]:
 def _rule(parts: list[Part]) -> None:
     import torch
 
+    from multistep.optimizers.polar import quintics
     from multistep.optimizers.rule import adamw, decay, memory
 
     wide: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, float]]] = {}  # parameter, direction and step by shape
@@ -100,15 +102,15 @@ def _rule(parts: list[Part]) -> None:
         many = max(1, _TOGETHER // (rows * columns))
         for first in range(0, len(found), many):
             some = found[first : first + many]
-            u_NRC = newton_schulz(torch.stack([d for _, d, _ in some]), steps)
+            u_NRC = newton_schulz(torch.stack([d for _, d, _ in some]), quintics(steps))
             for (w_RC, _, step), u_RC in zip(some, u_NRC, strict=True):
                 w_RC.add_(u_RC.to(w_RC.dtype), alpha=-step)
 
 
-def newton_schulz(g_RC: Tensor, steps: int) -> Tensor:
-    """About U V^T of g = U S V^T, of a matrix or of every one in a stack [N,R,C]. Singular values land in [0.7, 1.2] or so, not at 1;
-    harmless. On a CPU the powers of a matrix twice as wide as high are taken of its Gram matrix [R,R]: the same polynomial of
-    the same values, in half the products."""
+def newton_schulz(g_RC: Tensor, steps: Sequence[Quintic]) -> Tensor:
+    """About U V^T of g = U S V^T, of a matrix or of every one in a stack [N,R,C]; each step is an odd polynomial of the singular values.
+    On a CPU the powers of a matrix twice as wide as high are taken of its Gram matrix [R,R]: the same polynomial of the same
+    values, in half the products."""
     import torch
 
     if g_RC.ndim < 2:
@@ -116,19 +118,21 @@ def newton_schulz(g_RC: Tensor, steps: int) -> Tensor:
     x = g_RC.bfloat16() if g_RC.is_cuda else g_RC if g_RC.element_size() >= 4 else g_RC.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
+    shape = x.shape
+    x = x.reshape(-1, *shape[-2:])
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     if x.is_cuda or x.shape[-1] < 2 * x.shape[-2]:  # the Gram matrix squares the condition: not in bfloat16
-        for _ in range(steps):
-            a = x @ x.mT
-            x = _A * x + (_B * a + _C * a @ a) @ x
-        return x.mT if tall else x
-    a, whole = x @ x.mT, None
-    for step in range(steps):
-        p = _B * a + _C * a @ a
-        p.diagonal(dim1=-2, dim2=-1).add_(_A)
-        whole = p if whole is None else p @ whole
-        if step + 1 < steps:
-            a = p @ a @ p
-    assert whole is not None
-    x = whole @ x
+        for a, b, c in steps:
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    else:
+        gram, whole = x @ x.mT, None
+        for number, (a, b, c) in enumerate(steps, 1):
+            p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            p.diagonal(dim1=-2, dim2=-1).add_(a)
+            whole = p if whole is None else p @ whole
+            if number < len(steps):
+                gram = p @ gram @ p
+        x = x if whole is None else whole @ x
+    x = x.reshape(shape)
     return x.mT if tall else x

@@ -1,6 +1,7 @@
 """Our own update rules as torch optimizers: a rule is a plain function of parameters, gradients and what it remembers of them.
 
-On a GPU a rule gets a whole group at once (few kernel launches), on a CPU one parameter at a time (it stays in the cache).
+On a GPU a rule gets a whole group at once (few kernel launches), on a CPU one large parameter at a time (it stays in the cache) and
+small ones together (Python is what they cost).
 What a rule remembers is in `state_dict()`: tensors of the parameter's dtype, as torch keeps them, and plain numbers.
 """
 # pyright: reportPrivateImportUsage=false
@@ -9,10 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from inspect import unwrap
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+
+SMALL = 2**13  # elements: with fewer, parameters are updated together on a CPU
 
 
 class Part(NamedTuple):
@@ -27,9 +32,13 @@ class Part(NamedTuple):
 Rule = Callable[[list[Part]], None]
 
 
-class RuleOptimizer(torch.optim.Optimizer):
+class RuleOptimizer(Optimizer):
     """Calls `rule` with all parameters that have a gradient. `settings` (lr among them) go into every group; those named in `shared`
     are numbers that the rule moves in the first part's group, and that are then the same in all."""
+
+    # torch's wrappers around these keep its compiler away from them, for which they load it: more than a second of every process
+    add_param_group, zero_grad = unwrap(Optimizer.add_param_group), unwrap(Optimizer.zero_grad)
+    state_dict, load_state_dict = unwrap(Optimizer.state_dict), unwrap(Optimizer.load_state_dict)
 
     def __init__(
         self, groups: Iterable[dict[str, Any]], rule: Rule, settings: Mapping[str, Any], shared: tuple[str, ...] = ()
@@ -52,7 +61,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             found = [p for p in group["params"] if p.grad is not None]
             if not found:
                 continue
-            for parameters in [found] if found[0].is_cuda else [[p] for p in found]:
+            for parameters in [found] if found[0].is_cuda else _together(found):
                 parts.append(Part(group, parameters, [p.grad for p in parameters], [self.state[p] for p in parameters]))
         if parts:
             self.rule(parts)
@@ -60,6 +69,13 @@ class RuleOptimizer(torch.optim.Optimizer):
             for group in self.param_groups:
                 group.update(moved)
         return loss
+
+
+def _together(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """Small ones in one list, every other one in its own."""
+    small = [p for p in parameters if p.numel() < SMALL]
+    large = [[p] for p in parameters if p.numel() >= SMALL]
+    return [*large, small] if small else large
 
 
 def memory(part: Part, key: str) -> list[Tensor]:

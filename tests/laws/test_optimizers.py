@@ -6,9 +6,12 @@ Over 400 lines: one matrix of laws over all members, on cases and helpers that t
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
@@ -28,6 +31,7 @@ from multistep.optimizers import (
     ScheduleFree,
 )
 from multistep.optimizers.muon import hidden_matrices, newton_schulz
+from multistep.optimizers.polar import LEAST, best_quintic, quintics
 
 ALL = pytest.mark.parametrize("member", GRADIENT_OPTIMIZERS, ids=lambda m: m.model_fields["kind"].default)
 SHAPES = {
@@ -123,11 +127,31 @@ def test_muon_takes_hidden_matrices_only() -> None:
 
 def test_newton_schulz_flattens_the_singular_values() -> None:
     g = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
-    for matrix in (g, g.T.contiguous()):
-        values = torch.linalg.svdvals(newton_schulz(matrix, 5))
-        assert float(values.min()) > 0.6 and float(values.max()) < 1.25
+    for matrix in (g, g.T.contiguous(), torch.stack([g, 2 * g])):
+        values = torch.linalg.svdvals(newton_schulz(matrix, quintics(5)))
+        assert float(values.min()) > 0.85 and float(values.max()) < 1.15
     with pytest.raises(ValueError, match=r"newton_schulz needs a matrix, got shape \(3,\)"):
-        newton_schulz(torch.ones(3), 5)
+        newton_schulz(torch.ones(3), quintics(5))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.024, 1.0), (0.1, 1.9), (0.6, 1.4)])
+def test_the_best_quintic_errs_alike_four_times(low: float, high: float) -> None:
+    a, b, c = best_quintic(low, high)
+    s = np.linspace(low, high, 200_001)
+    error = 1 - (a * s + b * s**3 + c * s**5)
+    worst = float(np.abs(error).max())
+    turns = [error[0], *error[1:-1][np.diff(np.sign(np.diff(error))) != 0], error[-1]]
+    assert len(turns) == 4
+    assert np.allclose(np.abs(turns), worst, rtol=1e-6) and np.array_equal(np.sign(turns), [1, -1, 1, -1])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 8])
+def test_more_steps_bring_singular_values_nearer_to_one(steps: int) -> None:
+    s = np.geomspace(LEAST, 1.0, 10_001)
+    for a, b, c in quintics(steps):
+        s = a * s + b * s**3 + c * s**5
+    bound = {1: 1.0, 2: 0.98, 3: 0.9, 4: 0.6, 5: 0.16, 8: 2e-3}[steps]
+    assert np.abs(1 - s).max() < bound
 
 
 # ---------------------------------------------------------------------------------------------- descend
@@ -410,3 +434,12 @@ def test_soap_stands_tiny_gradients_of_low_rank() -> None:
         optimizer.step()
         assert bool(torch.isfinite(table).all())
         assert all(bool(torch.isfinite(v).all()) for v in optimizer.state[table].values() if torch.is_tensor(v))
+
+
+def test_our_rules_do_not_load_torchs_compiler() -> None:
+    code = (
+        "import sys, torch; from multistep.optimizers import Muon; m = torch.nn.Linear(3, 3);"
+        "o = Muon().build(list(m.named_parameters())); m(torch.ones(1, 3)).sum().backward(); o.step(); o.zero_grad();"
+        "o.load_state_dict(o.state_dict()); assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
