@@ -11,7 +11,7 @@ import pytest
 from multistep.data.cells import Record
 from multistep.models.baselines import load_writer
 from multistep.models.choose import Choose
-from multistep.models.passage import Passage, _threshold, question_kind
+from multistep.models.passage import Passage, answer_threshold, question_kind
 from multistep.models.ranking import Encode
 from multistep.types import UserError
 
@@ -84,9 +84,9 @@ def test_the_threshold_is_the_best_of_all() -> None:
     def worth(least: float) -> float:
         return float(np.where(sure >= least, gain, empty).sum())
 
-    best = _threshold(sure, gain, empty)
+    best = answer_threshold(sure, gain, empty)
     assert worth(best) == pytest.approx(max(worth(t) for t in [0.0, *sure, 2.0]))
-    assert _threshold(sure, np.ones(200), np.zeros(200, dtype=bool)) == 0.0
+    assert answer_threshold(sure, np.ones(200), np.zeros(200, dtype=bool)) == 0.0
 
 
 def test_chinese_by_characters() -> None:

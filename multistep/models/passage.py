@@ -218,7 +218,7 @@ class Passage:
         if held:
             self.sure = Sure.fit(held, gain)
         if any(empty):
-            self.least = _threshold(np.array([self.sure(s) for s in held]), np.array(gain), np.array(empty))
+            self.least = answer_threshold(np.array([self.sure(s) for s in held]), np.array(gain), np.array(empty))
 
     def write(self, records: Sequence[Record]) -> list[Prediction]:
         passages = {c: read(c) for c in dict.fromkeys(r.context for r in records)}
@@ -373,7 +373,7 @@ def _golden(text: Text, record: Record) -> Span | None:
     return None
 
 
-def _threshold(sure_N: np.ndarray, gain_N: np.ndarray, empty_N: np.ndarray) -> float:
+def answer_threshold(sure_N: np.ndarray, gain_N: np.ndarray, empty_N: np.ndarray) -> float:
     """The confidence from which answering scores best: an answer gains what it is worth, none 1 where there is none."""
     order = np.argsort(sure_N, kind="stable")
     silent = np.concatenate([[0.0], np.cumsum(empty_N[order])])  # the first i say nothing
