@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -148,6 +149,39 @@ def encode_ids(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> t
         start = end
     tokenizer.no_truncation()
     return ids, cut
+
+
+def encode_places(tokenizer: Tokenizer, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each text ids [T] int32 without special tokens, and where each token begins and ends in it [T,2], in characters. Nothing is
+    cut."""
+    found = tokenizer.encode_batch([_encodable(t) for t in texts], add_special_tokens=False)
+    return [(np.array(e.ids, dtype=np.int32), np.array(e.offsets, dtype=np.int32).reshape(-1, 2)) for e in found]
+
+
+class PairFrame(NamedTuple):
+    """The special tokens around a pair of texts, and the segment of each of the five parts."""
+
+    before: list[int]
+    between: list[int]
+    after: list[int]
+    segments: tuple[int, int, int, int, int]
+
+
+def pair_frame(tokenizer: Tokenizer) -> PairFrame:
+    """As the tokenizer joins pairs; where it does not separate them, by what ends a text of its own."""
+    single, pair = tokenizer.encode("a"), tokenizer.encode("a", "a")
+    own = [i for i, special in enumerate(pair.special_tokens_mask) if not special]
+    first, second = ([i for i in own if pair.sequence_ids[i] == n] for n in (0, 1))
+    if not first or not second:
+        raise UserError("model: its tokenizer does not know the letter 'a', so pairs of texts cannot be joined.")
+    ids, kinds = pair.ids, pair.type_ids
+    between = ids[first[-1] + 1 : second[0]]
+    frame = PairFrame(ids[: first[0]], between, ids[second[-1] + 1 :], (0, 0, 0, kinds[second[0]], kinds[second[0]]))
+    if not between:
+        inside = [i for i, special in enumerate(single.special_tokens_mask) if not special]
+        end = single.ids[inside[-1] + 1 :]
+        frame = PairFrame(single.ids[: inside[0]], end, end, (0, 0, 0, 1, 1))
+    return frame
 
 
 def unknown_rate(tokenizer: Tokenizer, texts: Sequence[str]) -> float:

@@ -1,53 +1,51 @@
 """Cheap writers: what a model that writes has to beat before it stands.
 
 copy: the source as it is. lead: its first sentences. nearest: the answer of the most similar source of train. dictionary: the
-likeliest translation of every word, in the source's order (IBM model 1).
+likeliest translation of every word, in the source's order (IBM model 1). Those that extract are in extract.py and passage.py;
+`load_writer` loads all.
 Sources: lead-k: Nallapati et al. 2017, arXiv 1611.04230; IBM model 1: Brown et al. 1993, "The mathematics of statistical machine
 translation". Shapes: N rows, P pairs of words.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import ClassVar, Self
 
 import numpy as np
 from scipy import sparse
 
+from multistep.data.cells import Record
+from multistep.models.choose import Choose
+from multistep.models.extract import Extract
+from multistep.models.passage import Passage
+from multistep.models.ranking import Encode, sentences
+from multistep.models.written import Writer, load_data, save_data
 from multistep.text import NgramFeatures, Vectorizer
+from multistep.types import Prediction
 
-_SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+[”’）]*|\n+|$)", re.DOTALL)
+__all__ = ["Copy", "Dictionary", "Lead", "Nearest", "Writer", "load_writer", "sentences"]
+
 _WORD = re.compile(r"\w+|[^\w\s]")
 _ROUNDS = 5  # of expectation and maximization
 _MOST_PAIRS = 20_000_000  # of words that occur together; rows beyond are not read
 
 
-class Writer(Protocol):
-    """Texts in, texts out."""
-
-    kind: ClassVar[str]
-
-    def write(self, sources: Sequence[str]) -> list[str]: ...
-
-    def save(self, folder: Path) -> None: ...
-
-
-def sentences(text: str) -> list[str]:
-    """The sentences of a text; their ends are full stops before a space, those of Chinese and Japanese, and line breaks."""
-    return [s for part in _SENTENCE.findall(text) if (s := part.strip())]
+def asked(record: Record) -> str:
+    """What is given, as one text: of a chat all turns before the answer."""
+    return "\n".join(turn.text for turn in record.asked) if record.turns else record.source
 
 
 class Copy:
     kind: ClassVar[str] = "copy"
 
-    def write(self, sources: Sequence[str]) -> list[str]:
-        return list(sources)
+    def write(self, records: Sequence[Record]) -> list[Prediction]:
+        return [Prediction(r.source) for r in records]
 
     def save(self, folder: Path) -> None:
-        _save(folder, self.kind, {})
+        save_data(folder, self.kind, {})
 
 
 class Lead:
@@ -58,11 +56,11 @@ class Lead:
     def __init__(self, count: int):
         self.count = count
 
-    def write(self, sources: Sequence[str]) -> list[str]:
-        return [" ".join(sentences(s)[: self.count]) for s in sources]
+    def write(self, records: Sequence[Record]) -> list[Prediction]:
+        return [Prediction(" ".join(sentences(r.source)[: self.count])) for r in records]
 
     def save(self, folder: Path) -> None:
-        _save(folder, self.kind, {"count": self.count})
+        save_data(folder, self.kind, {"count": self.count})
 
 
 class Nearest:
@@ -76,16 +74,24 @@ class Nearest:
         self._vectorizer, counts_ND = Vectorizer.fit(self.sources, features)
         self._known_ND = _unit(counts_ND)
 
-    def write(self, sources: Sequence[str]) -> list[str]:
+    @classmethod
+    def fit(cls, records: Sequence[Record]) -> Self:
+        known = [r for r in records if r.targets]
+        return cls([asked(r) for r in known], [r.targets[0] for r in known])
+
+    def write(self, records: Sequence[Record]) -> list[Prediction]:
+        """The confidence is the cosine."""
         found = []
-        for start in range(0, len(sources), 256):
-            asked = _unit(self._vectorizer.transform(list(sources[start : start + 256])))
-            alike = np.asarray((asked @ self._known_ND.T).todense())
-            found += [self.targets[i] for i in alike.argmax(1).tolist()]
+        for start in range(0, len(records), 256):
+            asked_BD = _unit(self._vectorizer.transform([asked(r) for r in records[start : start + 256]]))
+            alike_BN = np.asarray((asked_BD @ self._known_ND.T).todense())
+            best_B = alike_BN.argmax(1)
+            sure_B = np.clip(alike_BN.max(1), 0.0, 1.0)
+            found += [Prediction(self.targets[i], c) for i, c in zip(best_B.tolist(), sure_B.tolist(), strict=True)]
         return found
 
     def save(self, folder: Path) -> None:
-        _save(folder, self.kind, {"sources": self.sources, "targets": self.targets})
+        save_data(folder, self.kind, {"sources": self.sources, "targets": self.targets})
 
 
 class Dictionary:
@@ -125,37 +131,37 @@ class Dictionary:
         first = order[np.unique(left_U[order], return_index=True)[1]]
         return cls({source_words[left_U[u]]: target_words[pair[u] % len(target_words)] for u in first.tolist()})
 
-    def write(self, sources: Sequence[str]) -> list[str]:
-        return [
-            re.sub(
-                r"\s+([.,!?;:])", r"\1", " ".join(self.words.get(w.lower()) or w for w in map(str, _WORD.findall(s)))
-            )
-            for s in sources
-        ]
+    def write(self, records: Sequence[Record]) -> list[Prediction]:
+        told = (
+            " ".join(self.words.get(w.lower()) or w for w in map(str, _WORD.findall(record.source)))
+            for record in records
+        )
+        return [Prediction(re.sub(r"\s+([.,!?;:])", r"\1", text)) for text in told]
 
     def save(self, folder: Path) -> None:
-        _save(folder, self.kind, {"words": self.words})
+        save_data(folder, self.kind, {"words": self.words})
 
 
-def load_writer(folder: Path) -> Writer:
-    """What `save` wrote."""
-    data = json.loads((folder / "writer.json").read_text(encoding="utf-8"))
-    match data.pop("kind"):
+def load_writer(folder: Path, encode: Encode | None = None) -> Writer:
+    """What `save` wrote. `encode`: the encoder that it was fitted with, where it was fitted with one."""
+    data = load_data(folder)
+    match data["kind"]:
         case "copy":
             return Copy()
         case "lead":
-            return Lead(**data)
+            return Lead(data["count"])
         case "nearest":
-            return Nearest(**data)
+            return Nearest(data["sources"], data["targets"])
         case "dictionary":
-            return Dictionary(**data)
+            return Dictionary(data["words"])
+        case "extract":
+            return Extract.load(folder, encode)
+        case "passage":
+            return Passage.load(folder)
+        case "choose":
+            return Choose.load(folder, encode)
         case kind:
             raise ValueError(f"{folder}: there is no writer {kind!r}")
-
-
-def _save(folder: Path, kind: str, data: dict[str, Any]) -> None:
-    text = json.dumps({"kind": kind, **data}, ensure_ascii=False)
-    (folder / "writer.json").write_text(text, encoding="utf-8", errors="replace")
 
 
 def _indexed(texts: Sequence[str]) -> tuple[list[np.ndarray], list[str]]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 # Model types whose layers (backbone.encoder.layer) can be called one by one on (hidden states, additive mask).
-_LAYERED = ("bert", "roberta", "xlm-roberta", "camembert")
+LAYERED = ("bert", "roberta", "xlm-roberta", "camembert")
 _MASKED = -1e9
 
 
@@ -44,7 +44,7 @@ class Encoder(TextEncoder):
         return int(self.config.pad_token_id or 0)
 
     def layers(self) -> Sequence[nn.Module]:
-        return list(self.backbone.encoder.layer) if self.config.model_type in _LAYERED else []
+        return list(self.backbone.encoder.layer) if self.config.model_type in LAYERED else []
 
     def lower(self, ids_BT: Tensor, mask_BT: Tensor, n_layers: int) -> Tensor:
         """Hidden states [B,T,D] after the first `n_layers` layers."""
@@ -93,7 +93,7 @@ def pad(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(ids_BT), torch.from_numpy(mask_BT)
 
 
-def _reads_both_ways(config: PretrainedConfig) -> bool:
+def reads_both_ways(config: PretrainedConfig) -> bool:
     """Whether it is an encoder: no decoder's, and not of a type that only ever predicts the next token."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
@@ -121,7 +121,7 @@ def load_backbone(name: str) -> PreTrainedModel:
     where = "a folder with config.json and model.safetensors, a hub name (org/name), or 'none'"
     try:
         config = AutoConfig.from_pretrained(name)
-        if not _reads_both_ways(config):
+        if not reads_both_ways(config):
             raise UserError(f"model: {name!r} is not an encoder but {config.model_type!r}. Give an encoder: {where}.")
         model = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -131,7 +131,7 @@ def load_backbone(name: str) -> PreTrainedModel:
         raise UserError(f"model: {name!r} cannot be loaded ({reason}). Give {where}.") from None
     if not hasattr(model.config, "hidden_size"):
         raise UserError(f"model: {name!r} ({model.config.model_type}) is not a text encoder. Give {where}.")
-    if model.config.model_type in _LAYERED:
+    if model.config.model_type in LAYERED:
         model.pooler = None  # not used, and random where the checkpoint has none
     set_dropout(model, 0.0)
     return model
