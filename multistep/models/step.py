@@ -14,11 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from multistep.models.encoder import pad
 
 GROW = 64  # positions that a full cache grows by
+_PLAIN = ("torch.nn.modules.", "transformers.models.", "transformers.activations")  # where plain modules are defined
 
 
 class Stepper(Protocol):
@@ -40,11 +41,16 @@ def stepper_of(model: Any, start_id: int | None = None) -> Stepper:
     config = model.config
     if config.is_encoder_decoder:
         start = config.decoder_start_token_id if start_id is None else start_id
-        ours = config.model_type == "m2m_100" and config.activation_function == "relu"
-        return M2MSteps(model, start) if ours else CachedSeq2Seq(model, start)
-    ours = config.model_type == "llama" and config.hidden_act == "silu"
+        ours = type(model).__name__ == "M2M100ForConditionalGeneration" and config.activation_function == "relu"
+        return M2MSteps(model, start) if ours and _plain(model.model.decoder) else CachedSeq2Seq(model, start)
+    ours = type(model).__name__ == "LlamaForCausalLM" and config.hidden_act == "silu"
     rope = (config.rope_parameters or {}).get("rope_type", "default") if ours else ""
-    return LlamaSteps(model) if rope == "default" else CachedDecoder(model)
+    return LlamaSteps(model) if rope == "default" and _plain(model.model) else CachedDecoder(model)
+
+
+def _plain(body: nn.Module) -> bool:
+    """Whether its weights are all there is to its layers: an adapted or quantized layer computes more than they say."""
+    return all(type(module).__module__.startswith(_PLAIN) for module in body.modules())
 
 
 class Cache:
