@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llama2c_files import PIECES, tokenizer_bin
 
 from multistep.models.llama2c import Header, convert, read_model, read_tokenizer
 from multistep.types import UserError
 
-PIECES = ["he", "ll", "▁he", "llo", "▁hello", "▁", "h", "e", "l", "o", ".", "好"]
 STORY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
     "One day, she saw a big, red ball. She wanted to play with it, but it was too high."
@@ -22,17 +22,6 @@ STORY = (
 
 @pytest.fixture(autouse=True)
 def _one_thread(torch_seeded: None) -> None: ...
-
-
-def _tokenizer_bin(path: Path, pieces: list[str] = PIECES) -> Path:
-    every = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{b:02X}>" for b in range(256)), *pieces]
-    scores = [0.0] * 259 + [-float(i) for i in range(len(pieces))]
-    data = struct.pack("<i", max(len(p.encode()) for p in every))
-    for piece, score in zip(every, scores, strict=True):
-        raw = piece.replace("▁", " ").encode()
-        data += struct.pack("<fi", score, len(raw)) + raw
-    path.write_bytes(data)
-    return path
 
 
 def _model_bin(path: Path, tied: bool) -> tuple[Path, Header, dict[str, np.ndarray]]:
@@ -101,7 +90,7 @@ def test_a_folder_loads_as_any_other(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path, header, weights = _model_bin(tmp_path / "model.bin", tied=True)
-    convert(path, _tokenizer_bin(tmp_path / "tokenizer.bin"), tmp_path / "folder")
+    convert(path, tokenizer_bin(tmp_path / "tokenizer.bin"), tmp_path / "folder")
     tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "folder")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
@@ -113,7 +102,7 @@ def test_a_folder_loads_as_any_other(tmp_path: Path) -> None:
 
 
 def test_pieces_merge_by_score_and_bytes_stand_in_for_the_rest(tmp_path: Path) -> None:
-    tokenizer = read_tokenizer(_tokenizer_bin(tmp_path / "tokenizer.bin"))
+    tokenizer = read_tokenizer(tokenizer_bin(tmp_path / "tokenizer.bin"))
     assert tokenizer.encode("hello 好").tokens == ["<s>", "▁hello", "▁", "好"]
     assert tokenizer.encode("ho\n").tokens == ["<s>", "▁", "h", "o", "<0x0A>"]
     assert tokenizer.encode("é", add_special_tokens=False).tokens == ["▁", "<0xC3>", "<0xA9>"]
@@ -121,7 +110,7 @@ def test_pieces_merge_by_score_and_bytes_stand_in_for_the_rest(tmp_path: Path) -
     assert tokenizer.encode("").tokens == ["<s>"]
     for text in ("hello 好", "x é\n\t😀"):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    spared = read_tokenizer(_tokenizer_bin(tmp_path / "spared.bin", [*PIECES, "▁▁"]))
+    spared = read_tokenizer(tokenizer_bin(tmp_path / "spared.bin", [*PIECES, "▁▁"]))
     assert spared.encode("h  e", add_special_tokens=False).tokens == ["▁", "h", "▁▁", "e"]
 
 
@@ -153,7 +142,7 @@ def test_the_published_story(shared: Path, tmp_path: Path) -> None:
 
 def test_files_that_are_something_else_are_refused_by_name(tmp_path: Path) -> None:
     path, _, _ = _model_bin(tmp_path / "model.bin", tied=True)
-    tokenizer = _tokenizer_bin(tmp_path / "tokenizer.bin")
+    tokenizer = tokenizer_bin(tmp_path / "tokenizer.bin")
     (tmp_path / "short.bin").write_bytes(path.read_bytes()[:-4])
     (tmp_path / "other.bin").write_bytes(b"ak42" + bytes(252))
     (tmp_path / "cut.bin").write_bytes(tokenizer.read_bytes()[:-3])
@@ -164,4 +153,4 @@ def test_files_that_are_something_else_are_refused_by_name(tmp_path: Path) -> No
         with pytest.raises(UserError, match=words):
             read_tokenizer(tmp_path / name)
     with pytest.raises(UserError, match="272 tokens"):
-        convert(path, _tokenizer_bin(tmp_path / "more.bin", [*PIECES, "lo"]), tmp_path / "folder")
+        convert(path, tokenizer_bin(tmp_path / "more.bin", [*PIECES, "lo"]), tmp_path / "folder")
