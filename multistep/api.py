@@ -6,39 +6,36 @@ run.predict(["great film"]); print(run.explain()); multistep.load("runs/reviews"
 
 from __future__ import annotations
 
-import os
-import platform
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from multistep import __version__, data, journal, report
-from multistep.budget import Budget, Clock, parse_budget
+from multistep import data, journal, report
+from multistep.budget import Clock, parse_budget
 from multistep.bundle import Bundle, find_bundle, load_bundle
 from multistep.config import FitConfig, save_config
-from multistep.controllers import CONTROLLERS, Controller, Problem, Scripted
+from multistep.controllers import CONTROLLERS, Problem
 from multistep.controllers.more import more
+from multistep.controllers.phases import Phases
 from multistep.controllers.plan import check_objective
-from multistep.controllers.script import Ask
 from multistep.data import Dataset
 from multistep.journal import Journal
+from multistep.language import fit_language, is_language, resume_language
+from multistep.language_bundle import LanguageBundle
 from multistep.metrics import Scored, check_metric, measure, per_class
 from multistep.models.linear import candidates
 from multistep.report.progress import Progress
+from multistep.session import budget_so_far, check_same_data, clock_then, left, machine_facts, show, signals, versions
 from multistep.state import sweep
-from multistep.strategy import Trial
 from multistep.tasks import Classify, Multilabel, Regress, Task
 from multistep.text import text_facts
 from multistep.tune import tune
 from multistep.tune.actions import Bench
 from multistep.tune.text import TextWorks
 from multistep.tune.workbench import Workbench
-from multistep.types import Interrupted, Outcome, Prediction, UserError
+from multistep.types import Interrupted, Prediction, UserError
 
 _WARNINGS = ("leakage", "conflict", "duplicates", "empty")  # lines of the data report that a card repeats
 
@@ -48,14 +45,30 @@ class Run:
     """A run's folder, or a bundle's: predict, evaluate, explain."""
 
     out: Path
-    _bundle: Bundle | None = field(default=None, repr=False)
+    _bundle: Bundle | LanguageBundle | None = field(default=None, repr=False)
 
     @property
-    def bundle(self) -> Bundle:
+    def bundle(self) -> Bundle | LanguageBundle:
         """The bundle, loaded on first use."""
         if self._bundle is None:
             self._bundle = load_bundle(self.out)
         return self._bundle
+
+    @property
+    def labels(self) -> Bundle:
+        """The bundle of a model that gives labels or numbers. Raises UserError where it writes."""
+        if not isinstance(self.bundle, Bundle):
+            raise UserError(f"{self.out}: the model writes texts and gives no labels. Fit one on labels.")
+        return self.bundle
+
+    @property
+    def language(self) -> LanguageBundle:
+        """The bundle of a model that writes. Raises UserError where it gives labels."""
+        if not isinstance(self.bundle, LanguageBundle):
+            raise UserError(
+                f"{self.out}: the model gives labels or numbers and does not write. Use: multistep predict."
+            )
+        return self.bundle
 
     def predict(self, texts: Sequence[str]) -> list[Prediction]:
         """One prediction a text, in order."""
@@ -65,6 +78,8 @@ class Run:
 
     def evaluate(self, source: str | Path) -> dict[str, Any]:
         """Score the bundle on labelled data: {"metrics": {name: {"value", "stderr"}}, "n", "per_class", ...}."""
+        if isinstance(self.bundle, LanguageBundle):
+            return self.bundle.evaluate(source)
         task = self.bundle.task
         columns = data.Columns.parse(self.bundle.info["columns"], "columns")
         examples = data.read_labelled(source, columns, task.kind)
@@ -115,7 +130,7 @@ def fit(
     overrides: Sequence[str] = (),
     quiet: bool = True,
 ) -> Run:
-    """Make a validated model from labelled texts within a budget.
+    """Make a validated model from labelled texts, or for a task whose answer is a text, within a budget.
 
     `source`: a CSV, TSV, JSONL (also .gz) or Parquet file, a folder of splits, a `datasets` folder, a hub name, or a .yaml
     configuration. `overrides`: "key=value" strings such as "optimizer.lr=1e-4". Raises UserError with one line on bad input.
@@ -144,6 +159,8 @@ def fit_config(config: FitConfig, progress: Progress, started: float | None = No
     out = Path(config.out)
     if (out / "journal.jsonl").exists():
         raise UserError(f"{out}: there is a run already. Go on with: multistep resume {out}, or choose another --out.")
+    if is_language(config.task):
+        return Run(fit_language(config, progress, started))
     progress.stage("data", f"reading {config.data}")
     dataset = data_of(config)
     task = task_for(dataset)
@@ -155,11 +172,9 @@ def fit_config(config: FitConfig, progress: Progress, started: float | None = No
     (out / "states").mkdir(parents=True, exist_ok=True)
     save_config(config, out / "config.yaml")
     book = Journal(out / "journal.jsonl")
-    machine = {
-        "cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version(), "device": work.device,
-    }  # fmt: skip
     book.append(
-        "Started", clock=clock.save(), config=config, budget=clock.budget, metric=metric, versions=_versions(), machine=machine,
+        "Started", clock=clock.save(), config=config, budget=clock.budget, metric=metric, versions=versions(),
+        machine=machine_facts(work.device),
     )  # fmt: skip
     book.append("Data", clock=clock.save(), report=dataset.report, fingerprint=dataset.fingerprint)
     return _drive(work, clock, metric, book, [], progress)
@@ -186,11 +201,11 @@ def resume(run_dir: str | Path, budget: str | None = None, progress: Progress | 
     if clock.remaining() <= 0 and extended:
         raise UserError(f"budget: {total} is already spent by this run. Give more, such as --budget +5m.")
     with progress or Progress(quiet=True) as shown:
+        if is_language(config.task):
+            return Run(resume_language(config, out, past, clock, extended, shown))
         shown.stage("data", f"reading {config.data}")
         dataset = data_of(config)
-        then = next((r["fingerprint"] for r in past if r["kind"] == "Data"), dataset.fingerprint)
-        if then != dataset.fingerprint:
-            raise UserError(f"{config.data}: the data changed since the run began. Start a new run with another --out.")
+        check_same_data(config.data, dataset.fingerprint, past)
         work = Workbench(config, dataset, task_for(dataset), out)
         book = Journal(out / "journal.jsonl")
         if not any(r["kind"] == "Data" for r in past):
@@ -213,11 +228,11 @@ def _drive(
             """Long encoding comes by here after every batch."""
             if number := stop():
                 raise Interrupted(number)
-            progress.remaining(_left(clock))
+            progress.remaining(left(clock))
             progress.tick(done, "through the encoder")
 
         work.watch = watch
-        controller = _Phases(work, metric, past)
+        controller = _phases(work, metric, past)
         for record in tune(TextWorks(bench), controller, book, past):
             show(progress, record, clock, metric)
     run = Run(work.out)
@@ -252,105 +267,22 @@ def _card_facts(work: Workbench, run: Run, bench: Bench, clock: Clock) -> dict[s
         "max_length": work.max_length if "encoder" in used else None,
         "budget": str(clock.budget),
         "wall_s": clock.wall_s,
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
-class _Phases:
-    """The run's script, and after it one more for every time that a finished run was given more budget."""
-
-    def __init__(self, work: Workbench, metric: str, past: Sequence[Mapping[str, Any]]):
-        rows = {k: len(v) for k, v in work.texts.items()}
-        characters = {k: sum(map(len, v)) for k, v in work.texts.items()}
-        first = parse_budget(work.config.budget)
-        features = candidates(work.task.kind, work.task.n_outputs, text_facts(work.texts["train"]))
-        self._problem = Problem(
-            task=work.task.kind, n_outputs=work.task.n_outputs, metric=metric, rows=rows, characters=characters,
-            budget=first.amount, unit=first.unit, config=work.config, linear=tuple(features),
-        )  # fmt: skip
-        totals = [first, *(Budget(**r["budget"]) for r in past if r["kind"] == "Resumed")]
-        resumed = [n for n, r in enumerate(past) if r["kind"] == "Resumed"]
-        self._more = [  # what every extension of a finished run added
-            total.amount - before.amount
-            for n, before, total in zip(resumed, totals, totals[1:], strict=False)
-            if past[n - 1]["kind"] == "Finished"
-        ]
-        self._now: Controller = Scripted(CONTROLLERS[work.config.controller](self._problem))
-        self._prefix = 0
-
-    def ask(self) -> Ask | None:
-        ask = self._now.ask()
-        while ask is None and self._more:
-            self._prefix += 1
-            self._now = Scripted(more(self._problem.with_(budget=self._more.pop(0))))
-            ask = self._now.ask()
-        if isinstance(ask, Trial) and self._prefix:
-            return ask.with_(id=f"{self._prefix + 1}-{ask.id}")
-        return ask
-
-    def tell(self, trial: Trial, outcome: Outcome) -> None:
-        self._now.tell(trial, outcome)
-
-
-@contextmanager
-def signals() -> Iterator[Any]:
-    """SIGINT and SIGTERM become a number that long work asks for; a second one of them acts as usual."""
-    seen = [0]
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-
-    def note(number: int, frame: object) -> None:
-        if seen[0]:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        seen[0] = number
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: seen[0]
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def show(progress: Progress, record: Mapping[str, Any], clock: Clock, metric: str) -> None:
-    progress.remaining(_left(clock))
-    match record["kind"]:
-        case "Asked":
-            progress.stage(record["trial"]["stage"], record["trial"]["why"])
-        case "Skipped":
-            progress.note(f"{record['stage']} skipped: {record['why']}")
-        case "Measured":
-            progress.tick(
-                record["progress"], f"update {record['update']}, loss {record['loss_nats']:.3f}, lr {record['lr']:.2g}"
-            )
-        case "Event" if "action" in record:
-            progress.note(f"{record['event']} at update {record['update']}: {record['action']}")
-        case "Noted" if record["what"] == "looked":
-            facts = record["facts"]
-            losses = f"training loss {facts['train_loss']:.4f}, validation loss {facts['validation_loss']:.4f}"
-            progress.note(f"epoch {facts['epoch']}: {losses}")
-        case "Diagnosed":
-            best, now = record["numbers"].get("best"), record["numbers"].get("now")
-            if best and now:
-                words = f"validation loss {now['validation_loss']:.4f}, at its best {best['validation_loss']:.4f}"
-                progress.note(f"{record['name']}: {words}")
-            progress.note(f"{record['name']}: {record['action']}")
-        case "Committed":
-            value, stderr = record["metrics"][metric]
-            progress.note(f"committed: {record['rule']}")
-            progress.best(metric, value, stderr)
-        case "RolledBack":
-            progress.note(f"rolled back: {record['rule']}")
+def _phases(work: Workbench, metric: str, past: Sequence[Mapping[str, Any]]) -> Phases:
+    first = parse_budget(work.config.budget)
+    problem = Problem(
+        task=work.task.kind, n_outputs=work.task.n_outputs, metric=metric, rows={k: len(v) for k, v in work.texts.items()},
+        characters={k: sum(map(len, v)) for k, v in work.texts.items()}, budget=first.amount, unit=first.unit, config=work.config,
+        linear=tuple(candidates(work.task.kind, work.task.n_outputs, text_facts(work.texts["train"]))),
+    )  # fmt: skip
+    steps = CONTROLLERS[work.config.controller](problem)
+    return Phases(steps, lambda amount: more(problem.with_(budget=amount)), first, past)
 
 
 # ---------------------------------------------------------------------------------------------- small things
-
-
-def _left(clock: Clock) -> str:
-    left = max(0.0, clock.budget.amount - clock.spent())
-    return f"{left:.0f} {'s' if clock.budget.unit == 'seconds' else clock.budget.unit}"
 
 
 def data_of(config: FitConfig) -> Dataset:
@@ -372,22 +304,3 @@ def task_for(dataset: Dataset) -> Task:
             mean = sum(values) / len(values)
             scale = (sum((v - mean) ** 2 for v in values) / len(values)) ** 0.5
             return Regress(mean=mean, scale=scale or 1.0)
-
-
-def budget_so_far(started: Mapping[str, Any], past: Sequence[Mapping[str, Any]]) -> Budget:
-    budgets = [started["budget"], *(r["budget"] for r in past if r["kind"] == "Resumed")]
-    return Budget(**budgets[-1])
-
-
-def clock_then(past: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The clock to go on from: all the wall time; updates and tokens of finished trials (a live one brings its own)."""
-    told = [r for r in past if r["kind"] == "Told"]
-    counts = told[-1]["clock"] if told else {"updates": 0, "tokens": 0}
-    return {**counts, "wall_s": past[-1]["clock"]["wall_s"]}
-
-
-def _versions() -> dict[str, str]:
-    import torch
-    import transformers
-
-    return {"multistep": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -22,11 +22,12 @@ from tokenizers import Tokenizer
 
 from multistep import __version__
 from multistep.evaluate import EncoderText, Engine
+from multistep.language_bundle import LanguageBundle, load_language_bundle
 from multistep.models.linear import Linear
 from multistep.models.saved import load_model, save_model
 from multistep.predictors import Predictor, predict
 from multistep.state import replace_folder
-from multistep.subwords import encode_ids
+from multistep.subwords import encode_ids, save_tokenizer
 from multistep.tasks import Task
 from multistep.types import Prediction, UserError
 
@@ -73,7 +74,7 @@ def write_bundle(
             else:
                 assert tokenizer is not None
                 save_model(model.model, temporary)
-                _save_tokenizer(tokenizer, temporary, max_length)
+                save_tokenizer(tokenizer, temporary, max_length)
                 info["encoder"] = {
                     "max_length": max_length, "pad_id": model.pad_id, "bf16": model.bf16,
                     "scale": model.scale, "mean": model.mean,
@@ -82,21 +83,6 @@ def write_bundle(
         replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
-    """tokenizer.json, and a tokenizer_config.json with which AutoTokenizer loads it."""
-    plain = Tokenizer.from_str(tokenizer.to_str())
-    plain.no_padding()
-    plain.no_truncation()
-    plain.save(str(folder / "tokenizer.json"))
-    special = {
-        f"{name}_token": token
-        for name, token in (("pad", "[PAD]"), ("unk", "[UNK]"), ("cls", "[CLS]"), ("sep", "[SEP]"), ("mask", "[MASK]"))
-        if plain.token_to_id(token) is not None
-    }
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, **special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
 
 
 def find_bundle(path: Path) -> Path:
@@ -111,13 +97,15 @@ def find_bundle(path: Path) -> Path:
     raise UserError(f"{path}: not a run and not a bundle (no multistep.json). Give the folder named by --out.")
 
 
-def load_bundle(path: Path, device: str = "cpu") -> Bundle:
+def load_bundle(path: Path, device: str = "cpu") -> Bundle | LanguageBundle:
     """Load a bundle for prediction on `device`. Raises UserError when it is missing, damaged or of a newer format."""
     folder = find_bundle(path)
     try:
         info = json.loads((folder / "multistep.json").read_text())
         if info["format"] > FORMAT:
             raise UserError(f"{folder}: made by a newer multistep (format {info['format']}). Update multistep.")
+        if info.get("language"):
+            return load_language_bundle(folder, info, device)
         task, predictor = _TASK.validate_python(info["task"]), _PREDICTOR.validate_python(info["predictor"])
         models: dict[str, Any] = {}
         if "linear" in info["models"]:

@@ -8,11 +8,14 @@ from typing import Any
 from multistep.config import KINDS, FitConfig
 from multistep.controllers import CONTROLLERS
 from multistep.metrics import ALIASES, METRICS
+from multistep.metrics.texts import LANGUAGE_ALIASES, LANGUAGE_METRICS
 from multistep.objectives import OBJECTIVES
 from multistep.optimizers import CONVEX_SOLVERS
 from multistep.predictors import PREDICTORS
+from multistep.predictors.decoding import DECODINGS
 from multistep.schedules import SCHEDULES
 from multistep.tasks import TASKS
+from multistep.tasks.writing import WHAT, Writing
 from multistep.types import Spec, UserError, nearest
 
 Row = dict[str, Any]
@@ -50,7 +53,10 @@ def _members(members: tuple[type[Any], ...]) -> Callable[[], list[Row]]:
 _MODELS = (
     ("auto", "most texts: a pretrained encoder that knows the script, else a small one from scratch"),
     ("FOLDER or org/name", "a script or a subject that an encoder of Hugging Face's was made for"),
-    ("lstm", "long texts with no pretrained encoder at hand; words, 64 wide, from scratch; learns in seconds on a CPU"),
+    (
+        "lstm",
+        "labels of long texts with no pretrained encoder at hand; words, 64 wide, from scratch; learns in seconds on a CPU",
+    ),
     ("none", "the least time and memory: the linear model on n-grams alone, which every run has in any case"),
 )
 
@@ -65,9 +71,18 @@ LISTS: Mapping[str, Callable[[], list[Row]]] = {
          "better": "higher" if m.higher_is_better else "lower"}
         for m in METRICS.values()
     ],
+    "language-metrics": lambda: [
+        {"name": m.name, "also": ", ".join(a for a, n in LANGUAGE_ALIASES.items() if n == m.name), "tasks": ", ".join(m.tasks),
+         "better": "higher" if m.higher_is_better else "lower", "counted": m.signature}
+        for m in LANGUAGE_METRICS.values()
+    ],
+    "decodings": lambda: [{"name": _kind(m), "what": _said(m)} for m in DECODINGS],
     "controllers": lambda: [{"name": name, "what": _said(script)} for name, script in CONTROLLERS.items()],
     "predictors": lambda: [{"name": _kind(m), "what": _said(m)} for m in PREDICTORS],
-    "tasks": lambda: [{"name": _kind(m), "what": _said(m)} for m in TASKS],
+    "tasks": lambda: [
+        *({"name": _kind(m), "what": _said(m), "metric": "by the labels"} for m in TASKS),
+        *({"name": kind, "what": what, "metric": Writing(kind=kind).default_metric} for kind, what in WHAT.items()),
+    ],
 }  # fmt: skip
 
 

@@ -1,34 +1,48 @@
 """The command line: one verb a function, at most 12 options each. Torch is imported inside the verbs that need it.
 
-Results go to standard output, all else to standard error; with --json standard output is exactly one JSON object.
-Over 400 lines for it is one list of verbs and the border they share, read together.
-Exit codes: 0 done, 2 bad input (one line, no traceback), 130 and 143 stopped by SIGINT and SIGTERM.
+What verbs share (options, checks, output, how errors end them) is in terminal.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
-import json
-import math
-import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel
 from typer.exceptions import TyperException
 
 from multistep.report.progress import Progress
-from multistep.types import Interrupted, MetricValue, Prediction, UserError
+from multistep.terminal import (
+    JsonOption,
+    QuietOption,
+    RunArgument,
+    answer,
+    check_bundle,
+    check_run,
+    failed,
+    interrupted,
+    is_language,
+    lines_in,
+    load,
+    plain,
+    print_json,
+    show_run,
+    stdout_is_stderr,
+    texts_of,
+)  # fmt: skip
+from multistep.types import Interrupted, UserError
 
-if TYPE_CHECKING:
-    from multistep.api import Run
+# What a user can mend: a full disk, a folder that may not be written, a name that is a folder.
+_USERS_OS_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EISDIR, errno.ENOTDIR,
+    errno.ENAMETOOLONG, errno.EEXIST,
+}  # fmt: skip
 
 app = typer.Typer(
     name="multistep",
@@ -38,15 +52,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-# What a user can mend: a full disk, a folder that may not be written, a name that is a folder.
-_USERS_OS_ERRORS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EISDIR, errno.ENOTDIR,
-    errno.ENAMETOOLONG, errno.EEXIST,
-}  # fmt: skip
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing until the end.")]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder that fit wrote (--out).")]
-
 
 @app.command()
 def fit(
@@ -54,7 +59,12 @@ def fit(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as optimizer.lr=1e-4.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="classify, multilabel or regress; inferred from the labels.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="classify, multilabel, regress (inferred from labels); lm, translate, summarize, answer, chat."
+        ),
+    ] = None,
     metric: Annotated[str | None, typer.Option(help="What decides: accuracy, f1_macro, mse ...")] = None,
     budget: Annotated[
         str | None, typer.Option(help="30s, 10m, 2h, '5000 updates' or '2e6 tokens'.  [default: 5m]")
@@ -63,7 +73,10 @@ def fit(
     out: Annotated[str | None, typer.Option(help="The run's folder.  [default: runs/<name of the data>]")] = None,
     text: Annotated[list[str] | None, typer.Option(help="A text column; may be given several times.")] = None,
     label: Annotated[str | None, typer.Option(help="The label column.")] = None,
-    model: Annotated[str | None, typer.Option(help="auto, lstm, none, or an encoder: a folder or a hub name.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="auto, lstm, none, or a pretrained one: a folder or a hub name.")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="lora: train an adapter beside a model that writes.")] = None,
     controller: Annotated[str | None, typer.Option(help="staged, race or fixed.")] = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -74,17 +87,17 @@ def fit(
 
     options = {
         "task": task, "metric": metric, "budget": budget, "seed": seed, "out": out,
-        "text": tuple(text) if text else None, "label": label, "model": model, "controller": controller,
+        "text": tuple(text) if text else None, "label": label, "model": model, "controller": controller, "adapter": adapter,
     }  # fmt: skip
     config = resolve(source, options, overrides or [])
     try:
-        with Progress(quiet=quiet) as progress, _stdout_is_stderr():
+        with Progress(quiet=quiet) as progress, stdout_is_stderr():
             from multistep.api import fit_config
 
             run = fit_config(config, progress, started)
     except Interrupted as stop:
-        _interrupted(stop, config.out or "RUN", as_json)
-    _show_run(run, as_json)
+        interrupted(stop, config.out or "RUN", as_json)
+    show_run(run, as_json)
 
 
 @app.command()
@@ -95,15 +108,15 @@ def resume(
     as_json: JsonOption = False,
 ) -> None:
     """Go on with a run that was stopped, or give it more time."""
-    _check_run(run_dir)
+    check_run(run_dir)
     try:
-        with Progress(quiet=quiet) as progress, _stdout_is_stderr():
+        with Progress(quiet=quiet) as progress, stdout_is_stderr():
             from multistep.api import resume as go_on
 
             run = go_on(run_dir, budget, progress)
     except Interrupted as stop:
-        _interrupted(stop, str(run_dir), as_json)
-    _show_run(run, as_json)
+        interrupted(stop, str(run_dir), as_json)
+    show_run(run, as_json)
 
 
 @app.command()
@@ -111,10 +124,10 @@ def explain(run_dir: RunArgument, as_json: JsonOption = False) -> None:
     """Say what was tried, what was decided and why. Works while a run is still going on."""
     from multistep import journal, report
 
-    _check_run(run_dir)
+    check_run(run_dir)
     records = journal.read(run_dir / "journal.jsonl")
     if as_json:
-        _print_json(report.summary(records))
+        print_json(report.summary(records))
     else:
         typer.echo(report.explain(records), nl=False)
 
@@ -126,15 +139,17 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score the model on labelled data: each metric with its standard error."""
-    with _stdout_is_stderr():
-        found = _load(run_dir).evaluate(source)
+    with stdout_is_stderr():
+        found = load(run_dir).evaluate(source)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     from multistep.report.explain import scores
 
     typer.echo(scores(found["metrics"]))
     typer.echo(f"{found['n']} rows")
+    for what, cut in found.get("cut", {}).items():
+        typer.echo(f"{cut['rows']} {what} were cut, by {cut['tokens']} tokens in all")
 
 
 @app.command()
@@ -143,17 +158,69 @@ def predict(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="A text, a file, or - for standard input.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Predict: a line of value, confidence and text, separated by tabs, for each text."""
-    _check_bundle(run_dir)
-    texts = _texts(text, run_dir)
-    with _stdout_is_stderr():
-        found = _load(run_dir).predict(texts)
+    """Predict: a line of value, confidence and text, separated by tabs, for each text; of a model that writes, its answers."""
+    check_bundle(run_dir)
+    if is_language(run_dir):
+        return _write(run_dir, text, as_json)
+    texts = texts_of(text, run_dir)
+    with stdout_is_stderr():
+        found = load(run_dir).predict(texts)
     if as_json:
-        rows = [{"text": t, **_plain(p)} for t, p in zip(texts, found, strict=True)]
-        _print_json({"predictions": rows})
-        return
-    lines = ["\t".join((*_answer(p), " ".join(t.split()))) for t, p in zip(texts, found, strict=True)]
-    typer.echo("\n".join(lines))
+        rows = [{"text": t, **plain(p)} for t, p in zip(texts, found, strict=True)]
+        return print_json({"predictions": rows})
+    lines = ["\t".join((*answer(p), " ".join(t.split()))) for t, p in zip(texts, found, strict=True)]
+    return typer.echo("\n".join(lines))
+
+
+def _write(run_dir: Path, source: str, as_json: bool) -> None:
+    with stdout_is_stderr():
+        bundle = load(run_dir).language
+        records = bundle.read(source)
+        found = bundle.answer(records)
+    for what, cut in bundle.cut().items():
+        typer.echo(f"note: {cut['rows']} {what} were too long and cut, by {cut['tokens']} tokens in all", err=True)
+    if as_json:
+        return print_json(
+            {"predictions": [{"text": r.source, **plain(p)} for r, p in zip(records, found, strict=True)]}
+        )
+    if len(found) == 1:
+        return typer.echo(found[0].value)
+    return typer.echo("\n".join(" ".join(str(p.value).split()) for p in found))  # an answer a line
+
+
+@app.command()
+def chat(
+    run_dir: RunArgument,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, max=100, help="0: the likeliest tokens.  [default: as tuned]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws, where the temperature is above 0.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Talk to a model that was fitted with --task chat: a turn a line, answers as they are written; an empty line starts anew."""
+    check_bundle(run_dir)
+    from multistep.talk import Talk
+
+    with stdout_is_stderr():
+        talk = Talk(load(run_dir).language, system, temperature, seed)
+    asking = sys.stdin.isatty() and not as_json
+    if asking:
+        typer.echo("An empty line starts anew, Ctrl-D ends.", err=True)
+    for line in lines_in(asking):
+        if not line.strip():
+            talk.anew()
+            continue
+        for piece in talk.say(line):
+            if not as_json:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        if not as_json:
+            typer.echo()
+    if as_json:
+        print_json(
+            {"conversations": [[{"role": t.role, "text": t.text} for t in turns] for turns in talk.conversations]}
+        )
 
 
 @app.command()
@@ -166,12 +233,12 @@ def serve(
     as_json: JsonOption = False,
 ) -> None:
     """Serve the model over HTTP: POST /predict {"text": "..."}, GET /health."""
-    _check_bundle(run_dir)
+    check_bundle(run_dir)
     from multistep.serve import serve as serve_bundle
 
     def announce(address: str, info: Mapping[str, Any]) -> None:
         if as_json:
-            _print_json({"address": address, "info": info})
+            print_json({"address": address, "info": info})
         else:
             typer.echo(f"Serving {run_dir} on {address}: POST /predict, GET /health. Ctrl-C stops.")
         sys.stdout.flush()
@@ -201,7 +268,7 @@ def compare(
     """Compare optimizers: tuned alike, trained from several seeds, judged after decay."""
     folder = out or Path("runs") / "compare"
     try:
-        with _stdout_is_stderr():
+        with stdout_is_stderr():
             from multistep.comparison.front import compare as carry_out
 
             found = carry_out(
@@ -211,10 +278,10 @@ def compare(
     except Interrupted as stop:
         typer.echo(f"rows are kept in {folder}; the same command goes on", err=True)
         if as_json:
-            _print_json({"interrupted": signal.Signals(stop.signal).name, "out": str(folder)})
+            print_json({"interrupted": signal.Signals(stop.signal).name, "out": str(folder)})
         raise typer.Exit(128 + stop.signal) from None
     if as_json:
-        _print_json({**found.summary(), "out": str(folder)})
+        print_json({**found.summary(), "out": str(folder)})
     else:
         typer.echo(f"{found.table()}\n\nRows, table and curves: {folder}")
 
@@ -222,22 +289,14 @@ def compare(
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Say what this machine has: cores, bf16, GPU, memory, optional parts, and whether the model hub answers."""
-    with _stdout_is_stderr():
+    with stdout_is_stderr():
         from multistep import doctor as machine
 
         facts = machine.examine()
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         typer.echo(machine.table(facts))
-
-
-# ---------------------------------------------------------------------------------------------- the border
-
-
-def main() -> None:
-    """The console command."""
-    sys.exit(run())
 
 
 @app.command("list")
@@ -250,7 +309,7 @@ def list_members(
 
     rows = rows_of(kind)
     if as_json:
-        _print_json({kind: rows})
+        print_json({kind: rows})
         return
     from multistep.report.words import table
 
@@ -262,7 +321,15 @@ def schema() -> None:
     """Print the JSON Schema of a configuration file: for editors that complete and check keys."""
     from multistep.catalog import config_schema
 
-    _print_json(config_schema())
+    print_json(config_schema())
+
+
+# ---------------------------------------------------------------------------------------------- the border
+
+
+def main() -> None:
+    """The console command."""
+    sys.exit(run())
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -276,9 +343,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         code = app(words, prog_name="multistep", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except UserError as error:
-        return _failed(str(error), as_json)
+        return failed(str(error), as_json)
     except TyperException as error:  # an unknown verb or option, a value of the wrong type
-        return _failed(error.format_message(), as_json)
+        return failed(error.format_message(), as_json)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Interrupted as stop:
@@ -288,118 +355,4 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise
         where = f"{error.filename}: " if error.filename else ""
         mend = " Free some space and resume." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        return _failed(f"{where}{(error.strerror or str(error)).lower()}.{mend}", as_json)
-
-
-def _failed(message: str, as_json: bool) -> int:
-    line = " ".join(message.split())
-    typer.echo(f"error: {line}", err=True)
-    if as_json:
-        _print_json({"error": line})
-    return 2
-
-
-def _interrupted(stop: Interrupted, out: str, as_json: bool) -> NoReturn:
-    """Say how to go on, and leave with the signal's exit code."""
-    typer.echo(f"saved; resume with `multistep resume {out}`", err=True)
-    if as_json:
-        _print_json({"interrupted": signal.Signals(stop.signal).name, "out": out})
-    raise typer.Exit(128 + stop.signal)
-
-
-@contextlib.contextmanager
-def _stdout_is_stderr() -> Iterator[None]:
-    """Libraries that print notes while they work print them to standard error."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-
-
-# ---------------------------------------------------------------------------------------------- runs and texts
-
-
-def _check_run(run_dir: Path) -> None:
-    """Before torch is imported: a folder with a journal. Raises UserError."""
-    _check_folder(run_dir)
-    if not (run_dir / "journal.jsonl").is_file():
-        raise UserError(f"{run_dir}: no journal.jsonl there, so it is not a run. Give the folder named by fit --out.")
-
-
-def _check_bundle(run_dir: Path) -> None:
-    """Before torch is imported: a run with a model, or a model's own folder. Raises UserError."""
-    _check_folder(run_dir)
-    if (run_dir / "multistep.json").is_file() or (run_dir / "model" / "multistep.json").is_file():
-        return
-    _check_run(run_dir)
-    raise UserError(f"{run_dir}: the run has no model yet. Go on with it: multistep resume {run_dir}.")
-
-
-def _check_folder(run_dir: Path) -> None:
-    if not os.path.lexists(run_dir):
-        raise UserError(f"{run_dir}: no such folder. Give the folder named by fit --out.")
-    if not os.path.isdir(run_dir):
-        raise UserError(f"{run_dir}: not a folder. Give the folder named by fit --out.")
-
-
-def _load(run_dir: Path) -> Run:
-    _check_bundle(run_dir)
-    from multistep.api import load
-
-    return load(run_dir)
-
-
-def _texts(argument: str, run_dir: Path) -> list[str]:
-    """The texts to predict: standard input, a file's, or the argument itself. Raises UserError."""
-    try:
-        argument.encode()
-    except UnicodeEncodeError:
-        raise UserError("the text: not UTF-8. Set the terminal to UTF-8.") from None
-    from multistep.data import Columns, read_texts
-
-    model = run_dir / "model" / "multistep.json"
-    info = json.loads((model if model.is_file() else run_dir / "multistep.json").read_text(encoding="utf-8"))
-    columns = Columns.parse(info["columns"], "columns") if info.get("columns") else None
-    return read_texts(argument, columns)
-
-
-# ---------------------------------------------------------------------------------------------- output
-
-
-def _show_run(run: Run, as_json: bool) -> None:
-    if as_json:
-        _print_json({**run.summary(), "out": str(run.out)})
-        return
-    from multistep.report.explain import headline
-
-    typer.echo(headline(run.summary()))
-    typer.echo(f'Try: multistep predict {run.out} "a text"  ·  multistep explain {run.out}')
-
-
-def _answer(p: Prediction) -> tuple[str, str]:
-    if isinstance(p.value, tuple):
-        value = ",".join(p.value)
-    else:
-        value = f"{p.value:.6g}" if isinstance(p.value, float) else str(p.value)
-    return value, "" if p.confidence is None else f"{p.confidence:.4f}"
-
-
-def _print_json(value: Mapping[str, Any]) -> None:
-    typer.echo(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False))
-
-
-def _plain(value: Any) -> Any:
-    """Anything that a result may hold, as JSON has it. Not-a-number becomes null."""
-    if isinstance(value, MetricValue):
-        return {"value": _plain(value.value), "stderr": _plain(value.stderr)}
-    if isinstance(value, BaseModel):
-        return _plain(value.model_dump(mode="json"))
-    if isinstance(value, Prediction):
-        return {"value": _plain(value.value), "confidence": _plain(value.confidence), "scores": _plain(value.scores)}
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(v) for v in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    return str(value) if isinstance(value, Path) else _plain(value.tolist())  # numpy
+        return failed(f"{where}{(error.strerror or str(error)).lower()}.{mend}", as_json)

@@ -13,16 +13,22 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from multistep.augment import Augment
 from multistep.budget import parse_budget
+from multistep.models.adapter import Lora
 from multistep.objectives import Objective
 from multistep.optimizers import GRADIENT_OPTIMIZERS, SECOND_ORDER, AdamW
 from multistep.optimizers.base import GradientOptimizer
 from multistep.schedules import Linear, Schedule
 from multistep.strategy import BatchGrowth, LayerDecay
+from multistep.tasks import TASKS
+from multistep.tasks.writing import WRITING
 from multistep.types import Spec, UserError, nearest
 
 KINDS: Mapping[str, type[GradientOptimizer]] = {
     m.model_fields["kind"].default: m for m in (*GRADIENT_OPTIMIZERS, *SECOND_ORDER)
 }
+
+
+TASK_KINDS = tuple(t.model_fields["kind"].default for t in TASKS)
 
 
 class OptimizerConfig(Spec):
@@ -65,7 +71,7 @@ class FitConfig(Spec):
     """Everything `fit` can be told. Only `data` is needed."""
 
     data: str
-    task: str = "auto"  # auto, classify, multilabel, regress
+    task: str = "auto"  # auto, classify, multilabel, regress; lm, translate, summarize, answer, chat
     metric: str | None = None  # None: the task's own
     budget: Annotated[str, Field(validate_default=True)] = "5m"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -73,7 +79,7 @@ class FitConfig(Spec):
     out: str | None = None  # None: runs/<name of the data>
     text: tuple[str, ...] = ()  # None: inferred
     label: str | None = None
-    model: str = "auto"  # auto, lstm, none, a folder, a hub name
+    model: str = "auto"  # auto, lstm (labels only), none, a folder, a hub name
     controller: Literal["staged", "race", "fixed"] = "staged"
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: Objective | None = None  # None: the task's own
@@ -91,8 +97,31 @@ class FitConfig(Spec):
     batch_growth: BatchGrowth = ()  # shares of a training at which the batch doubles
     soup: bool = False  # try the mean of the weights of the race's probes and the trunk
     patience: Annotated[int, Field(ge=0, le=1000)] = 0  # looks in a row without a gain that end a training; 0: off
+    adapter: Literal["none", "lora"] = (
+        "none"  # of a pretrained model that writes: train an adapter beside frozen weights
+    )
+    lora: Lora = Lora()
+    tokenizer: Literal["auto", "characters", "bytes"] = (
+        "auto"  # of a model that writes, from scratch; bytes: byte pairs
+    )
+    vocabulary: Annotated[int, Field(ge=259, le=200_000)] | None = None  # of byte pairs; None: by the size of train
+    width: Annotated[int, Field(ge=16, le=8192, multiple_of=16)] | None = None  # of a model that writes, from scratch
+    depth: Annotated[int, Field(ge=1, le=100)] | None = (
+        None  # its layers (on each side); None: by data, budget and speed
+    )
+    batch_tokens: Annotated[int, Field(ge=1, le=10**8)] | None = (
+        None  # an update of a model that writes; None: by the budget
+    )
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @field_validator("task")
+    @classmethod
+    def _task(cls, value: str) -> str:
+        known = ["auto", *TASK_KINDS, *WRITING]
+        if value not in known:
+            raise UserError(f"task: unknown {value!r}.{nearest(value, known)}")
+        return value
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -144,7 +173,7 @@ def resolve(source: str, options: Mapping[str, Any], overrides: Sequence[str]) -
 def _stem(source: str) -> str:
     """The data's name without its folder and endings."""
     name = Path(source.rstrip("/")).name
-    for suffix in (".gz", ".csv", ".tsv", ".jsonl", ".json", ".parquet"):
+    for suffix in (".gz", ".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt"):
         name = name.removesuffix(suffix)
     return name or "run"
 

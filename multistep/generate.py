@@ -19,6 +19,7 @@ from multistep.models.step import Stepper, stepper_of
 from multistep.predictors.decoding import Beam, Decoding, Greedy, Sample
 
 BATCH = 32  # prompts at once
+_BLOCK = 64  # logits of which the largest is found first
 
 
 @dataclass
@@ -43,9 +44,9 @@ def generate(
     found: list[Written] = [Written() for _ in prompts]
     order = np.argsort([len(p) for p in prompts], kind="stable")
     size = max(1, batch // decoding.beams) if isinstance(decoding, Beam) else batch
+    stepper = stepper_of(model)
     for start in range(0, len(order), size):
         part = order[start : start + size]
-        stepper = stepper_of(model)
         these = [prompts[i] for i in part]
         if isinstance(decoding, Beam):
             done = _beam(stepper, these, decoding, end_ids, decode)
@@ -117,7 +118,7 @@ class _OneByOne:
 
     def _choose(self, logits_BV: Tensor, alive: Sequence[int], place: int) -> Tensor:
         if isinstance(self.decoding, Greedy):
-            return logits_BV.argmax(-1)
+            return likeliest(logits_BV)
         allowed_BV = narrowed(logits_BV / self.decoding.temperature, self.decoding)
         draws = [draw(self.decoding.seed, self._requests[row], place) for row in alive]
         cumulated_BV = allowed_BV.softmax(-1).double().cumsum(-1)
@@ -134,6 +135,20 @@ class _OneByOne:
             written.ids.pop()
         written.ended = True
         return True
+
+
+def likeliest(logits_BV: Tensor) -> Tensor:
+    """The place of the largest logit of each row, the first of equals. The largest value of a block is found many at once, a place
+    one after the other: so the block first, then the place in it."""
+    rows, size = logits_BV.shape
+    if size < 4 * _BLOCK or logits_BV.device.type != "cpu":
+        return logits_BV.argmax(-1)
+    whole = size // _BLOCK * _BLOCK
+    best_BK = logits_BV[:, :whole].view(rows, -1, _BLOCK).amax(-1)
+    if whole < size:
+        best_BK = torch.cat([best_BK, logits_BV[:, whole:].amax(-1, keepdim=True)], 1)
+    places_BP = (best_BK.argmax(-1, keepdim=True) * _BLOCK + torch.arange(_BLOCK)).clamp_(max=size - 1)
+    return places_BP.gather(1, logits_BV.gather(1, places_BP).argmax(-1, keepdim=True))[:, 0]
 
 
 def draw(seed: int, request: int, place: int) -> float:

@@ -138,7 +138,15 @@ def _inner_loop(
     bias = None if cell.bias is None else _tensor(cell.bias)
     every = layer.return_sequences
     outputs, last, carry = lstm(
-        sequences, kernel, recurrent, bias, *initial_state[:2], threads, bf16=bf16 and training, every=every
+        sequences,
+        kernel,
+        recurrent,
+        bias,
+        initial_state[0],
+        initial_state[1],
+        threads,
+        bf16=bf16 and training,
+        every=every,
     )
     return last, outputs if every else last[:, None], [last, carry]
 

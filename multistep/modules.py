@@ -23,7 +23,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from multistep import __version__, journal, report
-from multistep.api import budget_so_far, clock_then, show, signals
 from multistep.budget import Budget, Clock, parse_budget
 from multistep.config import OptimizerConfig
 from multistep.controllers.choose import Facts, choose, is_convex, is_regression
@@ -37,6 +36,7 @@ from multistep.optimizers.base import REGIMES, Regime
 from multistep.optimizers.muon import hidden_matrices
 from multistep.report.progress import Progress
 from multistep.schedules import SCHEDULES
+from multistep.session import budget_so_far, clock_then, show, signals
 from multistep.state import sweep
 from multistep.strategy import frozen_ids
 from multistep.tasks import Task

@@ -150,7 +150,7 @@ class _TextEstimator(BaseEstimator):
     def _scored(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
         """Logits [N,J] of the model and its decisions, as they were evaluated."""
         check_is_fitted(self, "run_")
-        return self.run_.bundle.scored(_texts(X, type(self).__name__))
+        return self.run_.labels.scored(_texts(X, type(self).__name__))
 
 
 class TextClassifier(ClassifierMixin, _TextEstimator):
@@ -192,13 +192,13 @@ class TextClassifier(ClassifierMixin, _TextEstimator):
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities [N,K]; rows sum to 1 unless a text may have several labels."""
         logits_NJ, _ = self._scored(X)
-        return self._placed(self.run_.bundle.task.probabilities(logits_NJ), 0.0)
+        return self._placed(self.run_.labels.task.probabilities(logits_NJ), 0.0)
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Two classes: log-odds [N] of `classes_[1]`. More: log-probabilities [N,K]. Several labels: log-odds [N,K].
         Decision thresholds that the run found are added, so that `predict` follows from it."""
         logits_NJ, _ = self._scored(X)
-        task, predictor = self.run_.bundle.task, self.run_.bundle.predictor
+        task, predictor = self.run_.labels.task, self.run_.labels.predictor
         base_NJ = log_softmax(logits_NJ) if task.kind == "classify" else logits_NJ
         scores_NK = self._placed(base_NJ + _shift(task.kind, predictor), _NEVER)
         if self._form == "one" and len(self.classes_) == 2:
@@ -221,7 +221,7 @@ class TextClassifier(ClassifierMixin, _TextEstimator):
     def _columns(self) -> np.ndarray:
         """[J]: the place in `classes_` of each output of the model."""
         place = {name: k for k, name in enumerate(self._names)}
-        return np.array([place[label] for label in self.run_.bundle.task.labels], dtype=np.int64)
+        return np.array([place[label] for label in self.run_.labels.task.labels], dtype=np.int64)
 
     def _placed(self, values_NJ: np.ndarray, unknown: float) -> np.ndarray:
         """[N,K]: the model's outputs in the order of `classes_`; `unknown` for a class of which no row could be used."""

@@ -212,7 +212,9 @@ class TrainState:
         more, `into`, are written over: there is never memory for two."""
         moving = {"rng": self.rng, **{f"buffer.{name}": buffer for name, buffer in self._buffers()}}
         for i, (name, parameter) in enumerate(self.trained):
-            moving |= {f"model.{name}": parameter, f"ema.{name}": self.ema[i], f"tail.{name}": self.tail[i]}
+            moving |= {f"model.{name}": parameter, f"ema.{name}": self.ema[i]}
+            if self.counters.tail_count:  # before that it holds nothing: the first that is taken in is written over it
+                moving[f"tail.{name}"] = self.tail[i]
         old = into or {}
         tensors = {path: _copy(value, old.get(path)) for path, value in moving.items()}
         inner = None if self.optimizer is None else self.optimizer.state_dict()
@@ -238,7 +240,8 @@ class TrainState:
             for i, (name, parameter) in enumerate(self.trained):
                 parameter.copy_(tensors[f"model.{name}"])
                 self.ema[i].copy_(tensors[f"ema.{name}"])
-                self.tail[i].copy_(tensors[f"tail.{name}"])
+                if self.counters.tail_count:
+                    self.tail[i].copy_(tensors[f"tail.{name}"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(_unpack(meta["optimizer"], tensors, self.trained[0][1].device))
 

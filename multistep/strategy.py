@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from multistep.augment import Augment
+from multistep.models.adapter import Lora
 from multistep.objectives import CrossEntropy, Objective
 from multistep.optimizers import AdamW, ConvexSolver, NewtonCG, Optimizer
 from multistep.predictors import Predictor
+from multistep.predictors.decoding import Decoding
 from multistep.schedules import Linear, Schedule
 from multistep.text import NgramFeatures
 from multistep.types import Spec, Tunable
@@ -171,10 +173,61 @@ def frozen_ids(model: nn.Module, above: Sequence[str]) -> set[int]:
     return {id(p) for n, p in named if any(n == a or n.startswith(f"{a}.") for a in above)}
 
 
+class Shape(Spec):
+    """The model that a training of texts begins with: pretrained (`name`), or with random weights. `reads`: running text, pairs of a
+    source and a target, conversations, or passages with a question."""
+
+    reads: Literal["stream", "pairs", "prompts", "spans"]
+    name: str | None = None
+    width: int = 0
+    layers: int = 0  # of a sequence-to-sequence model: on each side
+    dropout: float = 0.0
+    vocabulary: int = 0
+    context: int = 512  # tokens at most at once
+    lora: Lora | None = None  # trains an adapter beside the frozen weights
+
+
+class TrainWriter(Training):
+    """Gradient training of a model that writes or that finds answers: all its weights, or its adapter."""
+
+    kind: Literal["train_writer"] = "train_writer"
+    shape: Shape
+
+
+class FitWriter(Spec):
+    """A cheap writer, fitted on train: what a model has to beat."""
+
+    kind: Literal["fit_writer"] = "fit_writer"
+    writer: Literal["ngram", "copy", "lead", "nearest", "dictionary", "extract", "passage", "choose"]
+    count: int = 0  # of lead: sentences
+
+
+class Decode(Spec):
+    """Another way to write with the weights that stand, judged on the calibration split."""
+
+    kind: Literal["decode"] = "decode"
+    decoding: Decoding
+
+
+class Mix(Spec):
+    """The language model that stands and the n-gram model as one: their shares are fitted on the calibration split."""
+
+    kind: Literal["mix"] = "mix"
+    ngram: str  # the state
+
+
+class Recount(Spec):
+    """The n-gram model counted again, on the control and calibration splits too, when nothing is left to be decided with them. Whether
+    that helps is decided by counting control too and judging on calibration."""
+
+    kind: Literal["recount"] = "recount"
+
+
 class AsGiven(Spec):
-    """Judge a module as it was given, before anything is trained."""
+    """Judge a module as it was given, before anything is trained. `shape`: of a pretrained model of texts."""
 
     kind: Literal["as_given"] = "as_given"
+    shape: Shape | None = None
 
 
 class Profile(Spec):
@@ -206,9 +259,10 @@ class ReadTest(Spec):
 
 
 Action = Annotated[
-    FitLinear | FitHead | FineTune | TrainModule | AsGiven | Profile | Average | Predict | ReadTest,
+    FitLinear | FitHead | FineTune | TrainModule | TrainWriter | FitWriter | AsGiven | Profile | Average | Predict | Decode
+    | Mix | Recount | ReadTest,
     Field(discriminator="kind"),
-]
+]  # fmt: skip
 
 
 class Trial(Spec):

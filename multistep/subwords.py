@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,10 +88,10 @@ def train_words(texts: Sequence[str], vocab_size: int, path: Path) -> None:
     return None
 
 
-def train_bytes(texts: Sequence[str], vocab_size: int, path: Path) -> None:
+def train_bytes(texts: Sequence[str], vocab_size: int, path: Path, ends: bool = False) -> None:
     """A byte-level BPE tokenizer for models that write: no text is unknown to it, and decoding gives the text back.
 
-    `vocab_size` of 259 or less: no merges, a token a byte. Ids 0, 1, 2 are padding, begin and end.
+    `vocab_size` of 259 or less: no merges, a token a byte. Ids 0, 1, 2 are padding, begin and end; `ends`: every text gets its end.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -104,6 +105,8 @@ def train_bytes(texts: Sequence[str], vocab_size: int, path: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator((_encodable(t) for t in texts), trainer, length=len(texts))
+    if ends:
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
     tokenizer.save(str(path))
 
 
@@ -196,3 +199,18 @@ def unknown_rate(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
 def _encodable(text: str) -> str:
     """Lone surrogates, which no UTF-8 can hold, become question marks."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
+    """tokenizer.json, and a tokenizer_config.json with which AutoTokenizer loads it."""
+    plain = Tokenizer.from_str(tokenizer.to_str())
+    plain.no_padding()
+    plain.no_truncation()
+    plain.save(str(folder / "tokenizer.json"))
+    special = {
+        f"{name}_token": token
+        for name, token in (("pad", "[PAD]"), ("unk", "[UNK]"), ("cls", "[CLS]"), ("sep", "[SEP]"), ("mask", "[MASK]"))
+        if plain.token_to_id(token) is not None
+    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -305,16 +304,14 @@ def test_control_c_anywhere_else_is_130(fake: Fake, say: Callable[..., Said]) ->
     assert said.code == 130 and "Traceback" not in said.err
 
 
-def test_help_is_fast_and_imports_no_torch() -> None:
+def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from multistep import cli; code = cli.run([]); "
         "heavy = {'torch', 'transformers', 'fastapi', 'numpy'} & set(sys.modules); "
         "sys.exit(f'{heavy}' if heavy else code)"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - start < 2.0  # 0.3 s on an idle machine
     assert all(verb in done.stdout for verb in ("fit", "resume", "explain", "evaluate", "predict", "serve", "doctor"))
 
 

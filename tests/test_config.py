@@ -77,7 +77,7 @@ def test_two_overrides_of_one_section() -> None:
         (["optimzer.lr=1"], r"unknown key 'optimzer\.lr'\. Did you mean 'optimizer'\?"),
         (["optimizer.lrr=1"], r"unknown key 'optimizer\.lrr'\. Did you mean 'lr'\?"),
         (["schedule.warmpu=0.1"], r"unknown key 'schedule\.linear\.warmpu'\. Did you mean 'warmup'\?"),
-        (["zzzzz=1"], r"unknown key 'zzzzz'\. Known: augment, batch_growth"),
+        (["zzzzz=1"], r"unknown key 'zzzzz'\. Known: adapter, augment, batch_growth"),
         (["seed.x=1"], r"'seed': .*integer"),
         (["seed=1", "seed.x=1"], r"override 'seed\.x=1': 'seed' has no keys below it\."),
         (["seed"], r"override 'seed' is not key=value\. Write e\.g\. optimizer\.lr=1e-4\."),

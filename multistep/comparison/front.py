@@ -20,7 +20,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from multistep import __version__
-from multistep.api import signals
 from multistep.budget import Budget, parse_budget
 from multistep.comparison import page
 from multistep.comparison.arena import Arena, Make, ModuleArena, made
@@ -36,6 +35,7 @@ from multistep.optimizers.base import REGIMES, Regime
 from multistep.report.progress import Progress
 from multistep.report.words import duration
 from multistep.schedules import SCHEDULES, Linear, Schedule
+from multistep.session import signals
 from multistep.tune.module import task_of
 from multistep.types import UserError, nearest
 

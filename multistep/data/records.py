@@ -30,6 +30,7 @@ __all__ = [
     "Layout",
     "Record",
     "Turn",
+    "bare",
     "load_language",
     "read_records",
     "read_sources",
@@ -132,13 +133,13 @@ def read_sources(source: str | Path, layout: Layout) -> list[Record]:
         raise UserError("text: no text in it. Give at least one text.")
     path = Path(source)
     if str(source) == "-":
-        records, where = _bare(read.read_stdin(), layout, "standard input"), "standard input"
+        records, where = bare(read.read_stdin(), layout, "standard input"), "standard input"
     elif read.exists(path):
         records, where = _of_file(path, layout), str(source)
     elif isinstance(source, Path) or names_a_file(source):
         raise read.missing_file(path)
     else:
-        records, where = _bare([source], layout, "the text"), "the text"
+        records, where = bare([source], layout, "the text"), "the text"
     if layout.task == "lm":  # a text to go on with
         records = [Record("".join(r.targets), ()) for r in records]
     if not any(r.source.strip() for r in records):
@@ -150,7 +151,7 @@ def _of_file(path: Path, layout: Layout) -> list[Record]:
     if path.is_dir():
         raise UserError(f"{path}: a folder. Name one file of texts.")
     if read.file_format(path) is None:
-        return _bare(read.read_lines(path), layout, str(path))
+        return bare(read.read_lines(path), layout, str(path))
     rows = tables.read_one(path)
     check_layout(rows, layout, str(path), target=False)
     found = [to_record(row, layout, number, str(path)) for number, row in enumerate(rows, 1)]
@@ -160,7 +161,8 @@ def _of_file(path: Path, layout: Layout) -> list[Record]:
     return [f.record for f in found if f.record]
 
 
-def _bare(texts: Sequence[str], layout: Layout, where: str) -> list[Record]:
+def bare(texts: Sequence[str], layout: Layout, where: str) -> list[Record]:
+    """Texts alone as what is to be answered. Raises UserError where more columns are needed."""
     if layout.context or layout.choices:
         columns = ", ".join(layout.needed(target=False))
         raise UserError(f"{where}: a question alone is not enough here. Give a file with the columns {columns}.")

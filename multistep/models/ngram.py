@@ -51,6 +51,13 @@ class NGram:
 
     def bits_N(self, texts: Sequence[str]) -> np.ndarray:
         """The bits that each text costs [texts]."""
+        sizes = np.array([len(t.encode("utf-8", "replace")) for t in texts], dtype=np.int64)
+        ends = np.cumsum(sizes)
+        running = np.concatenate([[0.0], np.cumsum(self.nats_of_bytes(texts) / np.log(2))])
+        return running[ends] - running[ends - sizes]
+
+    def nats_of_bytes(self, texts: Sequence[str]) -> np.ndarray:
+        """What every byte of the texts costs, one after the other [N]; no context reaches from one text into the next."""
         stream, places_N = _stream(texts)
         p_N = np.full(len(stream), 1 / SYMBOLS)
         for length in range(self.order):
@@ -58,10 +65,7 @@ class NGram:
             context = _contexts(stream, length)[inside]
             direct = self._look(f"keys.{length}", f"values.{length}", _mix(context, stream[inside]), 0.0)
             p_N[inside] = direct + self._look(f"contexts.{length}", f"weights.{length}", context, 1.0) * p_N[inside]
-        sizes = np.array([len(t.encode("utf-8", "replace")) for t in texts], dtype=np.int64)
-        ends = np.cumsum(sizes)
-        running = np.concatenate([[0.0], np.cumsum(-np.log2(p_N))])
-        return running[ends] - running[ends - sizes]
+        return -np.log(p_N)
 
     def next_byte(self, text: bytes) -> np.ndarray:
         """Probabilities [256] of the byte after `text`."""
@@ -75,6 +79,17 @@ class NGram:
             direct = self._look(f"keys.{length}", f"values.{length}", _mix(np.repeat(context, SYMBOLS), symbols), 0.0)
             p = direct + self._look(f"contexts.{length}", f"weights.{length}", context, 1.0) * p
         return p
+
+    def go_on(self, text: str, count: int, temperature: float, seed: int) -> str:
+        """At most `count` bytes after `text`, drawn one by one (temperature 0: the likeliest); bytes that make no character are left out."""
+        rng, so_far = np.random.default_rng(seed), text.encode("utf-8", "replace")
+        begun = len(so_far)
+        for _ in range(count):
+            p = self.next_byte(so_far[-self.order :])
+            p = p ** (1 / temperature) if temperature else (p == p.max()).astype(float)
+            level = rng.random() * p.sum()
+            so_far += bytes([min(SYMBOLS - 1, int(np.searchsorted(np.cumsum(p), level, side="right")))])
+        return so_far[begun:].decode("utf-8", "ignore")
 
     def _look(self, keys: str, values: str, wanted: np.ndarray, missing: float) -> np.ndarray:
         known = self.tables[keys]

@@ -16,7 +16,9 @@ from multistep.models.decoder import rescale
 from multistep.models.hub import load_pretrained
 
 
-def new_seq2seq(vocab_size: int, width: int, layers: int, max_length: int, ids: dict[str, int], seed: int) -> Any:
+def new_seq2seq(
+    vocab_size: int, width: int, layers: int, max_length: int, ids: dict[str, int], seed: int, dropout: float = 0.0
+) -> Any:
     """`layers` encoder and as many decoder layers with random weights; `ids`: "pad", "bos", "eos" of its tokenizer."""
     from transformers import M2M100Config, M2M100ForConditionalGeneration
 
@@ -24,7 +26,7 @@ def new_seq2seq(vocab_size: int, width: int, layers: int, max_length: int, ids: 
     config = M2M100Config(
         vocab_size=vocab_size, d_model=width, encoder_layers=layers, decoder_layers=layers,
         encoder_attention_heads=heads, decoder_attention_heads=heads, encoder_ffn_dim=4 * width, decoder_ffn_dim=4 * width,
-        max_position_embeddings=max_length, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
+        max_position_embeddings=max_length, dropout=dropout, attention_dropout=0.0, activation_dropout=0.0,
         encoder_layerdrop=0.0, decoder_layerdrop=0.0, init_std=width**-0.5, scale_embedding=True,
         pad_token_id=ids["pad"], bos_token_id=ids["bos"], eos_token_id=ids["eos"], decoder_start_token_id=ids["bos"],
     )  # fmt: skip

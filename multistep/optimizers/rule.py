@@ -62,7 +62,8 @@ class RuleOptimizer(Optimizer):
             if not found:
                 continue
             for parameters in [found] if found[0].is_cuda else _together(found):
-                parts.append(Part(group, parameters, [p.grad for p in parameters], [self.state[p] for p in parameters]))
+                gradients = [p.grad for p in parameters if p.grad is not None]  # all of them
+                parts.append(Part(group, parameters, gradients, [self.state[p] for p in parameters]))
         if parts:
             self.rule(parts)
             moved = {key: parts[0].group[key] for key in self.shared}

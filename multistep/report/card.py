@@ -20,7 +20,16 @@ _TASKS = {
     "classify": "gives each text one label",
     "multilabel": "gives each text any number of labels",
     "regress": "gives each text a number",
+    "lm": "goes on with a text",
+    "translate": "translates",
+    "summarize": "summarizes",
+    "answer": "answers questions",
+    "chat": "answers in a conversation",
 }
+_PIPELINES = {  # of the hub
+    "lm": "text-generation", "translate": "translation", "summarize": "summarization", "answer": "question-answering",
+    "chat": "text-generation",
+}  # fmt: skip
 
 
 def card(facts: Mapping[str, Any]) -> str:
@@ -46,7 +55,7 @@ def card(facts: Mapping[str, Any]) -> str:
 
 def _front_matter(facts: Mapping[str, Any]) -> dict[str, Any]:
     metrics = measured(facts.get("metrics"))
-    front: dict[str, Any] = {"library_name": "multistep", "pipeline_tag": "text-classification"}
+    front: dict[str, Any] = {"library_name": "multistep", "pipeline_tag": _pipeline(facts)}
     if facts.get("language"):
         front["language"] = facts["language"]
     if str(facts.get("license") or "unknown").lower() not in ("other", "unknown"):
@@ -61,10 +70,14 @@ def _front_matter(facts: Mapping[str, Any]) -> dict[str, Any]:
     return front
 
 
+def _pipeline(facts: Mapping[str, Any]) -> str:
+    return _PIPELINES.get(str(facts.get("task")), "text-classification")
+
+
 def _result(facts: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
     dataset = _dataset(facts)
     return {
-        "task": {"type": "text-classification"},
+        "task": {"type": _pipeline(facts)},
         "dataset": {"type": dataset, "name": dataset, "split": "test"},
         "metrics": [
             {"type": name, "name": name, "value": _float(value), "args": {"stderr": _float(stderr)}}
@@ -77,7 +90,8 @@ def _intro(facts: Mapping[str, Any]) -> str:
     what = _TASKS.get(str(facts.get("task")), "predicts from text")
     text = f"# {_name(facts)}\n\nThis model {what}."
     if facts.get("base_model"):
-        text += f" Its encoder was trained further from `{_short(facts['base_model'])}`."
+        part = "It" if facts.get("task") in _PIPELINES else "Its encoder"
+        text += f" {part} was trained further from `{_short(facts['base_model'])}`."
     labels = facts.get("labels") or ()
     if labels:
         shown = ", ".join(f"`{_inline(label)}`" for label in labels[:20])
@@ -135,6 +149,10 @@ def _limits(facts: Mapping[str, Any]) -> str:
         lines.append(f"- The encoder reads the first {facts['max_length']} tokens of a text.")
     if facts.get("task") in ("classify", "multilabel"):
         lines.append("- It knows only the labels above; a text that fits none of them still gets an answer.")
+    if facts.get("task") in _PIPELINES:
+        lines.append("- What it writes may be wrong and sound right; nobody has checked it but by the scores above.")
+    if facts.get("writer") == "writer":
+        lines.append("- No trained model stands behind it: none was better on held-out data than this cheap writer.")
     rare = [c for c in facts.get("per_class") or () if isinstance(c, Mapping) and (c.get("support") or 0) < 10]
     if rare:
         lines.append(f"- {len(rare)} of the classes have fewer than 10 test rows; their scores are hardly known.")

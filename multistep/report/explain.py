@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from multistep.data import DataReport
+from multistep.data.language import LanguageReport
 from multistep.report.summary import measured, summary
 from multistep.report.words import clip, duration, number, plus_minus, table
 
@@ -76,7 +77,8 @@ def _state_of(run: Mapping[str, Any]) -> str:
 def _data(run: Mapping[str, Any]) -> str:
     report = dict(run["data"])
     try:
-        return "\n".join(f"    {line}" for line in DataReport.model_validate(report).lines())
+        kind = LanguageReport if "shape" in report else DataReport
+        return "\n".join(f"    {line}" for line in kind.model_validate(report).lines())
     except ValidationError:  # a journal of another version: say what is there
         pass
     warnings = report.pop("warnings", None) or []

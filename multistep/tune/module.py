@@ -29,8 +29,9 @@ from multistep.state import TrainState, read_folder, write_folder
 from multistep.strategy import AsGiven, Average, Profile, ReadTest, TrainModule, Trial
 from multistep.tasks import Classify, Multilabel, Regress, Task
 from multistep.train import train
-from multistep.tune.segment import Keeper, Record, run_segment, stretch
+from multistep.tune.segment import Record
 from multistep.tune.soup import greedy_soup
+from multistep.tune.training import averaged, run_training
 from multistep.tune.watch import Looks, checks
 from multistep.types import Cost, MetricValue, Outcome, UserError, Verdict
 
@@ -209,29 +210,13 @@ class ModuleWorks:
         started = time.monotonic()
         state = TrainState(self.module(trial.start))
         state.counters.seed = self.seed
-        budget = Budget(amount=max(trial.share, 1e-3), unit=self.clock.budget.unit)
-        meta, tensors = read_folder(self._folder(trial.start)) if trial.start else ({}, {})
-        if "strategy" in meta and action.same_but_live(before := TrainModule(**meta["strategy"])):
-            state.begin(before, Budget(**meta["segment"]["total"]))
-            state.restore({"meta": meta, "tensors": tensors})  # moments and place in the data go on
-        state.begin(action, budget)
-        watch = self._watch(trial, action)
-        keeper = Keeper(self.out / "states", trial.id, self.clock, watch)
-        if keeper.load(state):
-            if self.problem.unit == "seconds":  # loading took time, and the end of the run stays where it is
-                left = (1 - state.segment.progress()) * state.segment.total.amount
-                stretch(state, max(1e-3, min(left, self.clock.remaining())))
-            yield "Event", {"trial": trial.id, "event": "resumed", "update": state.counters.update}
-        facts = yield from run_segment(trial, state, self.rows["train"], keeper, watch, self.stop)
-        if watch is not None and ("diagnosis" in facts or "stopped" in facts):
-            facts |= watch.back_to_best(state)
-        state.settle(training=False)
-        snapshot = state.snapshot()
-        meta = {**snapshot["meta"], "family": "module", "start": trial.start, "strategy": action.model_dump()}
-        write_folder(self._folder(trial.id), meta, snapshot["tensors"])
-        keeper.clear()
+        states = self.out / "states"
+        facts, spent = yield from run_training(
+            trial, action, state, self.rows["train"], self._watch(trial, action), states, self.clock, self.stop,
+            {"family": "module"},
+        )  # fmt: skip
         self._answers[trial.id] = self.judge(state.model, self.rows["validation"])
-        return self._decided(trial, facts, started, **keeper.spent)
+        return self._decided(trial, facts, started, **spent)
 
     def _watch(self, trial: Trial, action: TrainModule) -> Looks | None:
         plateau = action.schedule if isinstance(action.schedule, Plateau) else None
@@ -249,12 +234,9 @@ class ModuleWorks:
     def _average(self, trial: Trial, action: Average) -> Run:
         started = time.monotonic()
         assert trial.start is not None
-        meta, tensors = read_folder(self._folder(trial.start))
-        if action.which == "tail" and not meta["counters"]["tail_count"]:
+        values = averaged(self.out / "states", trial.start, action.which)
+        if values is None:
             return Outcome(ok=False, failure="the segment was too short for a tail", cost=_wall(started))
-        prefix = f"{action.which}."
-        values = {f"model.{k.removeprefix(prefix)}": v for k, v in tensors.items() if k.startswith(prefix)}
-        values |= {k: v for k, v in tensors.items() if k.startswith("buffer.")}
         write_folder(self._folder(trial.id), {"family": "module", "start": trial.start}, values)
         yield "Noted", {"trial": trial.id, "what": "averaged", "facts": {"which": action.which}}
         return self._decided(trial, {}, started)

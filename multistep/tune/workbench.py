@@ -44,7 +44,7 @@ class Workbench:
     def __init__(self, config: FitConfig, dataset: Dataset, task: Task, out: Path):
         self.config, self.dataset, self.task, self.out = config, dataset, task, out
         self.watch: Watch | None = None  # long encoding tells it how far it is
-        self.device = _device(config.device)
+        self.device = device_for(config.device)
         splits = {
             "train": dataset.train, "control": dataset.control,
             "calibration": dataset.calibration, "test": dataset.test,
@@ -279,7 +279,7 @@ class Workbench:
         return Scored(self.targets[split], logits_NK, decisions)
 
 
-def _device(wanted: str) -> str:
+def device_for(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("device: 'cuda' was asked for, but torch sees no GPU here. Use device=cpu or device=auto.")
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"

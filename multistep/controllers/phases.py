@@ -1,0 +1,39 @@
+"""A run's controller, and after it one more for every time that the finished run was given more budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from multistep.budget import Budget
+from multistep.controllers.script import Ask, Controller, Scripted, Steps
+from multistep.strategy import Trial
+from multistep.types import Outcome
+
+
+class Phases:
+    """`first`: the steps of the run; `more`: those after it, for so much more of the budget. `past`: the journal so far."""
+
+    def __init__(self, first: Steps, more: Callable[[float], Steps], budget: Budget, past: Sequence[Mapping[str, Any]]):
+        totals = [budget, *(Budget(**r["budget"]) for r in past if r["kind"] == "Resumed")]
+        resumed = [n for n, r in enumerate(past) if r["kind"] == "Resumed"]
+        self._more = [  # what every extension of a finished run added
+            total.amount - before.amount
+            for n, before, total in zip(resumed, totals, totals[1:], strict=False)
+            if past[n - 1]["kind"] == "Finished"
+        ]
+        self._make, self._prefix = more, 0
+        self._now: Controller = Scripted(first)
+
+    def ask(self) -> Ask | None:
+        ask = self._now.ask()
+        while ask is None and self._more:
+            self._prefix += 1
+            self._now = Scripted(self._make(self._more.pop(0)))
+            ask = self._now.ask()
+        if isinstance(ask, Trial) and self._prefix:
+            return ask.with_(id=f"{self._prefix + 1}-{ask.id}")
+        return ask
+
+    def tell(self, trial: Trial, outcome: Outcome) -> None:
+        self._now.tell(trial, outcome)

@@ -1,0 +1,55 @@
+"""A conversation with a bundle's model: turns in, an answer in pieces as it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from multistep.data.cells import Turn
+from multistep.language_bundle import LanguageBundle
+from multistep.predictors.decoding import Greedy, Sample
+from multistep.types import UserError
+from multistep.writing import Neural
+
+
+class Talk:
+    """`temperature`: None leaves the decoding as it was tuned, 0 is greedy. Raises UserError where the bundle cannot converse."""
+
+    def __init__(
+        self, bundle: LanguageBundle, system: str | None = None, temperature: float | None = None, seed: int = 0
+    ):
+        speaker = bundle.speaker
+        if not isinstance(speaker, Neural) or speaker.reads != "prompts":
+            raise UserError(
+                "chat: this model does not take turns. Fit one with --task chat, or use: multistep predict."
+            )
+        self._speaker = speaker
+        self._decoding = _decoding(speaker, temperature, seed)
+        self._system = (Turn("system", system),) if system else ()
+        self.conversations: list[list[Turn]] = [list(self._system)]
+
+    @property
+    def turns(self) -> list[Turn]:
+        return self.conversations[-1]
+
+    def anew(self) -> None:
+        """Forget what was said."""
+        if len(self.turns) > len(self._system):
+            self.conversations.append(list(self._system))
+
+    def say(self, text: str) -> Iterator[str]:
+        """The answer to one more turn of the user, in pieces."""
+        self.turns.append(Turn("user", text))
+        said = ""
+        for piece in self._speaker.converse(self.turns, self._decoding):
+            said += piece
+            yield piece
+        self.turns.append(Turn("assistant", said.strip()))
+
+
+def _decoding(speaker: Neural, temperature: float | None, seed: int) -> Greedy | Sample:
+    most = speaker.decoding.max_new_tokens
+    if temperature is None:
+        return speaker.decoding if isinstance(speaker.decoding, Greedy | Sample) else Greedy(max_new_tokens=most)
+    return (
+        Sample(temperature=temperature, seed=seed, max_new_tokens=most) if temperature else Greedy(max_new_tokens=most)
+    )

@@ -1,0 +1,407 @@
+"""Models that write, behind one interface: records in, texts and losses out. Training, judging and serving all ask here.
+
+    Codec    a tokenizer as models that write need it
+    Neural   a decoder or a sequence-to-sequence model; reads "stream" (running text), "pairs" or "prompts" (turns)
+    Counted  the n-gram model; Mixed: both, where every token is a character
+    Simple   a cheap writer without losses (models/baselines.py and its neighbours)
+
+A loss is charged for every byte of a right answer, so that models with different tokenizers can be compared: a character that a
+tokenizer does not know costs the 21 bits of any code point on top.
+Shapes: N records, T tokens of all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from multistep import dialogue
+from multistep.data.cells import Record, Turn
+from multistep.evaluate import EncoderText, encode
+from multistep.generate import Written, generate, stream
+from multistep.metrics.texts import loss_statistics
+from multistep.models.baselines import Writer
+from multistep.models.encoder import Encoder, load_backbone
+from multistep.models.mixed import Mixture
+from multistep.models.ngram import NGram
+from multistep.models.spans import SpanEncoder
+from multistep.predictors.decoding import Decoding, Greedy, Sample
+from multistep.sequences import BlockRows, PairRows, PromptRows, windows
+from multistep.spans import SpanRows
+from multistep.subwords import encode_ids, load_tokenizer
+from multistep.tasks.writing import Writing
+from multistep.types import Prediction, UserError
+
+Reads = Literal["stream", "pairs", "prompts"]
+Rows = PairRows | PromptRows | BlockRows
+_UNKNOWN_NATS = 21 * math.log(2)
+_READ_TOKENS = 128  # of a sentence, by the encoder that ranks sentences
+_JUDGE_WINDOWS = 4096  # tokens of a stream at once
+
+
+class Codec:
+    """A fast tokenizer of transformers: texts to ids and back. Raises UserError where it lacks what writing needs."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        if tokenizer.eos_token_id is None:
+            raise UserError("model: its tokenizer has no end token (eos_token). Add one to tokenizer_config.json.")
+        self.eos = int(tokenizer.eos_token_id)
+        self.bos = int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else self.eos)
+        self.pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos)
+        self.unknown = tokenizer.unk_token_id
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Codec:
+        """From a folder or the hub. Raises UserError when there is no fast tokenizer."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+            raise UserError(f"model: {str(folder)!r} has no tokenizer that can be loaded ({reason}).") from None
+        if not tokenizer.is_fast:
+            raise UserError(f"model: {str(folder)!r} has no fast tokenizer. Add tokenizer.json.")
+        return cls(tokenizer)
+
+    def pieces(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text alone, nothing added."""
+        return [np.array(e.ids, np.int64) for e in self._encoded(texts, special=False)]
+
+    def whole(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text with the begin and end tokens that the tokenizer adds."""
+        return [np.array(e.ids, np.int64) for e in self._encoded(texts, special=True)]
+
+    def targets(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text as an answer: they end with the end token."""
+        found = []
+        for ids in self.whole(texts):
+            found.append(ids if len(ids) and ids[-1] == self.eos else np.append(ids, self.eos))
+        return found
+
+    def _encoded(self, texts: Sequence[str], special: bool) -> list[Any]:
+        encodable = [t if t.isascii() else t.encode("utf-8", "replace").decode("utf-8") for t in texts]
+        return self.tokenizer.backend_tokenizer.encode_batch(encodable, add_special_tokens=special)
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class Cut(NamedTuple):
+    """What did not fit: rows that were cut, and tokens that were left out of them."""
+
+    rows: int = 0
+    tokens: int = 0
+
+
+class Speaker(Protocol):
+    def write(self, records: Sequence[Record]) -> list[Prediction]:
+        """An answer for each record; confidence: the mean probability of its tokens, where there is one."""
+        ...
+
+    def losses(self, records: Sequence[Record], running: bool) -> np.ndarray | None:
+        """[N,3]: nats, tokens and bytes of every record's first right answer; None where the writer has none. `running`: the
+        records are pieces of one text."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------- neural
+
+
+@dataclass
+class Neural:
+    """`context`: tokens at most of a source, a prompt with its answer, or a window of a stream."""
+
+    model: Any
+    codec: Codec
+    task: Writing
+    reads: Reads
+    context: int
+    decoding: Decoding = field(default_factory=Greedy)
+    bf16: bool = False
+    watch: Callable[[float], None] | None = None
+    cut: dict[str, Cut] = field(default_factory=dict)  # by what was cut, of the records last read
+
+    @property
+    def device(self) -> str:
+        return next(iter(self.model.parameters())).device.type
+
+    # ------------------------------------------------------------------ rows
+
+    def rows(self, records: Sequence[Record], running: bool = False) -> Rows:
+        """What `train` reads, the first right answer of each record."""
+        match self.reads:
+            case "stream":
+                stream, starts, _ = self.stream(records, running)
+                return BlockRows(stream, starts, self.context, self.device)
+            case "pairs":
+                sources = self._cut("sources", self.codec.whole([self.task.reads(r) for r in records]), keep_last=True)
+                targets = self._cut("targets", self.codec.targets([r.targets[0] for r in records]), keep_last=True)
+                start = self.model.config.decoder_start_token_id
+                return PairRows(sources, targets, self.codec.pad, start, self.device)
+            case "prompts":
+                found = [dialogue.render(self.codec.tokenizer, self._turns(r, True), self.context) for r in records]
+                self.cut["conversations"] = Cut(sum(f.dropped + f.cut > 0 for f in found), sum(f.cut for f in found))
+                return PromptRows([f.ids for f in found], [f.counted for f in found], self.codec.pad, self.device)
+
+    def stream(self, records: Sequence[Record], running: bool) -> tuple[np.ndarray, list[int], np.ndarray]:
+        """Ids of all records one after the other, where documents begin, and the record of every token (-1: begin tokens)."""
+        ids, starts, owners = [], [], []
+        length = 0
+        for number, piece in enumerate(self.codec.pieces([r.targets[0] for r in records])):
+            begins = not running or number == 0
+            if begins:
+                starts.append(length)
+                piece = np.concatenate([[self.codec.bos], piece, [] if running else [self.codec.eos]]).astype(np.int64)
+            owner = np.full(len(piece), number)
+            owner[: int(begins)] = -1
+            ids.append(piece)
+            owners.append(owner)
+            length += len(piece)
+        return np.concatenate(ids), starts, np.concatenate(owners)
+
+    def _turns(self, record: Record, answered: bool) -> tuple[Turn, ...]:
+        asked = record.asked if record.turns else (Turn("user", self.task.reads(record)),)
+        return (*asked, Turn("assistant", record.targets[0])) if answered and record.targets else asked
+
+    def _cut(self, what: str, rows: list[np.ndarray], keep_last: bool) -> list[np.ndarray]:
+        long = [len(r) - self.context for r in rows if len(r) > self.context]
+        self.cut[what] = Cut(len(long), sum(long))
+        if not long:
+            return rows
+        return [r if len(r) <= self.context else np.append(r[: self.context - 1], r[-1]) for r in rows]
+
+    # ------------------------------------------------------------------ writing
+
+    def prompts(self, records: Sequence[Record]) -> list[np.ndarray]:
+        """What generation starts from."""
+        match self.reads:
+            case "stream":
+                found = [np.append([self.codec.bos], p) for p in self.codec.pieces([r.source for r in records])]
+                return [p if len(p) <= self.context else p[-self.context :] for p in found]
+            case "pairs":
+                return self._cut("sources", self.codec.whole([self.task.reads(r) for r in records]), keep_last=True)
+            case "prompts":
+                room = max(1, self.context - self.decoding.max_new_tokens)
+                asked = [dialogue.prompt(self.codec.tokenizer, self._turns(r, False), room) for r in records]
+                self.cut["conversations"] = Cut(sum(a.dropped + a.cut > 0 for a in asked), sum(a.cut for a in asked))
+                return [a.ids for a in asked]
+
+    def write(self, records: Sequence[Record]) -> list[Prediction]:
+        self.model.eval()
+        ends, decoding = self._ends(self.decoding)
+        # On a CPU one token at a time is memory traffic, and autocast would cast every weight for every token.
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16 and self.device == "cuda"):
+            found = generate(
+                self.model, self.prompts(records), decoding, ends, decode=self.codec.text, watch=self.watch
+            )
+        return [self.said(w) for w in found]
+
+    def _ends(self, decoding: Decoding) -> tuple[list[int], Decoding]:
+        """The tokens that end a text; and the decoding, with the texts that do."""
+        if self.reads != "prompts":
+            return [self.codec.eos], decoding
+        ends = dialogue.endings(self.codec.tokenizer)
+        return list(ends.ids), decoding.with_(stop=(*decoding.stop, *ends.texts)) if ends.texts else decoding
+
+    def said(self, written: Written) -> Prediction:
+        return Prediction(self.codec.text(written.ids).strip() if self.task.writes else self.codec.text(written.ids),
+                          min(1.0, math.exp(written.score)) if math.isfinite(written.score) else None)  # fmt: skip
+
+    def converse(self, turns: Sequence[Turn], decoding: Greedy | Sample) -> Iterator[str]:
+        """The answer to a conversation, in pieces of whole characters."""
+        self.model.eval()
+        room = max(1, self.context - decoding.max_new_tokens)
+        ends, ending = self._ends(decoding)
+        assert isinstance(ending, Greedy | Sample)
+        asked = dialogue.prompt(self.codec.tokenizer, turns, room).ids
+        ids: list[int] = []
+        given = 0
+        for token in stream(self.model, asked, ending, ends, self.codec.text):
+            ids.append(token)
+            text = self.codec.text(ids)
+            whole = len(text.rstrip("\ufffd"))  # the rest is the beginning of a character
+            if whole > given:
+                yield text[given:whole]
+                given = whole
+
+    # ------------------------------------------------------------------ losses
+
+    def losses(self, records: Sequence[Record], running: bool) -> np.ndarray:
+        nats_T, owner_T = self.token_nats(records, running)
+        kept = owner_T >= 0
+        nats_N = np.bincount(owner_T[kept], nats_T[kept], len(records))
+        tokens_N = np.bincount(owner_T[kept], minlength=len(records))
+        return loss_statistics(nats_N, tokens_N, sizes(records))
+
+    @torch.no_grad()
+    def token_nats(self, records: Sequence[Record], running: bool) -> tuple[np.ndarray, np.ndarray]:
+        """What every token of the right answers costs, and whose it is."""
+        self.model.eval()
+        if self.reads == "stream":
+            return self._stream_nats(records, running)
+        rows = self.rows(records)
+        assert not isinstance(rows, BlockRows)
+        nats, owners = [], []
+        for part in rows.parts():
+            inputs, targets = rows.load(part)
+            nats.append(self._nats(rows, inputs, targets)[0])
+            owners.append(np.repeat(part, rows.counts(part)))
+            self._tick(sum(map(len, owners)) / max(1, sum(rows.counts(np.arange(len(rows))))))
+        return np.concatenate(nats), np.concatenate(owners)
+
+    def _stream_nats(self, records: Sequence[Record], running: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Sliding windows: every token but those of the first window has half a window or more before it."""
+        stream, starts, owner_T = self.stream(records, running)
+        rows = BlockRows(stream, starts, self.context, self.device)
+        places = list(windows(len(stream), rows.block, max(1, rows.block // 2)))
+        nats_T = np.zeros(len(stream))
+        at_once = max(1, _JUDGE_WINDOWS // rows.block)
+        for first in range(0, len(places), at_once):
+            some = places[first : first + at_once]
+            inputs, targets = rows.load(np.array([start for start, _, _ in some]))
+            found_BT = self._nats(rows, inputs, targets)
+            for (start, end, judged), nats in zip(some, found_BT, strict=True):
+                nats_T[judged:end] = nats[judged - start - 1 : end - start - 1]
+            self._tick((first + len(some)) / len(places))
+        return nats_T, owner_T
+
+    def _nats(self, rows: Rows, inputs: Any, targets: torch.Tensor) -> np.ndarray:
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            logits = rows.outputs(self.model, inputs)
+        nats = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none"
+        ).view(targets.shape)
+        if self.codec.unknown is not None:
+            nats = nats + _UNKNOWN_NATS * (targets == self.codec.unknown)
+        return nats.cpu().double().numpy()
+
+    def _tick(self, done: float) -> None:
+        if self.watch is not None:
+            self.watch(min(1.0, done))
+
+
+def sizes(records: Sequence[Record]) -> np.ndarray:
+    """UTF-8 bytes of the right answers: the first one, or all that the assistant says in a conversation."""
+    said = [[t.text for t in r.turns if t.role == "assistant"] if r.turns else r.targets[:1] for r in records]
+    return np.array([sum(len(text.encode("utf-8", "replace")) for text in texts) for texts in said])
+
+
+# ---------------------------------------------------------------------------------------------- counted, mixed, simple
+
+
+@dataclass
+class Counted:
+    """The n-gram model; its tokens are those of `codec`, so that perplexities can be compared."""
+
+    ngram: NGram
+    codec: Codec
+    decoding: Decoding = field(default_factory=Greedy)
+
+    def losses(self, records: Sequence[Record], running: bool) -> np.ndarray:
+        owner_B = np.repeat(np.arange(len(records)), sizes(records))
+        nats_N = np.bincount(owner_B, self.byte_nats(records, running), len(records))
+        tokens_N = [len(p) for p in self.codec.pieces([r.targets[0] for r in records])]
+        return loss_statistics(nats_N, np.array(tokens_N), sizes(records))
+
+    def byte_nats(self, records: Sequence[Record], running: bool) -> np.ndarray:
+        texts = [r.targets[0] for r in records]
+        return self.ngram.nats_of_bytes(["".join(texts)] if running else texts)
+
+    def write(self, records: Sequence[Record]) -> list[Prediction]:
+        drawn = self.decoding if isinstance(self.decoding, Sample) else Sample(temperature=1e-3)
+        most, warm = self.decoding.max_new_tokens, drawn.temperature
+        return [Prediction(self.ngram.go_on(r.source, most, warm, drawn.seed + n)) for n, r in enumerate(records)]
+
+
+@dataclass
+class Mixed:
+    """share x the neural model + (1 - share) x the n-gram model, token by token; every token is a character."""
+
+    neural: Neural
+    counted: Counted
+    share: float
+
+    def losses(self, records: Sequence[Record], running: bool) -> np.ndarray:
+        neural_T, counted_T, owner_T = self.parts(records, running)
+        kept = owner_T >= 0
+        nats_T = mixed_nats(neural_T, counted_T, self.share)
+        nats_N = np.bincount(owner_T[kept], nats_T[kept], len(records))
+        return loss_statistics(nats_N, np.bincount(owner_T[kept], minlength=len(records)), sizes(records))
+
+    def parts(self, records: Sequence[Record], running: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What every token costs under either model, and whose it is. The end of a document is the neural model's alone."""
+        neural_T, owner_T = self.neural.token_nats(records, running)
+        ids_T = self.neural.stream(records, running)[0]
+        bytes_B = self.counted.byte_nats(records, running)
+        ends_C = np.cumsum([len(c.encode("utf-8", "replace")) for r in records for c in r.targets[0]])
+        sums_B = np.concatenate([[0.0], np.cumsum(bytes_B)])
+        costs_C = np.diff(sums_B[np.concatenate([[0], ends_C])])
+        special = (ids_T == self.neural.codec.bos) | (ids_T == self.neural.codec.eos)
+        counted_T = neural_T.copy()
+        counted_T[~special] = costs_C
+        return neural_T, counted_T, owner_T
+
+    def write(self, records: Sequence[Record]) -> list[Prediction]:
+        model = Mixture(self.neural.model, self.counted.ngram, self.neural.codec.tokenizer, self.share)
+        found = generate(
+            model, self.neural.prompts(records), self.neural.decoding, [self.neural.codec.eos],
+            decode=self.neural.codec.text,
+        )  # fmt: skip
+        return [self.neural.said(w) for w in found]
+
+
+def mixed_nats(a_T: np.ndarray, b_T: np.ndarray, share: float) -> np.ndarray:
+    if share >= 1.0:
+        return a_T
+    return -np.logaddexp(math.log(share) - a_T, math.log1p(-share) - b_T)
+
+
+@dataclass
+class Simple:
+    writer: Writer
+
+    def write(self, records: Sequence[Record]) -> list[Prediction]:
+        return self.writer.write(records)
+
+    def losses(self, records: Sequence[Record], running: bool) -> None:
+        return None
+
+
+@dataclass
+class Spans:
+    """A model that finds answers in passages. `context`: tokens of a question with a window of its passage; `longest`: of an answer;
+    below the confidence `least` the answer is that there is none."""
+
+    model: SpanEncoder
+    tokenizer: Tokenizer
+    context: int
+    device: str
+    longest: int = 64
+    least: float = 0.0
+
+    def rows(self, records: Sequence[Record]) -> SpanRows:
+        return SpanRows(records, self.tokenizer, self.context, self.model.pad_id, self.device)
+
+    def write(self, records: Sequence[Record]) -> list[Prediction]:
+        return self.rows(records).answers(self.model, self.longest, self.least)
+
+    def losses(self, records: Sequence[Record], running: bool) -> None:
+        return None
+
+
+def encoder_features(
+    name: str, device: str, watch: Callable[[float], None] | None = None
+) -> Callable[[Sequence[str]], np.ndarray]:
+    """Features [N,D] of texts by a pretrained encoder (folder or hub name), which the writers that rank sentences read."""
+    tokenizer, model = load_tokenizer(name), Encoder(load_backbone(name), 2).to(device)
+    rows = EncoderText(model, lambda texts: encode_ids(tokenizer, texts, _READ_TOKENS)[0], model.pad_id).rows
+    return lambda texts: encode(model, rows(texts), watch=watch)
