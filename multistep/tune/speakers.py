@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from multistep import dialogue
+from multistep.budget import parse_budget
 from multistep.config import FitConfig
 from multistep.data.cells import Record
 from multistep.data.records import LanguageData
@@ -39,6 +40,8 @@ CHARACTERS_A_TOKEN = 600  # of train, for each entry of a byte-pair vocabulary f
 VOCABULARY = (512, 16384)
 NGRAM_BYTES = 50_000_000  # of train that are counted
 UNKNOWN_LIMIT = 0.05
+ENCODED_S = 20_000  # characters a second that an encoder reads, on two slow cores
+ENCODE_SHARE = 0.25  # of the budget: encoding train's sentences may take so much
 JUDGED_BYTES = 200_000  # of right answers, where losses are judged
 WATCHED_BYTES = 60_000  # of right answers, for looks while a training runs
 JUDGED_ROWS = (50, 500)  # where texts are
@@ -226,11 +229,17 @@ class Speakers:
     @property
     def encode(self) -> Callable[[Sequence[str]], np.ndarray] | None:
         """Features [N,D] of texts by a pretrained encoder that knows their script; None where there is none."""
-        if self.config.model == "none":
+        if self.config.model == "none" or not self._can_encode():
             return None
         if self._encode is None and (name := self.encoder_name()) is not None:
             self._encode = encoder_features(name, self.device, self.watch)
         return self._encode
+
+    def _can_encode(self) -> bool:
+        """Whether the encoder reads train in its share of a budget of time: what is begun has to end."""
+        budget = parse_budget(self.config.budget)
+        characters = sum(len(self.task.reads(r)) for r in self.data.train)
+        return budget.unit != "seconds" or characters <= ENCODED_S * ENCODE_SHARE * budget.amount
 
     @property
     def ranking_encoder(self) -> str | None:
