@@ -185,10 +185,10 @@ class Story:
 def live(name: str, scenario: str) -> Story:
     machine = Machine(**{"problem": problem(), **SCENARIOS[scenario]})
     if name == "more" and machine.encoder != "none":  # a finished run: something stands already
-        machine.families = {"linear": "02-incumbent", "encoder": "07-trunk"}
+        machine.families = {"linear": "01-incumbent", "encoder": "07-trunk"}
         machine.incumbent = Single(model="encoder").model_dump()
     elif name == "more":
-        machine.families, machine.incumbent = {"linear": "02-incumbent"}, Single(model="linear").model_dump()
+        machine.families, machine.incumbent = {"linear": "01-incumbent"}, Single(model="linear").model_dump()
     controller, story = Scripted(SCRIPTS[name](machine.problem)), Story(machine)
     while (ask := controller.ask()) is not None:
         assert len(story.asks) < 100, "it does not end"
@@ -209,7 +209,7 @@ def test_asks_make_sense(name: str, scenario: str) -> None:
     story = live(name, scenario)
     ids = [t.id for t in story.trials()]
     assert len(set(ids)) == len(ids)
-    known: set[str] = {"02-incumbent", "07-trunk"} if name == "more" else set()
+    known: set[str] = {"01-incumbent", "07-trunk"} if name == "more" else set()
     for ask in story.asks:
         assert json.loads(ask.model_dump_json()) == ask.model_dump(mode="json")
         if isinstance(ask, Skip):
@@ -219,7 +219,7 @@ def test_asks_make_sense(name: str, scenario: str) -> None:
             assert {ask.start, ask.against} - {None} <= known, "it starts from what there is"
             known.add(ask.id)
     if name != "more":
-        assert [t.stage for t in story.trials()[:2]] == ["profile", "incumbent"]
+        assert [t.stage for t in story.trials()[:2]] == ["incumbent", "profile"]
 
 
 @EVERYWHERE

@@ -10,8 +10,8 @@ from multistep.controllers.trunk import worth_training
 
 def fixed(problem: Problem) -> Steps:
     plan = Plan(problem)
-    yield from stages.profile(plan)
     yield from stages.incumbent(plan)
+    yield from stages.profile(plan)
     length, rows = yield from stages.encoder_rows(plan)
     if length:
         layers, _ = plan.layers(plan.remaining)

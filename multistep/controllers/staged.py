@@ -17,8 +17,8 @@ from multistep.types import Outcome
 
 def staged(problem: Problem) -> Steps:
     plan = Plan(problem)
+    first = yield from stages.incumbent(plan)  # needs no profile, so that it stands a few seconds sooner
     yield from stages.profile(plan)
-    first = yield from stages.incumbent(plan)
     length, rows = yield from stages.encoder_rows(plan)
     yield from more_linear(plan, first, long=not length)
     if length:
