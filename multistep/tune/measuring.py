@@ -32,6 +32,7 @@ LEAST_TARGETS = (
 LENGTH_QUANTILE, LENGTH_ROOM = 0.995, 1.2  # of train's answers: how long an answer may become
 JUDGE_SHARE = 0.02  # of the budget: one judgement of texts may take so much
 TEST_SHARE = 0.15  # of the budget: reading the test may take so much, else a fixed sample of it is read
+LEAST_BYTES, LEAST_TEST_ROWS = 20_000, 200  # that are judged whatever it costs
 TRAIN_SHARE = 0.7  # of the budget: what training gets, about
 PROFILE_SHARE = 0.03  # of the budget: no further rung is measured after that
 COUNTED_BATCH = 3072  # tokens an update under budgets that count updates or tokens
@@ -266,15 +267,17 @@ class Profiler:
             write_s = (time.monotonic() - begun) / len(few) * (1.0 if shape.reads == "spans" else min(1.0, typical))
         budget = self.problem.budget
         most = int(min(JUDGED_ROWS[1], max(JUDGED_ROWS[0], JUDGE_SHARE * budget / max(1e-9, write_s))))
-        loss_s = loss_byte_s * min(JUDGED_BYTES, self.problem.bytes["control"])
+        affordable = int(JUDGE_SHARE * budget / max(1e-12, loss_byte_s))
+        judged_bytes = min(JUDGED_BYTES, max(LEAST_BYTES, affordable))
+        loss_s = loss_byte_s * min(judged_bytes, self.problem.bytes["control"])
         judge_s = min(most, rows["control"]) * write_s + loss_s if by_texts else loss_s
-        a_test = (_BEAMS if shape.reads == "pairs" else 1.0) * write_s
-        fitting = int(max(200, TEST_SHARE * budget / max(1e-9, a_test)))
-        test_rows = min(rows["test"], fitting)
+        a_row = self.problem.bytes["test"] / max(1, rows["test"]) * loss_byte_s  # of test: its loss, and its text
+        a_row += (_BEAMS if shape.reads == "pairs" else 1.0) * write_s
+        test_rows = min(rows["test"], max(LEAST_TEST_ROWS, int(TEST_SHARE * budget / max(1e-12, a_row))))
         return {
-            "look_s": loss_byte_s * min(WATCHED_BYTES, self.problem.bytes["control"]), "judge_s": judge_s, "judged_rows": most,
+            "look_s": loss_byte_s * min(WATCHED_BYTES, judged_bytes, self.problem.bytes["control"]), "judge_s": judge_s,
+            "judged_rows": most, "judged_bytes": judged_bytes, "test_rows": test_rows, "test_s": test_rows * a_row,
             "calibration_s": min(most, rows["calibration"]) * write_s if by_texts else loss_s,
-            "test_rows": test_rows, "test_s": test_rows * a_test + loss_byte_s * self.problem.bytes["test"] * test_rows / max(1, rows["test"]),
         }  # fmt: skip
 
 

@@ -78,8 +78,8 @@ class Speakers:
                 return list(records)
             order = np.random.default_rng(self.config.seed).permutation(len(records))[:most]
             return [records[i] for i in sorted(order.tolist())]
-        ends = np.cumsum(sizes(records))
-        return list(records[: max(2, int(np.searchsorted(ends, JUDGED_BYTES, side="right")))])
+        most, ends = int(self.facts.get("judged_bytes", JUDGED_BYTES)), np.cumsum(sizes(records))
+        return list(records[: max(2, int(np.searchsorted(ends, most, side="right")))])
 
     # ------------------------------------------------------------------ tokenizer
 
