@@ -57,6 +57,7 @@ PASSES_AFTER = (
 PAIRS_RATE = (
     6e-3  # muon's, from random weights: on multi30k better than 2e-2 by 3.4 BLEU after 600 updates (LOG.md, 2026-11-25)
 )
+RECOUNT = 3.0  # times what counting train took: twice with more text, and judging
 RUNGS: Sequence[tuple[int, int]] = (  # width, layers: from the smallest to the largest model from scratch
     (64, 2), (96, 3), (128, 4), (192, 4), (256, 6), (384, 6), (512, 8), (768, 12), (1024, 16),
 )  # fmt: skip
@@ -317,7 +318,7 @@ def _recount(plan: _Plan) -> Generator[Ask, Outcome | None, None]:
     """Nothing is decided after this, so the held-out text is free to be counted."""
     if plan.incumbent.get("kind") not in ("ngram", "mixed"):
         return
-    needed = 3 * plan.count_s + plan.facts["calibration_s"]
+    needed = RECOUNT * plan.count_s + plan.facts["calibration_s"]
     if plan.timed and plan.remaining < needed:
         yield Skip(stage="recount", why=f"{plan.remaining:.1f} s are left, counting again takes about {needed:.1f} s")
         return
@@ -338,7 +339,8 @@ def _reserve(plan: _Plan) -> Generator[Ask, Outcome | None, None]:
     decoding = (
         PASSES_AFTER * f["calibration_s"] if plan.problem.task.writes and f["reads"] != "spans" else f["calibration_s"]
     )
-    amount = min(f["test_s"] + decoding, 0.3 * plan.remaining)
+    counting = RECOUNT * plan.count_s  # 0 where nothing was counted
+    amount = min(f["test_s"] + decoding + counting, 0.3 * plan.remaining)
     yield Reserve(name="end", amount=round(amount, 3))
     plan.remaining = max(0.0, plan.remaining - amount)
 
