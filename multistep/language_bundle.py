@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from multistep import __version__
+from multistep.codec import Codec
 from multistep.data.cells import Record
 from multistep.data.records import bare, read_records, read_sources
 from multistep.data.shapes import Layout
-from multistep.metrics.texts import measure_rows, signature, statistics
+from multistep.metrics.texts import signature
 from multistep.models.baselines import load_writer
 from multistep.models.choose import Choose
 from multistep.models.encoder import load_backbone
@@ -35,7 +36,7 @@ from multistep.state import replace_folder
 from multistep.subwords import load_tokenizer, save_tokenizer
 from multistep.tasks.writing import LOSSES, Writing
 from multistep.types import Prediction, UserError
-from multistep.writing import Codec, Counted, Mixed, Neural, Simple, Spans, Speaker, encoder_features
+from multistep.writing import Counted, Mixed, Neural, Simple, Spans, Speaker, encoder_features, measured
 
 FORMAT = 1
 _KINDS = {d.model_fields["kind"].default: d for d in DECODINGS}
@@ -67,24 +68,16 @@ class LanguageBundle:
     def evaluate(self, source: str | Path) -> dict[str, Any]:
         """Score the bundle on data with right answers: each metric with its bootstrap standard error."""
         records = read_records(source, self.layout)
-        running = bool(self.info["stream"])
-        losses = self.speaker.losses(records, running)
         references = [r.targets for r in records]
-        names = list(dict.fromkeys([self.info["metric"], *self.task.metrics]))
-        texts = [str(p.value) for p in self.speaker.write(records)] if any(n not in LOSSES for n in names) else []
-        found: dict[str, Any] = {}
-        for name in names:
-            if name in LOSSES and losses is not None:
-                value = measure_rows(name, losses, 0)
-            elif name not in LOSSES and texts:
-                value = measure_rows(name, statistics(name, texts, references), 0)
-            else:
-                continue
-            found[name] = {
-                "value": value.value,
-                "stderr": value.stderr,
-                "signature": signature(name, references if texts else ()),
+        values = measured(self.speaker, self.task, self.info["metric"], records, bool(self.info["stream"]))
+        found = {
+            name: {
+                "value": v.value,
+                "stderr": v.stderr,
+                "signature": signature(name, () if name in LOSSES else references),
             }
+            for name, v in values.items()
+        }
         return {"metrics": found, "n": len(records), "data": str(source), "cut": self.cut()}
 
     def cut(self) -> dict[str, dict[str, int]]:

@@ -1,6 +1,5 @@
 """Models that write, behind one interface: records in, texts and losses out. Training, judging and serving all ask here.
 
-    Codec    a tokenizer as models that write need it
     Neural   a decoder or a sequence-to-sequence model; reads "stream" (running text), "pairs" or "prompts" (turns)
     Counted  the n-gram model; Mixed: both, where every token is a character
     Simple   a cheap writer without losses (models/baselines.py and its neighbours)
@@ -15,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -23,10 +21,11 @@ import torch
 from tokenizers import Tokenizer
 
 from multistep import dialogue
+from multistep.codec import Codec
 from multistep.data.cells import Record, Turn
 from multistep.evaluate import EncoderText, encode
 from multistep.generate import Written, generate, stream
-from multistep.metrics.texts import loss_statistics
+from multistep.metrics.texts import loss_statistics, measure_rows, statistics
 from multistep.models.baselines import Writer
 from multistep.models.encoder import Encoder, load_backbone
 from multistep.models.mixed import Mixture
@@ -36,63 +35,14 @@ from multistep.predictors.decoding import Decoding, Greedy, Sample
 from multistep.sequences import BlockRows, PairRows, PromptRows, windows
 from multistep.spans import SpanRows
 from multistep.subwords import encode_ids, load_tokenizer
-from multistep.tasks.writing import Writing
-from multistep.types import Prediction, UserError
+from multistep.tasks.writing import LOSSES, Writing
+from multistep.types import MetricValue, Prediction
 
 Reads = Literal["stream", "pairs", "prompts"]
 Rows = PairRows | PromptRows | BlockRows
 _UNKNOWN_NATS = 21 * math.log(2)
 _READ_TOKENS = 128  # of a sentence, by the encoder that ranks sentences
 _JUDGE_WINDOWS = 4096  # tokens of a stream at once
-
-
-class Codec:
-    """A fast tokenizer of transformers: texts to ids and back. Raises UserError where it lacks what writing needs."""
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        if tokenizer.eos_token_id is None:
-            raise UserError("model: its tokenizer has no end token (eos_token). Add one to tokenizer_config.json.")
-        self.eos = int(tokenizer.eos_token_id)
-        self.bos = int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else self.eos)
-        self.pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos)
-        self.unknown = tokenizer.unk_token_id
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Codec:
-        """From a folder or the hub. Raises UserError when there is no fast tokenizer."""
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-            raise UserError(f"model: {str(folder)!r} has no tokenizer that can be loaded ({reason}).") from None
-        if not tokenizer.is_fast:
-            raise UserError(f"model: {str(folder)!r} has no fast tokenizer. Add tokenizer.json.")
-        return cls(tokenizer)
-
-    def pieces(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text alone, nothing added."""
-        return [np.array(e.ids, np.int64) for e in self._encoded(texts, special=False)]
-
-    def whole(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text with the begin and end tokens that the tokenizer adds."""
-        return [np.array(e.ids, np.int64) for e in self._encoded(texts, special=True)]
-
-    def targets(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text as an answer: they end with the end token."""
-        found = []
-        for ids in self.whole(texts):
-            found.append(ids if len(ids) and ids[-1] == self.eos else np.append(ids, self.eos))
-        return found
-
-    def _encoded(self, texts: Sequence[str], special: bool) -> list[Any]:
-        encodable = [t if t.isascii() else t.encode("utf-8", "replace").decode("utf-8") for t in texts]
-        return self.tokenizer.backend_tokenizer.encode_batch(encodable, add_special_tokens=special)
-
-    def text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class Cut(NamedTuple):
@@ -405,3 +355,19 @@ def encoder_features(
     tokenizer, model = load_tokenizer(name), Encoder(load_backbone(name), 2).to(device)
     rows = EncoderText(model, lambda texts: encode_ids(tokenizer, texts, _READ_TOKENS)[0], model.pad_id).rows
     return lambda texts: encode(model, rows(texts), watch=watch)
+
+
+def measured(
+    speaker: Speaker, task: Writing, metric: str, records: Sequence[Record], running: bool, seed: int = 0
+) -> dict[str, MetricValue]:
+    """The metric, the task's others and bits per byte on these records, as far as the speaker has texts and losses."""
+    names = list(dict.fromkeys([metric, *task.metrics, "bits_per_byte"]))
+    losses = speaker.losses(records, running)
+    texts = [str(p.value) for p in speaker.write(records)] if any(n not in LOSSES for n in names) else []
+    found: dict[str, MetricValue] = {}
+    for name in names:
+        if name not in LOSSES:
+            found[name] = measure_rows(name, statistics(name, texts, [r.targets for r in records]), seed)
+        elif losses is not None:
+            found[name] = measure_rows(name, losses, seed)
+    return found

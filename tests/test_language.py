@@ -116,6 +116,7 @@ def test_a_language_model_beats_counts_only_where_it_does(tmp_path: Path) -> Non
 
 
 def test_a_mixture_charges_what_it_draws_from(tmp_path: Path) -> None:
+    from multistep.codec import Codec
     from multistep.data.cells import Record
     from multistep.models.decoder import new_decoder
     from multistep.models.ngram import NGram
@@ -123,7 +124,7 @@ def test_a_mixture_charges_what_it_draws_from(tmp_path: Path) -> None:
     from multistep.subwords import train_characters
     from multistep.tasks.writing import Writing
     from multistep.tune.speakers import _tokenizer_config
-    from multistep.writing import Codec, Counted
+    from multistep.writing import Counted
 
     text = "Wörter und 字, one by one. " * 20
     train_characters([text], tmp_path / "tokenizer.json")

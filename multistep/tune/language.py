@@ -44,7 +44,7 @@ from multistep.tune.speakers import WATCHED_BYTES, Speakers
 from multistep.tune.training import averaged, run_training
 from multistep.tune.watch import Looks, checks
 from multistep.types import Cost, MetricValue, Outcome, Verdict
-from multistep.writing import Mixed, Spans, Speaker, mixed_nats
+from multistep.writing import Mixed, Spans, Speaker, measured, mixed_nats
 
 _SHARES = [n / 20 for n in range(1, 21)]  # of the neural model in a mixture
 
@@ -372,9 +372,9 @@ class LanguageWorks:
         most = int(s.facts.get("test_rows") or whole)
         if most < whole:
             records = [records[i] for i in sorted(np.random.default_rng(0).permutation(whole)[:most].tolist())]
-        report = test_report(s.speaker(self.incumbent), s, self.problem.metric, records)
-        yield "TestRead", {"trial": trial.id, "of": whole, **report}
-        return Outcome(metrics=report["metrics"], cost=_wall(started))
+        found = measured(s.speaker(self.incumbent), s.task, self.problem.metric, records, s.data.stream)
+        yield "TestRead", {"trial": trial.id, "of": whole, "rows": len(records), "metrics": found}
+        return Outcome(metrics=found, cost=_wall(started))
 
     # ------------------------------------------------------------------ profile
 
@@ -387,22 +387,6 @@ class LanguageWorks:
             if rule := facts.get({"size": "size", "optimizer": "choice"}[what]):
                 yield "Noted", {"trial": trial.id, "what": what, "facts": {"rule": rule}}
         return Outcome(facts=facts, cost=_wall(started))
-
-
-def test_report(speaker: Speaker, speakers: Any, metric: str, records: Sequence[Record]) -> dict[str, Any]:
-    """The metric, the task's others and losses, on these records."""
-    task, seed = speakers.task, 0
-    found: dict[str, MetricValue] = {}
-    losses = speaker.losses(records, speakers.data.stream)
-    names = list(dict.fromkeys([metric, *task.metrics, "bits_per_byte"]))
-    texts = [str(p.value) for p in speaker.write(records)] if any(n not in LOSSES for n in names) else []
-    for name in names:
-        if name in LOSSES:
-            if losses is not None:
-                found[name] = measure_rows(name, losses, seed)
-        elif texts:
-            found[name] = measure_rows(name, statistics(name, texts, [r.targets for r in records]), seed)
-    return {"rows": len(records), "metrics": found}
 
 
 def _best_share(a_T: np.ndarray, b_T: np.ndarray) -> float:

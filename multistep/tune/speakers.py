@@ -15,6 +15,7 @@ import torch
 
 from multistep import dialogue
 from multistep.budget import parse_budget
+from multistep.codec import Codec
 from multistep.config import FitConfig
 from multistep.data.cells import Record
 from multistep.data.records import LanguageData
@@ -33,7 +34,7 @@ from multistep.state import read_folder, replace_folder
 from multistep.strategy import FitWriter, Shape
 from multistep.subwords import load_tokenizer, train_bytes, train_characters, unknown_rate
 from multistep.tasks.writing import Writing
-from multistep.writing import Codec, Counted, Mixed, Neural, Simple, Spans, Speaker, encoder_features, sizes
+from multistep.writing import Counted, Mixed, Neural, Simple, Spans, Speaker, encoder_features, sizes
 
 ALPHABET = 512  # different characters at most for a tokenizer whose tokens are characters
 CHARACTERS_A_TOKEN = 600  # of train, for each entry of a byte-pair vocabulary from scratch
