@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from multistep.config import FitConfig
 from multistep.controllers.script import Ask, Reserve, Skip, Steps
-from multistep.controllers.trunk import LEAST_UPDATES
+from multistep.controllers.trunk import LEAST_UPDATES, averages
 from multistep.metrics.texts import LANGUAGE_METRICS
 from multistep.objectives import NextToken, Seq2Seq, Span
 from multistep.optimizers.base import Rate, Regime
@@ -23,7 +23,6 @@ from multistep.schedules import Constant, Linear, Schedule
 from multistep.strategy import (
     Action,
     AsGiven,
-    Average,
     Decode,
     FitWriter,
     Mix,
@@ -280,13 +279,8 @@ def _cool(
 
 
 def _averages(plan: _Plan, state: str) -> Generator[Ask, Outcome | None, None]:
-    if plan.timed and plan.remaining < 2 * plan.facts["judge_s"]:
-        yield Skip(
-            stage="average", why=f"{plan.remaining:.1f} s are left, judging two takes {2 * plan.facts['judge_s']:.1f} s"
-        )
-        return
-    yield from plan.trial("average", Average(which="ema"), "exponential moving average of the weights", start=state)
-    yield from plan.trial("average", Average(which="tail"), "mean of the last quarter's weights", start=state)
+    needed = 2 * plan.facts["judge_s"]
+    yield from averages(plan, state, needed, plan.timed and plan.remaining < needed)
 
 
 def _decode(plan: _Plan) -> Generator[Ask, Outcome | None, None]:

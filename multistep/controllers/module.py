@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from multistep.config import OptimizerConfig, check_layer_decay
 from multistep.controllers.script import Ask, Skip, Steps
-from multistep.controllers.trunk import LEAST_UPDATES, PROBE_SHARE, PROBE_UPDATES
+from multistep.controllers.trunk import LEAST_UPDATES, PROBE_SHARE, PROBE_UPDATES, averages
 from multistep.objectives import Objective
 from multistep.optimizers.base import Regime
 from multistep.schedules import Constant, Linear, Schedule
@@ -197,13 +197,8 @@ def _enough(plan: _Plan, share: float) -> Generator[Ask, Outcome | None, bool]:
 
 
 def _averages(plan: _Plan, state: str) -> Generator[Ask, Outcome | None, None]:
-    if plan.problem.unit == "seconds" and plan.remaining < 2 * plan.facts["judge_s"]:
-        yield Skip(
-            stage="average", why=f"{plan.remaining:.1f} s are left, two averages take {2 * plan.facts['judge_s']:.1f} s"
-        )
-        return
-    yield from plan.trial("average", Average(which="ema"), "exponential moving average of the weights", start=state)
-    yield from plan.trial("average", Average(which="tail"), "mean of the last quarter's weights", start=state)
+    needed = 2 * plan.facts["judge_s"]
+    yield from averages(plan, state, needed, plan.problem.unit == "seconds" and plan.remaining < needed)
 
 
 def _soup(plan: _Plan) -> Generator[Ask, Outcome | None, None]:

@@ -6,11 +6,12 @@ Probes and candidates are compared only after their learning rate has decayed to
 from __future__ import annotations
 
 from collections.abc import Generator
+from typing import Protocol
 
-from multistep.controllers.plan import MOST_EPOCHS, Plan
+from multistep.controllers.plan import MOST_EPOCHS, Plan, Step
 from multistep.controllers.script import Ask, Skip
 from multistep.schedules import Linear, Plateau
-from multistep.strategy import Average, FineTune
+from multistep.strategy import Action, Average, FineTune
 from multistep.types import Outcome, Verdict
 
 PROBE_SHARE = 0.06  # of what is left, for each probe
@@ -131,9 +132,22 @@ def soup(plan: Plan) -> Generator[Ask, Outcome | None, None]:
 
 def average(plan: Plan, state: str) -> Generator[Ask, Outcome | None, None]:
     """The averages of the trunk's weights, each against what is committed."""
-    if plan.timed and plan.remaining < 0.5 * average_s(plan):
-        why = f"{plan.remaining:.1f} s are left, two averages take {average_s(plan):.1f} s to judge"
-        yield Skip(stage="average", why=why)
+    needed = average_s(plan)
+    yield from averages(plan, state, needed, plan.timed and plan.remaining < 0.5 * needed)
+
+
+class Trials(Protocol):
+    """The trials of a script so far."""
+
+    remaining: float
+
+    def trial(self, stage: str, action: Action, why: str, *, start: str | None = None) -> Step: ...
+
+
+def averages(plan: Trials, state: str, needed: float, short: bool) -> Generator[Ask, Outcome | None, None]:
+    """Both averages that a training kept, where the `needed` seconds are there to judge them."""
+    if short:
+        yield Skip(stage="average", why=f"{plan.remaining:.1f} s are left, two averages take {needed:.1f} s to judge")
         return
     yield from plan.trial("average", Average(which="ema"), "exponential moving average of the weights", start=state)
     yield from plan.trial("average", Average(which="tail"), "mean of the last quarter's weights", start=state)

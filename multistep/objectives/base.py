@@ -6,6 +6,7 @@ micro-batches add up to the whole. `of` computes the loss from a forward pass st
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
 class BaseObjective(Spec):
     """Base of the objectives. Outputs and targets have the batch as their first dimension."""
 
+    @abstractmethod
     def loss(self, outputs: Tensor, targets: Any) -> Tensor:
         """The mean loss, a float32 scalar with its graph."""
-        raise NotImplementedError
 
+    @abstractmethod
     def each(self, outputs: Tensor, targets: Any) -> Tensor:
         """The loss of every example [B], without smoothing and weights: what validation compares."""
-        raise NotImplementedError
 
     def count(self, targets: Any) -> float:
         """How much the batch weighs: `loss` is a sum divided by this."""

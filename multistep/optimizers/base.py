@@ -6,6 +6,7 @@ while it runs, so both stay live. All that moves must be in `state_dict()`: fork
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -79,9 +80,9 @@ class GradientOptimizer(Spec):
     lr: Annotated[float, Field(gt=0, le=1000), Tunable(1e-6, 1e1, log=True, live=True)]
     weight_decay: Annotated[float, Field(ge=0, le=10), Tunable(1e-4, 1.0, log=True, live=True)] = 0.0
 
+    @abstractmethod
     def build(self, parameters: Sequence[tuple[str, nn.Parameter]], head_lr: float = 1.0) -> torch.optim.Optimizer:
         """An optimizer over named parameters; the head's learning rate is `lr` times `head_lr`."""
-        raise NotImplementedError
 
     def settle(self, optimizer: torch.optim.Optimizer, training: bool) -> None:
         """Put the parameters that are to be trained (True) or to be judged and shipped (False) into the model. For most the same."""

@@ -23,6 +23,7 @@ Shapes: D parameters in all.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,7 +68,7 @@ class Direction(NamedTuple):
     boundary: bool = False  # it ends at the trust region's radius
 
 
-class NewtonOptimizer(torch.optim.Optimizer):
+class NewtonOptimizer(torch.optim.Optimizer, ABC):
     """What both have: evaluation, line search, damping. State of the whole lies with the first parameter."""
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, curvature: Curvature, damping: float) -> None:
@@ -77,9 +78,9 @@ class NewtonOptimizer(torch.optim.Optimizer):
         self._first_damping = damping
         self._plain = False  # fused kernels turned out to lack a second derivative; found anew after a resume
 
+    @abstractmethod
     def move(self, here: Here, lr: float) -> dict[str, Any]:
         """Change the parameters, and the state; the facts of the step."""
-        raise NotImplementedError
 
     @property
     def own(self) -> dict[str, Any]:
