@@ -34,7 +34,7 @@ from gpt import GPT, GPTSize, characters, ids, text, windows
 BENCH = "nanogpt"
 RECIPE = {
     "device": "cpu", "compile": False, "eval_iters": 20, "log_interval": 100, "block_size": 64, "batch_size": 12, "n_layer": 4,
-    "n_head": 4, "n_embd": 128, "max_iters": 2000, "lr_decay_iters": 2000, "dropout": 0.0,
+    "n_head": 4, "n_embd": 128, "dropout": 0.0,
 }  # fmt: skip
 UPDATES = 500  # of ours
 # Chosen on the last tenth of train, with seeds that are not reported (100 to 103; LOG.md, 2026-11-25).
@@ -63,10 +63,11 @@ def prepare(nanogpt: Path) -> None:
     assert torch.equal(torch.from_numpy(cut.astype(np.int64)), ids("validation")), "the two validation splits differ"
 
 
-def peer(nanogpt: Path, out: Path) -> Row:
+def peer(nanogpt: Path, out: Path, updates: int) -> Row:
     """Its train.py: whole-process seconds, its own estimate, and the full validation loss of the checkpoint it keeps (its best)."""
     command = [sys.executable, "train.py", "config/train_shakespeare_char.py"]
-    command += [f"--{key}={value}" for key, value in {**RECIPE, "out_dir": out}.items()]
+    recipe = {**RECIPE, "max_iters": updates, "lr_decay_iters": updates, "out_dir": out}
+    command += [f"--{key}={value}" for key, value in recipe.items()]
     start = time.monotonic()
     done = subprocess.run(command, cwd=nanogpt, capture_output=True, text=True, check=False)
     wall_s = time.monotonic() - start
@@ -145,7 +146,8 @@ def main() -> None:
     options.add_argument(
         "--nanogpt", type=Path, help="a clone of karpathy/nanoGPT; not changed, but for its data folder"
     )
-    options.add_argument("--updates", type=int, default=UPDATES, help="of ours")
+    options.add_argument("--updates", type=int, default=UPDATES, help="of ours; 0: the peer alone")
+    options.add_argument("--peer-updates", type=int, default=2000, help="of the peer; its recipe says 2000")
     options.add_argument("--train", type=Path, help=argparse.SUPPRESS)  # one training of ours, in this process
     given = options.parse_args()
     if given.train is not None:
@@ -157,15 +159,16 @@ def main() -> None:
     prepare(nanogpt)
     results = Results(BENCH, given.out, table)
     for seed in given.seeds:
-        for system in ("nanoGPT", f"multistep, {given.updates} updates"):
-            if results.has("tinyshakespeare", "2000 updates", system, seed):
+        budget = f"{given.peer_updates} updates"
+        for system in ("nanoGPT", f"multistep, {given.updates} updates")[: 2 if given.updates else 1]:
+            if results.has("tinyshakespeare", budget, system, seed):
                 continue
             before = load_average()
             with tempfile.TemporaryDirectory(prefix="multistep-bench-") as place:
                 out = Path(place) / "out"
-                ran = peer(nanogpt, out) if system == "nanoGPT" else ours(given.updates, seed, out)
+                ran = peer(nanogpt, out, given.peer_updates) if system == "nanoGPT" else ours(given.updates, seed, out)
             threads = os.environ.get("OMP_NUM_THREADS", "default")
-            results.add("tinyshakespeare", "2000 updates", system, seed, {**ran, "threads": threads}, before)
+            results.add("tinyshakespeare", budget, system, seed, {**ran, "threads": threads}, before)
 
 
 if __name__ == "__main__":
