@@ -1,6 +1,7 @@
 """Token sequences as training rows: pairs for models that read and write, blocks of a stream and prompted texts for decoders.
 
-All of them are what `train` reads (order, load, outputs, tokens) and what judging reads (parts, rows with their losses).
+All of them are what `train` reads (order, load, outputs, tokens) and what judging reads (parts, rows with their losses). `whole`:
+outputs are logits; else those of a large vocabulary are left to the loss, which makes them piece by piece.
 Shapes: B rows, S source tokens, T target tokens, V tokens of the vocabulary, M target tokens of a batch that count.
 """
 
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from multistep.data.batches import Batches, by_length
 from multistep.models.encoder import pad
-from multistep.objectives.shapes import IGNORED
+from multistep.models.projection import outputs_of
+from multistep.objectives.shapes import IGNORED, Hidden
 
 JUDGE_TOKENS = 4096  # padded tokens at once while judging
 
@@ -25,6 +27,8 @@ class PairRows:
 
     In training only the positions that count are projected to the vocabulary: outputs [1,M,V] for targets [1,M].
     """
+
+    whole = True
 
     def __init__(
         self, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], pad_id: int, start_id: int, device: str
@@ -50,12 +54,10 @@ class PairRows:
         inputs = tuple(t.to(self.device) for t in (source_BS, mask_BS, decoder_BT, counts_BT))
         return inputs, target_BT[counts_BT][None].to(self.device)
 
-    def outputs(self, model: Any, inputs: Any) -> Tensor:
+    def outputs(self, model: Any, inputs: Any) -> Tensor | Hidden:
         source_BS, mask_BS, decoder_BT, counts_BT = inputs
-        hidden_BTD = model.model(
-            input_ids=source_BS, attention_mask=mask_BS.long(), decoder_input_ids=decoder_BT, use_cache=False
-        ).last_hidden_state
-        return model.lm_head(hidden_BTD[counts_BT])[None]
+        called = {"input_ids": source_BS, "attention_mask": mask_BS.long(), "decoder_input_ids": decoder_BT}
+        return outputs_of(model, called, counts_BT, self.whole)
 
     def parts(self) -> list[np.ndarray]:
         """All rows once, in batches of similar length."""
@@ -75,6 +77,8 @@ class PromptRows:
 
     `counts`: for each text a boolean for every token, whether it is to be predicted (the first never is).
     """
+
+    whole = True
 
     def __init__(self, ids: Sequence[np.ndarray], counted: Sequence[np.ndarray], pad_id: int, device: str):
         self.ids, self.counted, self.pad_id, self.device = list(ids), list(counted), pad_id, device
@@ -97,10 +101,9 @@ class PromptRows:
         inputs = ids_BT[:, :-1].to(self.device), counts_BT.to(self.device)
         return inputs, ids_BT[:, 1:][counts_BT][None].to(self.device)
 
-    def outputs(self, model: Any, inputs: Any) -> Tensor:
+    def outputs(self, model: Any, inputs: Any) -> Tensor | Hidden:
         ids_BT, counts_BT = inputs  # padding is on the right: no real token attends to it
-        hidden_BTD = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
-        return model.lm_head(hidden_BTD[counts_BT])[None]
+        return outputs_of(model, {"input_ids": ids_BT}, counts_BT, self.whole)
 
     def parts(self) -> list[np.ndarray]:
         return by_length(self.lengths_N, JUDGE_TOKENS)
@@ -117,6 +120,8 @@ class BlockRows:
 
     `starts`: where documents begin. Every epoch cuts the stream at another phase, so that no token is always the first of a window.
     """
+
+    whole = True
 
     def __init__(self, stream: np.ndarray, starts: Sequence[int], block: int, device: str):
         if len(stream) < 2:
@@ -148,11 +153,10 @@ class BlockRows:
         inputs = ids_BT[:, :-1].to(self.device), None if positions_BT is None else positions_BT.to(self.device)
         return inputs, targets_BT.to(self.device)
 
-    def outputs(self, model: Any, inputs: Any) -> Tensor:
+    def outputs(self, model: Any, inputs: Any) -> Tensor | Hidden:
         ids_BT, positions_BT = inputs
-        if positions_BT is None:
-            return model(input_ids=ids_BT, use_cache=False).logits
-        return model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
+        placed = {} if positions_BT is None else {"position_ids": positions_BT}
+        return outputs_of(model, {"input_ids": ids_BT, **placed}, None, self.whole)
 
 
 class Windows:

@@ -227,6 +227,7 @@ class Neural:
     def _nats(self, rows: Rows, inputs: Any, targets: torch.Tensor) -> np.ndarray:
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             logits = rows.outputs(self.model, inputs)
+        assert isinstance(logits, torch.Tensor)
         nats = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none"
         ).view(targets.shape)

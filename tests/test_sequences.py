@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
 from multistep.models.decoder import new_decoder
 from multistep.models.seq2seq import new_seq2seq
 from multistep.objectives import NextToken, Seq2Seq
-from multistep.objectives.shapes import IGNORED
+from multistep.objectives.shapes import IGNORED, Hidden
 from multistep.sequences import BlockRows, PairRows, PromptRows, windows
 
 IDS = {"pad": 0, "bos": 1, "eos": 2}
@@ -34,6 +37,72 @@ def test_pairs_count_every_target_token_once(torch_seeded: None) -> None:
     assert Seq2Seq().count(targets) == count == sum(rows.counts(np.arange(4)))
     assert sorted(np.concatenate(rows.parts()).tolist()) == [0, 1, 2, 3]
     assert rows.tokens(np.array([0, 2])) == (4 + 6) + (3 + 9)
+
+
+def small(kind: str) -> Any:
+    """A model with random weights of a class that is not trained from scratch here."""
+    import transformers
+
+    torch.manual_seed(0)
+    t: Any = transformers
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    match kind:
+        case "gpt2":
+            return t.GPT2LMHeadModel(t.GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2, n_positions=64, **ids))
+        case "gemma2":  # caps its logits
+            config = t.Gemma2Config(
+                vocab_size=60, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                num_key_value_heads=1, head_dim=16, final_logit_softcapping=1.0, **ids,
+            )  # fmt: skip
+            return t.Gemma2ForCausalLM(config)
+        case "t5":  # tied: scales its last states
+            config = t.T5Config(
+                vocab_size=60, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+            )
+            return t.T5ForConditionalGeneration(config)
+        case _:  # adds a bias to its logits
+            config = t.MarianConfig(
+                vocab_size=60, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_start_token_id=1,
+                decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64, forced_eos_token_id=2, **ids,
+            )  # fmt: skip
+            model = t.MarianMTModel(config)
+            model.final_logits_bias = torch.randn_like(model.final_logits_bias)
+            return model
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2"])
+def test_any_decoder_is_trained_on_its_own_logits(kind: str) -> None:
+    ids = [np.concatenate([s, t]) for s, t in zip(SOURCES, TARGETS, strict=True)]
+    counted = [np.arange(len(i)) >= len(s) for i, s in zip(ids, SOURCES, strict=True)]
+    model, rows = small(kind).eval(), PromptRows(ids, counted, 0, "cpu")
+    outputs = rows.outputs(model, rows.load(np.arange(4))[0])
+    alone = [
+        model(input_ids=torch.tensor(i)[None]).logits[0, len(s) - 1 : -1] for i, s in zip(ids, SOURCES, strict=True)
+    ]
+    torch.testing.assert_close(outputs[0], torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["t5", "marian"])
+def test_any_pair_of_encoder_and_decoder_is_trained_on_its_own_logits(kind: str) -> None:
+    model = small(kind).eval()
+    start = model.config.decoder_start_token_id
+    rows = PairRows(SOURCES, TARGETS, 0, start, "cpu")
+    outputs = rows.outputs(model, rows.load(np.arange(4))[0])
+    alone = [
+        model(input_ids=torch.tensor(s)[None], decoder_input_ids=torch.tensor([[start, *t[:-1]]])).logits[0]
+        for s, t in zip(SOURCES, TARGETS, strict=True)
+    ]
+    torch.testing.assert_close(outputs[0], torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_a_large_vocabulary_is_left_to_the_loss(torch_seeded: None) -> None:
+    rows, model = PairRows(SOURCES, TARGETS, 0, 1, "cpu"), new_seq2seq(3000, 32, 1, 64, IDS, 0)
+    inputs, targets = rows.load(np.arange(4))
+    whole = rows.outputs(model, inputs)
+    rows.whole = False
+    hidden = rows.outputs(model, inputs)
+    assert isinstance(whole, torch.Tensor) and isinstance(hidden, Hidden)
+    torch.testing.assert_close(Seq2Seq().loss(hidden, targets), Seq2Seq().loss(whole, targets))
 
 
 def test_prompts_are_read_but_not_learnt(torch_seeded: None) -> None:
@@ -74,6 +143,7 @@ def test_no_document_attends_to_another(torch_seeded: None) -> None:
     model = new_decoder(60, 32, 2, 64, IDS, 0).eval()
     inputs, targets = rows.load(np.array([0]))
     outputs = rows.outputs(model, inputs)
+    assert isinstance(outputs, torch.Tensor)
     for begin, document in ((0, documents[0]), (10, documents[1])):
         alone = model(input_ids=torch.tensor(document)[None], use_cache=False).logits
         torch.testing.assert_close(outputs[:, begin : begin + len(document)], alone, rtol=1e-4, atol=1e-4)

@@ -53,8 +53,8 @@ FINISH_SHARE = 0.03  # of the budget: loading, judging, writing
 PASSES_AFTER = (
     2.5  # what the ways of decoding take, as a multiple of writing the calibration rows greedily, kept for the end
 )
-PAIRS_RATE = (
-    6e-3  # muon's, from random weights: on multi30k better than 2e-2 by 3.4 BLEU after 600 updates (LOG.md, 2026-11-25)
+SCRATCH_RATE = (
+    6e-3  # muon's, from random weights: 2e-2 is too high for trainings of 600 updates and more (LOG.md, 2026-11-25)
 )
 RECOUNT = 3.0  # times what counting train took: twice with more text, and judging
 RUNGS: Sequence[tuple[int, int]] = (  # width, layers: from the smallest to the largest model from scratch
@@ -144,15 +144,15 @@ class _Plan:
             return self.remaining
         return max(0.0, self.remaining - 3 * self.facts["judge_s"] - FINISH_SHARE * self.problem.budget)
 
-    def _prior(self, kind: str, shape: Shape, rates: Mapping[Regime, Rate]) -> float:
-        of_pairs = self.problem.regime == "scratch" and shape.reads == "pairs" and kind == "muon"
-        return PAIRS_RATE if of_pairs else rates[self.problem.regime].prior
+    def _prior(self, kind: str, rates: Mapping[Regime, Rate]) -> float:
+        regime = self.problem.regime
+        return SCRATCH_RATE if kind == "muon" and regime == "scratch" else rates[regime].prior
 
     def strategy(self, lr: float | None = None, schedule: Schedule | None = None) -> TrainWriter:
         c, shape = self.problem.config, self.shape
         assert shape is not None
         optimizer = c.optimizer if c.optimizer.kind != "auto" else c.optimizer.with_(kind=self.facts["optimizer"])
-        rate = lr or c.optimizer.lr or self._prior(optimizer.kind, shape, optimizer.member.rates)
+        rate = lr or c.optimizer.lr or self._prior(optimizer.kind, optimizer.member.rates)
         smoothing = c.label_smoothing if c.label_smoothing is not None else SMOOTHING
         match shape.reads:
             case "pairs":

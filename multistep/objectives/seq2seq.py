@@ -17,6 +17,8 @@ from multistep.types import Tunable
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from multistep.objectives.shapes import Hidden
+
 
 class Seq2Seq(BaseObjective):
     good_for: ClassVar[str] = "an output sequence for an input sequence: summaries, translations, answers"
@@ -25,9 +27,9 @@ class Seq2Seq(BaseObjective):
     label_smoothing: Annotated[float, Field(ge=0, lt=1), Tunable(0.0, 0.2, live=True)] = 0.0
     z_loss: Annotated[float, Field(ge=0, le=1), Tunable(1e-5, 1e-2, log=True)] = 0.0  # PaLM: 1e-4
 
-    def loss(self, logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
-        """Mean over the tokens that count; 0 when there are none."""
-        return token_loss(logits_BTV, ids_BT, self.label_smoothing, self.z_loss)
+    def loss(self, outputs: Tensor | Hidden, ids_BT: Tensor) -> Tensor:
+        """Mean over the tokens that count; 0 when there are none. Outputs: logits [B,T,V], or what they are made of."""
+        return token_loss(outputs, ids_BT, self.label_smoothing, self.z_loss)
 
     def each(self, logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
         """Mean nats per token that counts of every row [B]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from multistep.types import UserError
 
@@ -10,6 +10,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORED = -100  # a target that does not count, as everywhere in torch
+
+
+class Hidden(NamedTuple):
+    """Outputs of a model of tokens whose logits [B,T,V], `states_BTD @ weight_VD.T`, are not made whole (`pieces.py`)."""
+
+    states_BTD: Tensor
+    weight_VD: Tensor
 
 
 def aligned(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

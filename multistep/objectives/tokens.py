@@ -11,18 +11,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from multistep.objectives.shapes import IGNORED
+from multistep.objectives.shapes import IGNORED, Hidden
 from multistep.types import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def token_loss(logits_BTV: Tensor, ids_BT: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
-    """Mean nats per token that counts."""
+def token_loss(outputs: Tensor | Hidden, ids_BT: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
+    """Mean nats per token that counts; outputs are logits [B,T,V], or what they are made of."""
     import torch.nn.functional as F
 
-    z_NV, ids_N = _flat(logits_BTV, ids_BT)
+    if isinstance(outputs, Hidden):
+        from multistep.objectives.pieces import piecewise_loss
+
+        return piecewise_loss(outputs, ids_BT, label_smoothing, z_loss)
+    z_NV, ids_N = _flat(outputs, ids_BT)
     counts_N = ids_N != IGNORED
     total = F.cross_entropy(z_NV, ids_N, ignore_index=IGNORED, label_smoothing=label_smoothing, reduction="sum")
     if z_loss:

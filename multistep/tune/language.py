@@ -253,7 +253,7 @@ class LanguageWorks:
         started, s = time.monotonic(), self.speakers
         state = TrainState(s.model(action.shape, trial.start))
         state.counters.seed = self.problem.config.seed
-        data, cut = s.rows(state.model, action.shape, s.data.train)
+        data, cut = s.rows(state.model, action, s.data.train)
         if any(c["rows"] for c in cut.values()):
             said = ", ".join(f"{c['rows']:,} {what} by {c['tokens']:,} tokens" for what, c in cut.items() if c["rows"])
             rule = f"longer than {action.shape.context} tokens and cut, of {len(s.data.train):,} rows of train: {said}"

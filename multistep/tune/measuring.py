@@ -159,9 +159,6 @@ class Profiler:
     def _update(self, shape: Shape, facts: Mapping[str, Any], optimizer: str, bf16: bool) -> float:
         """Tokens (not padding) a second, of the fastest of a few updates."""
         s = self.s
-        state = TrainState(s.model(shape))
-        few = s.data.train[: max(64, (_UPDATES + 1) * facts["batch_rows"])] if shape.reads != "stream" else s.data.train
-        data, _ = s.rows(state.model, shape, few)
         objective = {"pairs": Seq2Seq(), "spans": Span()}.get(shape.reads, NextToken())
         settings = (
             self.config.optimizer
@@ -172,6 +169,9 @@ class Profiler:
             optimizer=settings.at(1e-9), objective=objective, shape=shape, batch_size=facts["batch_rows"],
             micro_batch=self.config.micro_batch, bf16=bf16,
         )  # fmt: skip
+        state = TrainState(s.model(shape))
+        few = s.data.train[: max(64, (_UPDATES + 1) * facts["batch_rows"])] if shape.reads != "stream" else s.data.train
+        data, _ = s.rows(state.model, strategy, few)
         state.begin(strategy, Budget(amount=_UPDATES, unit="updates"))
         best, before, tokens = 0.0, time.monotonic(), 0
         for measure in train(state, data, bf16=bf16):

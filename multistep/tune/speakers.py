@@ -29,9 +29,10 @@ from multistep.models.passage import Passage
 from multistep.models.seq2seq import load_seq2seq, new_seq2seq
 from multistep.models.source import default_encoders
 from multistep.models.spans import SpanEncoder, load_span_encoder
+from multistep.objectives import NextToken, Seq2Seq
 from multistep.predictors.decoding import DECODINGS, Decoding, Greedy
 from multistep.state import read_folder, replace_folder
-from multistep.strategy import FitWriter, Shape
+from multistep.strategy import FitWriter, Shape, TrainWriter
 from multistep.subwords import load_tokenizer, train_bytes, train_characters, unknown_rate
 from multistep.tasks.writing import Writing
 from multistep.writing import Counted, Mixed, Neural, Simple, Spans, Speaker, encoder_features, sizes
@@ -253,12 +254,15 @@ class Speakers:
         sample = [self.task.reads(r) for r in self.data.train[:300]]
         return next((n for n in default_encoders() if unknown_rate(load_tokenizer(n), sample) <= UNKNOWN_LIMIT), None)
 
-    def rows(self, model: Any, shape: Shape, records: Sequence[Record]) -> Any:
+    def rows(self, model: Any, strategy: TrainWriter, records: Sequence[Record]) -> Any:
         """What `train` reads; and what was cut of it, by its name."""
+        shape = strategy.shape
         if shape.reads == "spans":
             return self.spans(model, shape).rows(records), {}
         neural = Neural(model, self.codec, self.task, shape.reads, shape.context)
-        return neural.rows(records, self.data.stream), {k: c._asdict() for k, c in neural.cut.items()}
+        rows = neural.rows(records, self.data.stream)
+        rows.whole = strategy.optimizer.closure or not isinstance(strategy.objective, NextToken | Seq2Seq)
+        return rows, {k: c._asdict() for k, c in neural.cut.items()}
 
     def neural(self, model: Any, shape: Shape, decoding: Decoding | None = None) -> Neural:
         """A model that writes, its adapter merged. Judged in the precision that it is trained in."""
