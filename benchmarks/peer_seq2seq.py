@@ -32,6 +32,7 @@ WIDTH, LAYERS, VOCABULARY, PAD, BEGIN, END = 128, 4, 6000, 0, 1, 2
 SWEEP = (1e-3, 2e-3, 4e-3)
 SWEEP_SHARE = 0.1  # of the budget, for each
 NEW_TOKENS = 60
+_TIMED = 20  # steps
 
 
 class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
@@ -75,15 +76,15 @@ def trained(data: Pairs, budget_s: float, seed: int, settings: dict[str, Any]) -
 
     with tempfile.TemporaryDirectory(prefix="multistep-bench-") as folder:
         begun = time.monotonic()
-        trainer(20, folder, []).train()
-        a_step = (time.monotonic() - begun) / 20
+        trainer(_TIMED, folder, []).train()
+        a_step = (time.monotonic() - begun) / _TIMED
         begun = time.monotonic()
         made = trainer(max(10, int(budget_s / a_step)), folder, [Stop()])
         made.train()
         train_s, steps = time.monotonic() - begun, made.state.global_step
         mean = sum(len(s) + len(t) for s, t in zip(data.sources, data.targets, strict=True)) / len(data)
         tokens_s = steps * settings.get("per_device_train_batch_size", 8) * mean / train_s  # not padding
-        return made.model, {"train_s": round(train_s, 1), "updates": steps, "tokens_s": round(tokens_s)}
+        return made.model, {"train_s": round(train_s, 1), "updates": steps, "tokens_s": round(tokens_s), "a_step_s": a_step}
 
 
 def judged(model: Any, tokenizer: Tokenizer, records: list[Any]) -> Row:
@@ -115,10 +116,12 @@ def run(system: str, budget_s: float, seed: int, data: LanguageData, tokenizer: 
         model, facts = trained(train, budget_s, seed, {})
         return {"ok": True, **facts, **judged(model, tokenizer, data.test)}
     held = Pairs(tokenizer, [*data.control, *data.calibration])
-    common = {
+    common: dict[str, Any] = {
         "per_device_train_batch_size": 96, "train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1,
         "warmup_steps": 0.06, "adam_beta2": 0.98, "weight_decay": 0.01,
     }  # fmt: skip
+    steps = {bf16: trained(train, 0.0, seed, {**common, "bf16": bf16})[1]["a_step_s"] for bf16 in (True, False)}
+    common["bf16"] = steps[True] < steps[False]
     losses = {
         lr: loss_of(trained(train, SWEEP_SHARE * budget_s, seed, {**common, "learning_rate": lr})[0], held)
         for lr in SWEEP
@@ -128,6 +131,7 @@ def run(system: str, budget_s: float, seed: int, data: LanguageData, tokenizer: 
     return {
         "ok": True,
         "lr": lr,
+        "bf16": common["bf16"],
         "sweep": {str(k): round(v, 4) for k, v in losses.items()},
         **facts,
         **judged(model, tokenizer, data.test),
