@@ -4,9 +4,11 @@
     shakespeare       characters, 5 min, any architecture; nats a character on nanoGPT's validation split, which is the test here
     scitldr, aeslc    summaries, 10 min
     cmrc2018          answers from passages, Chinese, 10 min; xquad_en: English
-    alpaca_zh         conversations: LoRA beside stories260K, 5 min (--stories: the folder of its files)
+    alpaca_zh, gsm8k  conversations: LoRA beside stories260K, 5 min (--stories: the folder of its files); `given` is what the model
+                      gives before, on control, and both adapted models, folded in and beside, write the first prompts
 
-Rows hold the test's metrics with their errors, what stands in the end, and the first writers that were tried, on control.
+Rows hold the test's metrics with their errors, what stands in the end, the first writers that were tried, on control, and of summaries
+and answers what the same test rows give to the rivals of rivals.py, paired.
 """
 
 from __future__ import annotations
@@ -20,7 +22,12 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from _common import ROOT, Results, Row, data_folder, load_average, markdown, mean_sd, multistep, parser, select, values
+from multistep import load
+from multistep.data.records import load_language
+from rivals import compared
 
 BENCH = "language"
 
@@ -42,6 +49,7 @@ PROBLEMS = {
     "cmrc2018": Problem("cmrc2018", "600s", "answer", "f1"),
     "xquad_en": Problem("xquad_en", "300s", "answer", "f1"),
     "alpaca_zh": Problem("alpaca_zh", "300s", "chat", "bits_per_byte", ("--adapter", "lora")),
+    "gsm8k": Problem("gsm8k", "300s", "chat", "bits_per_byte", ("--adapter", "lora")),
 }
 
 
@@ -67,7 +75,7 @@ def run(name: str, seed: int, stories: Path | None, journals: Path) -> Row:
             from multistep.models.llama2c import convert
 
             if stories is None:
-                raise SystemExit("benchmarks: alpaca_zh needs --stories, the folder of stories260K")
+                raise SystemExit(f"benchmarks: {name} needs --stories, the folder of stories260K")
             convert(stories / "stories260K.bin", stories / "tok512.bin", place / "stories")
             options += ["--model", str(place / "stories")]
         limit_s = 2 * float(problem.budget.removesuffix("s")) + 300
@@ -108,7 +116,36 @@ def run(name: str, seed: int, stories: Path | None, journals: Path) -> Row:
         trained = [o["facts"]["tokens_s"] for o in told.values() if "tokens_s" in o["facts"] and o["cost"]["updates"]]
         row["tokens_s"] = round(trained[0]) if trained else None  # not padding, looks at validation included
         row["updates"] = sum(o["cost"]["updates"] for o in told.values())
+        if problem.task in ("summarize", "answer"):
+            metrics = ["rouge1", "rouge2", "rougeL"] if problem.task == "summarize" else ["exact_match", "f1"]
+            row["rivals"] = compared(problem.task, metrics, data, out, seed)
+        if problem.task == "chat":
+            given = [o for k, o in told.items() if asked[k]["kind"] == "as_given"]
+            row["given"] = given[0]["metrics"][problem.metric] if given else None
+            row["adapter_writes_the_same"] = same_tokens(place / "stories", out, data)
         return row
+
+
+def same_tokens(base: Path, out: Path, data: Path) -> bool | None:
+    """Whether the model with its adapter folded in and the base with the adapter beside write the same tokens, greedily, for the first
+    prompts of the test; None where no adapted model stands."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    if not (out / "model" / "adapter").exists():
+        return None
+    bundle = load(out).language
+    records = load_language(data, task="chat").test[:16]
+    prompts = bundle.speaker.prompts(records)
+    models = (
+        AutoModelForCausalLM.from_pretrained(out / "model"),
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out / "model" / "adapter"),
+    )
+    found = [
+        [m.eval().generate(torch.tensor(p[None]), max_new_tokens=40, do_sample=False).tolist() for p in prompts]
+        for m in models
+    ]
+    return found[0] == found[1]
 
 
 def table(rows: list[Row]) -> str:

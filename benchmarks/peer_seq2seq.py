@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,11 @@ WIDTH, LAYERS, VOCABULARY, PAD, BEGIN, END = 128, 4, 6000, 0, 1, 2
 SWEEP = (1e-3, 2e-3, 4e-3)
 SWEEP_SHARE = 0.1  # of the budget, for each
 NEW_TOKENS = 60
-_TIMED = 20  # steps
+_TIMED, _WARM = 60, 20  # steps that are timed, after so many: batches grouped by length begin with the longest
+COMPETENT: dict[str, Any] = {  # but for precision and learning rate
+    "per_device_train_batch_size": 96, "train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1,
+    "warmup_steps": 0.06, "adam_beta2": 0.98, "weight_decay": 0.01,
+}  # fmt: skip
 
 
 class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
@@ -52,8 +57,10 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         longest = max(len(r[name]) for r in rows)
         return torch.tensor([r[name] + [fill] * (longest - len(r[name])) for r in rows])
 
-    ids = padded("input_ids", PAD)
-    return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": padded("labels", -100)}
+    ids, labels = padded("input_ids", PAD), padded("labels", -100)
+    begin = torch.full((len(rows), 1), BEGIN)  # label smoothing takes the labels away before the model sees them
+    decoder_ids = torch.cat([begin, labels[:, :-1].masked_fill(labels[:, :-1] < 0, PAD)], 1)
+    return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "decoder_input_ids": decoder_ids, "labels": labels}
 
 
 def trained(data: Pairs, budget_s: float, seed: int, settings: dict[str, Any]) -> tuple[Any, Row]:
@@ -61,7 +68,11 @@ def trained(data: Pairs, budget_s: float, seed: int, settings: dict[str, Any]) -
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
     class Stop(TrainerCallback):
+        warm_s = 0.0  # when the first steps were done
+
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == _WARM:
+                self.warm_s = time.monotonic()
             control.should_training_stop = time.monotonic() - begun > budget_s
 
     def trainer(steps: int, folder: str, callbacks: list[Any]) -> Any:
@@ -75,16 +86,21 @@ def trained(data: Pairs, budget_s: float, seed: int, settings: dict[str, Any]) -
         )
 
     with tempfile.TemporaryDirectory(prefix="multistep-bench-") as folder:
-        begun = time.monotonic()
-        trainer(_TIMED, folder, []).train()
-        a_step = (time.monotonic() - begun) / _TIMED
+        begun, timed = float("inf"), Stop()
+        trainer(_TIMED, folder, [timed]).train()
+        a_step = (time.monotonic() - timed.warm_s) / (_TIMED - _WARM)
         begun = time.monotonic()
         made = trainer(max(10, int(budget_s / a_step)), folder, [Stop()])
         made.train()
         train_s, steps = time.monotonic() - begun, made.state.global_step
         mean = sum(len(s) + len(t) for s, t in zip(data.sources, data.targets, strict=True)) / len(data)
         tokens_s = steps * settings.get("per_device_train_batch_size", 8) * mean / train_s  # not padding
-        return made.model, {"train_s": round(train_s, 1), "updates": steps, "tokens_s": round(tokens_s), "a_step_s": a_step}
+        return made.model, {
+            "train_s": round(train_s, 1),
+            "updates": steps,
+            "tokens_s": round(tokens_s),
+            "a_step_s": a_step,
+        }
 
 
 def judged(model: Any, tokenizer: Tokenizer, records: list[Any]) -> Row:
@@ -110,23 +126,22 @@ def loss_of(model: Any, data: Pairs) -> float:
     return float(np.mean(losses))
 
 
-def run(system: str, budget_s: float, seed: int, data: LanguageData, tokenizer: Tokenizer) -> Row:
+def run(
+    system: str, budget_s: float, seed: int, data: LanguageData, tokenizer: Tokenizer, rates: Sequence[float]
+) -> Row:
     train = Pairs(tokenizer, data.train)
     if system == "defaults":
         model, facts = trained(train, budget_s, seed, {})
         return {"ok": True, **facts, **judged(model, tokenizer, data.test)}
     held = Pairs(tokenizer, [*data.control, *data.calibration])
-    common: dict[str, Any] = {
-        "per_device_train_batch_size": 96, "train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1,
-        "warmup_steps": 0.06, "adam_beta2": 0.98, "weight_decay": 0.01,
-    }  # fmt: skip
+    common = dict(COMPETENT)
     steps = {bf16: trained(train, 0.0, seed, {**common, "bf16": bf16})[1]["a_step_s"] for bf16 in (True, False)}
     common["bf16"] = steps[True] < steps[False]
     losses = {
         lr: loss_of(trained(train, SWEEP_SHARE * budget_s, seed, {**common, "learning_rate": lr})[0], held)
-        for lr in SWEEP
+        for lr in (rates if len(rates) > 1 else ())
     }
-    lr = min(losses, key=lambda k: losses[k])
+    lr = min(losses, key=lambda k: losses[k]) if losses else rates[0]
     model, facts = trained(train, budget_s, seed, {**common, "learning_rate": lr})
     return {
         "ok": True,
@@ -170,6 +185,9 @@ def main() -> None:
     options = parser(__doc__, seeds=(0,))
     options.add_argument("--budget", default="900s", help="of training, in seconds")
     options.add_argument("--systems", nargs="+", choices=["defaults", "competent"], default=["defaults", "competent"])
+    options.add_argument(
+        "--rates", nargs="+", type=float, default=SWEEP, help="that are swept; one: it is taken as it is"
+    )
     given = options.parse_args()
     results = Results(BENCH, given.out, table)
     data = load_language(data_folder("multi30k_en_de"), task="translate")
@@ -182,7 +200,7 @@ def main() -> None:
         for system in given.systems:
             if not results.has("multi30k_en_de", given.budget, system, seed):
                 before = load_average()
-                ran = run(system, float(given.budget.removesuffix("s")), seed, data, tokenizer)
+                ran = run(system, float(given.budget.removesuffix("s")), seed, data, tokenizer, given.rates)
                 results.add("multi30k_en_de", given.budget, system, seed, ran, before)
 
 

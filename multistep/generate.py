@@ -19,6 +19,7 @@ from multistep.models.step import Stepper, stepper_of
 from multistep.predictors.decoding import Beam, Decoding, Greedy, Sample
 
 BATCH = 32  # prompts at once
+BEAMS = 64  # beams at once
 _BLOCK = 64  # logits of which the largest is found first
 
 
@@ -43,7 +44,7 @@ def generate(
         raise ValueError("generate: a prompt has no token; give at least the begin token")
     found: list[Written] = [Written() for _ in prompts]
     order = np.argsort([len(p) for p in prompts], kind="stable")
-    size = max(1, batch // decoding.beams) if isinstance(decoding, Beam) else batch
+    size = max(1, min(batch, BEAMS // decoding.beams)) if isinstance(decoding, Beam) else batch
     stepper = stepper_of(model)
     for start in range(0, len(order), size):
         part = order[start : start + size]
@@ -217,15 +218,15 @@ def _beam(
     for place in range(decoding.max_new_tokens):
         written = [ids for row in rows for ids in beams[row]]
         logp_NV = shape(logits_NV.float(), written, decoding, ends, place).log_softmax(-1)
+        so_far = torch.tensor([score for row in rows for score in scores[row]], device=logp_NV.device)
+        best = _best(logp_NV.add_(so_far[:, None]), [len(beams[row]) for row in rows], 2 * k)
         take: list[int] = []  # places in the batch as it is now
         tokens: list[int] = []
         going, base = [], 0
-        for row in rows:
+        for row, ranked in zip(rows, best, strict=True):
             count = len(beams[row])
-            total_KV = logp_NV[base : base + count] + torch.tensor(scores[row], device=logp_NV.device)[:, None]
-            best = total_KV.flatten().topk(min(2 * k, total_KV.numel()))
             found: list[tuple[int, int, float]] = []
-            for rank, (value, index) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
+            for rank, (value, index) in enumerate(ranked):
                 beam, token = divmod(index, logp_NV.shape[1])
                 if value == -np.inf:
                     continue
@@ -259,6 +260,16 @@ def _beam(
         ]
         finished[row] = sorted(finished[row] + cut, key=lambda w: -w.score)
     return [found[0] if found else Written() for found in finished]
+
+
+def _best(total_NV: Tensor, counts: Sequence[int], most: int) -> list[list[tuple[float, int]]]:
+    """For each row, which has so many of the N beams, its best (score, beam x V + token), the best first."""
+    parts = total_NV.view(len(counts), -1, total_NV.shape[1]) if len(set(counts)) == 1 else total_NV.split(list(counts))
+    found = []
+    for part in [parts.flatten(1)] if isinstance(parts, Tensor) else [p.flatten()[None] for p in parts]:
+        values, places = part.topk(min(most, part.shape[1]))
+        found += [list(zip(v, i, strict=True)) for v, i in zip(values.tolist(), places.tolist(), strict=True)]
+    return found
 
 
 def _length(n: int, decoding: Beam) -> float:

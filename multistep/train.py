@@ -30,8 +30,8 @@ class TrainData(Protocol):
         """Inputs and targets of these rows, on the model's device."""
         ...
 
-    def outputs(self, model: Any, inputs: Any) -> Tensor:
-        """The model's outputs for what `load` gave."""
+    def outputs(self, model: Any, inputs: Any) -> Any:
+        """The model's outputs for what `load` gave: a tensor, or `Hidden` where the objective reads that."""
         ...
 
     def tokens(self, rows: np.ndarray) -> int:

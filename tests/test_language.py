@@ -15,7 +15,7 @@ from runs import run, same_states
 from multistep import cli, journal
 from multistep.api import load, resume
 from multistep.config import FitConfig
-from multistep.controllers.language import RUNGS, dropout_for, weights_fit
+from multistep.controllers.sizes import RUNGS, dropout_for, weights_fit
 from multistep.types import Interrupted, UserError
 from multistep.writing import Mixed, Neural
 

@@ -9,7 +9,7 @@ Sources: Hu et al. 2024 (MiniCPM), arXiv 2404.06395 (a stable trunk that cool-do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Literal
 
 from multistep.config import FitConfig
@@ -38,12 +38,6 @@ from multistep.types import Outcome, Spec, Unit, Verdict
 
 WriterName = Literal["ngram", "copy", "lead", "nearest", "dictionary", "extract", "passage", "choose"]
 
-TOKENS_A_WEIGHT = (
-    1.0  # a model from scratch is the largest whose tokens in this budget are so many for each hidden weight ...
-)
-WEIGHTS_A_TOKEN = 4.0  # ... and that has no more hidden weights than so many for each different token of train
-UPDATES = 2000  # that a training is meant to have: the batch is cut to that
-BATCH_TOKENS = (1024, 16384)  # at least, at most
 PROBE_SHARE, PROBE_UPDATES = 0.05, 200  # of the race; a shorter probe from scratch says nothing
 COOL_SHARE = 0.3  # of a training from scratch: decaying from the trunk's learning rate to zero
 COOL_AGAIN = 0.15  # of what a trunk took that overfits: decaying from its best state
@@ -51,15 +45,11 @@ MOST_EPOCHS = 4.0  # of pretrained weights: fine-tuning has converged before
 SMOOTHING = 0.1  # of labels, for targets that have many right wordings
 FINISH_SHARE = 0.03  # of the budget: loading, judging, writing
 PASSES_AFTER = (
-    2.5  # what the ways of decoding take, as a multiple of writing the calibration rows greedily, kept for the end
+    6.0  # what ways of decoding may take, as a multiple of writing the calibration rows greedily, kept for the end
 )
-SCRATCH_RATE = (
-    6e-3  # muon's, from random weights: 2e-2 is too high for trainings of 600 updates and more (LOG.md, 2026-11-25)
-)
+A_BEAM = 2.0  # what a beam costs, greedy = 1, before the first beams are measured
+SCRATCH_RATE = 6e-3  # muon's, from random weights: for 600 updates and more 2e-2 is too high (LOG.md, 2026-11-25)
 RECOUNT = 3.0  # times what counting train took: twice with more text, and judging
-RUNGS: Sequence[tuple[int, int]] = (  # width, layers: from the smallest to the largest model from scratch
-    (64, 2), (96, 3), (128, 4), (192, 4), (256, 6), (384, 6), (512, 8), (768, 12), (1024, 16),
-)  # fmt: skip
 
 
 class LanguageProblem(Spec):
@@ -79,17 +69,6 @@ class LanguageProblem(Spec):
 LanguageScript = Callable[[LanguageProblem], Steps]
 
 
-def weights_fit(weights: int, tokens: float, different: int) -> bool:
-    """Whether a model from scratch is not too large: `weights` outside of its tables, `tokens` that it will see in all, and different
-    ones in train."""
-    return tokens >= TOKENS_A_WEIGHT * weights and weights <= WEIGHTS_A_TOKEN * different
-
-
-def dropout_for(epochs: float) -> float:
-    """Of a model from scratch that sees its data so many times."""
-    return 0.0 if epochs < 5 else 0.1 if epochs < 15 else 0.2
-
-
 class _Plan:
     """What is left, what things cost, and the trials so far."""
 
@@ -99,6 +78,7 @@ class _Plan:
         self.families: dict[str, str] = {}
         self.incumbent: dict[str, Any] = {}
         self.count_s = 0.0  # that counting train took
+        self.reserved = 0.0  # for the end
         self._trials = 0
 
     @property
@@ -120,6 +100,12 @@ class _Plan:
         self.remaining = outcome.remaining
         self.families, self.incumbent = dict(outcome.families), outcome.incumbent or {}
         return outcome
+
+    def reserve(self, amount: float) -> Generator[Ask, Outcome | None, None]:
+        """Keep so much for the end, in place of what was kept so far."""
+        amount = round(max(0.0, amount) if self.timed else 0.0, 3)
+        self.remaining, self.reserved = max(0.0, self.remaining + self.reserved - amount), amount
+        yield Reserve(name="end", amount=amount)
 
     @property
     def shape(self) -> Shape | None:
@@ -285,27 +271,34 @@ def _averages(plan: _Plan, state: str) -> Generator[Ask, Outcome | None, None]:
 
 def _decode(plan: _Plan) -> Generator[Ask, Outcome | None, None]:
     """Beams for what is written from pairs and prompts; a mixture for a language model of characters."""
-    yield Reserve(name="end", amount=plan.facts["test_s"] if plan.timed else 0.0)
+    facts = plan.facts
+    yield from plan.reserve(facts["test_s"])
     model, ngram = plan.incumbent.get("kind") == "model", plan.families.get("ngram")
     if plan.problem.task.kind == "lm":
-        if "model" in plan.families and ngram is not None and plan.facts["characters"]:
+        if "model" in plan.families and ngram is not None and facts["characters"]:
             why, model_state = "the two models make different mistakes", plan.families["model"]
             yield from plan.trial("mix", Mix(ngram=ngram), why, start=model_state)
         return
-    if not model or plan.facts["reads"] == "spans" or plan.problem.metric in LOSSES:
+    if not model or facts["reads"] == "spans" or plan.problem.metric in LOSSES:
         return
-    longest = plan.facts["new_tokens"]
-    for beams, penalty, times in ((4, 1.0, 3.0), (8, 1.0, 6.0), (4, 1.5, 3.0)):
-        needed = times * plan.facts["calibration_s"]
-        if plan.timed and plan.remaining < needed:
-            yield Skip(stage="decode", why=f"{plan.remaining:.0f} s are left, {beams} beams take about {needed:.0f} s")
-            continue
+    calibration = min(facts["judged_rows"], plan.problem.rows["calibration"])
+    beam_s = A_BEAM * facts["calibration_s"]  # of the calibration rows
+    for beams, penalty in ((4, 1.0), (8, 1.0), (4, 1.5)):
         if beams == 8 and plan.incumbent["decoding"]["kind"] != "beam":
             yield Skip(stage="decode", why="4 beams did not help, so 8 are not tried")
             break
         width = plan.incumbent["decoding"].get("beams", beams) if penalty != 1.0 else beams
-        beam = Beam(beams=width, length_penalty=penalty, max_new_tokens=longest)
-        yield from plan.trial("decode", Decode(decoding=beam), f"{width} beams, length penalty {penalty:g}")
+        test_s = max(plan.reserved, width * beam_s * facts["test_rows"] / max(1, calibration))
+        needed = width * beam_s + test_s - plan.reserved
+        if plan.timed and plan.remaining < needed:
+            yield Skip(stage="decode", why=f"{plan.remaining:.0f} s are left, {width} beams take about {needed:.0f} s")
+            continue
+        beam = Beam(beams=width, length_penalty=penalty, max_new_tokens=facts["new_tokens"])
+        told = yield from plan.trial("decode", Decode(decoding=beam), f"{width} beams, length penalty {penalty:g}")
+        if told.ok:
+            beam_s = told.cost.wall_s / width
+        if plan.incumbent["decoding"] == beam.model_dump():  # it writes the test
+            yield from plan.reserve(width * beam_s * facts["test_rows"] / max(1, calibration))
 
 
 def _recount(plan: _Plan) -> Generator[Ask, Outcome | None, None]:
@@ -330,13 +323,10 @@ def _reserve(plan: _Plan) -> Generator[Ask, Outcome | None, None]:
     if not plan.timed or plan.shape is None:
         return
     f = plan.facts
-    decoding = (
-        PASSES_AFTER * f["calibration_s"] if plan.problem.task.writes and f["reads"] != "spans" else f["calibration_s"]
-    )
+    written = plan.problem.task.writes and f["reads"] != "spans"
+    decoding = (PASSES_AFTER if written else 1.0) * f["calibration_s"]
     counting = RECOUNT * plan.count_s  # 0 where nothing was counted
-    amount = min(f["test_s"] + decoding + counting, 0.3 * plan.remaining)
-    yield Reserve(name="end", amount=round(amount, 3))
-    plan.remaining = max(0.0, plan.remaining - amount)
+    yield from plan.reserve(min(f["test_s"] + decoding + counting, 0.3 * plan.remaining))
 
 
 def _script(race: bool, whole: bool) -> LanguageScript:

@@ -35,7 +35,10 @@ class Cache:
         return slots, keys.transpose(2, 3), values
 
     def keep(self, rows: Tensor) -> None:
-        self.data = self.data.unflatten(2, (-1, self.heads))[:, :, rows].flatten(2, 3)
+        was = self.data.unflatten(2, (-1, self.heads))
+        now = was.new_empty((*was.shape[:2], len(rows), *was.shape[3:]))
+        now[..., : self.length, :] = was[:, :, rows, :, : self.length]  # the room behind them holds nothing yet
+        self.data = now.flatten(2, 3)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float, out: Tensor) -> None:

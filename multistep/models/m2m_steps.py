@@ -44,6 +44,7 @@ class M2MSteps:
         self.source_L2BHSE = torch.stack(
             [f.unflatten(-1, (2, self.heads, self.width)).permute(2, 0, 3, 1, 4) for f in found]
         )
+        self.sources_B = torch.arange(len(prompts), device=device)
         self.cache = Cache(len(self.layers), len(prompts), self.heads, self.width, 1, self.table)
         self._views()
         return self.step(torch.full((len(prompts),), self.start_id, device=device))
@@ -77,6 +78,9 @@ class M2MSteps:
     @torch.inference_mode()
     def keep(self, rows: Tensor) -> None:
         self.cache.keep(rows)
+        before, self.sources_B = self.sources_B, self.sources_B[rows]
+        if torch.equal(before, self.sources_B):
+            return  # beams of the same sources changed places
         self.source_L2BHSE = self.source_L2BHSE[:, :, rows]
         if len(self.bias_BH1S) > 1 or self.bias_BH1S.shape[3] > 1:
             self.bias_BH1S = self.bias_BH1S[rows]

@@ -16,7 +16,8 @@ from torch import nn
 
 from multistep.budget import Budget
 from multistep.controllers.choose import Facts, choose
-from multistep.controllers.language import BATCH_TOKENS, RUNGS, UPDATES, LanguageProblem, dropout_for, weights_fit
+from multistep.controllers.language import LanguageProblem
+from multistep.controllers.sizes import BATCH_TOKENS, RUNGS, UPDATES, dropout_for, weights_fit
 from multistep.objectives import NextToken, Seq2Seq, Span
 from multistep.predictors.decoding import Greedy
 from multistep.state import TrainState
@@ -39,7 +40,7 @@ COUNTED_BATCH = 3072  # tokens an update under budgets that count updates or tok
 LEAST_CONTEXT, MOST_CONTEXT = 256, 1024  # tokens of a source, or of a conversation, where nobody says
 TEMPLATE_TOKENS = 32  # that a chat template adds, about
 NEW_TOKENS = 200  # that a language model goes on with
-_UPDATES, _WRITTEN, _BEAMS = 4, 16, 3.0  # measured updates and texts; beams cost about so many times greedy
+_UPDATES, _WRITTEN, _BEAMS = 4, 16, 5.0  # measured updates and texts; beams cost about so many times greedy
 
 
 class Profiler:

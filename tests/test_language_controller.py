@@ -1,0 +1,97 @@
+"""The language scripts against a make-believe machine: they end inside the budget, and what the first beams took decides on the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from multistep.config import FitConfig
+from multistep.controllers import Reserve, Scripted, Skip
+from multistep.controllers.language import LANGUAGE_CONTROLLERS, LanguageProblem
+from multistep.predictors.decoding import Greedy
+from multistep.strategy import Decode, FitWriter, Profile, ReadTest, Shape, TrainWriter, Trial
+from multistep.tasks.writing import Writing
+from multistep.types import Cost, Outcome
+
+ROWS = {"train": 20_000, "control": 500, "calibration": 500, "test": 1000}
+GREEDY_S = 1.0  # writing the calibration rows
+
+
+@dataclass
+class Machine:
+    """Runs trials on paper. A beam costs `beam_s` over the calibration rows; whatever is tried is accepted."""
+
+    budget: float
+    beam_s: float
+    spent: float = 0.0
+    reserved: float = 0.0
+    standing: dict[str, Any] = field(default_factory=dict)
+    asked: list[Trial | Skip] = field(default_factory=list)
+
+    def run(self, trial: Trial) -> Outcome:
+        cost_s, facts = 0.1, {}
+        match trial.action:
+            case Profile():
+                shape = Shape(reads="pairs", width=128, layers=4, vocabulary=6000)
+                facts = {
+                    "shape": shape.model_dump(), "reads": "pairs", "optimizer": "muon", "choice": "", "bf16": False, "tokens_s": 1e4,
+                    "batch_rows": 90, "batch_tokens": 3000, "train_tokens": 10**6, "given": False, "characters": False,
+                    "new_tokens": 50, "judge_s": GREEDY_S, "calibration_s": GREEDY_S, "judged_rows": 500, "test_rows": 1000,
+                    "test_s": 5 * 2 * GREEDY_S, "why_no_model": "",
+                }  # fmt: skip
+            case FitWriter():
+                self.standing = {"kind": "writer"}
+            case TrainWriter():
+                cost_s = trial.share
+                self.standing = {"kind": "model", "decoding": Greedy().model_dump()}
+            case Decode(decoding=decoding):
+                cost_s = self.width(decoding.model_dump()) * self.beam_s
+                self.standing = {"kind": "model", "decoding": decoding.model_dump()}
+            case ReadTest():
+                cost_s = 2 * self.width(self.standing.get("decoding")) * self.beam_s
+        self.spent += cost_s
+        remaining = max(0.0, self.budget - self.spent - self.reserved)
+        return Outcome(
+            state=trial.id, cost=Cost(wall_s=cost_s), facts=facts, remaining=remaining, incumbent=self.standing
+        )
+
+    def width(self, decoding: dict[str, Any] | None) -> float:
+        return float((decoding or {}).get("beams", GREEDY_S / self.beam_s))
+
+
+def driven(budget: float, beam_s: float, name: str = "staged") -> Machine:
+    problem = LanguageProblem(
+        task=Writing(kind="translate"), metric="bleu", config=FitConfig(data="x.csv", task="translate"), rows=ROWS,
+        bytes={split: 60 * n for split, n in ROWS.items()}, budget=budget, unit="seconds",
+    )  # fmt: skip
+    controller, machine = Scripted(LANGUAGE_CONTROLLERS[name](problem)), Machine(budget, beam_s)
+    while (ask := controller.ask()) is not None:
+        if isinstance(ask, Reserve):
+            machine.reserved = ask.amount
+            continue
+        machine.asked.append(ask)
+        if isinstance(ask, Trial):
+            controller.tell(ask, machine.run(ask))
+    return machine
+
+
+@pytest.mark.parametrize("name", LANGUAGE_CONTROLLERS)
+@pytest.mark.parametrize("budget", [60.0, 300.0, 900.0])
+@pytest.mark.parametrize("beam_s", [0.5, 1.0, 2.0])
+def test_a_run_ends_inside_its_budget(budget: float, beam_s: float, name: str) -> None:
+    machine = driven(budget, beam_s, name)
+    assert machine.spent <= budget
+    assert isinstance(machine.asked[-1], Trial) and isinstance(machine.asked[-1].action, ReadTest)
+
+
+def test_what_the_first_beams_took_decides_on_the_next() -> None:
+    def tried(machine: Machine) -> list[float]:
+        actions = [a.action for a in machine.asked if isinstance(a, Trial)]
+        return [machine.width(a.decoding.model_dump()) for a in actions if isinstance(a, Decode)]
+
+    assert tried(driven(900.0, 0.2)) == [4, 8, 8]  # cheap beams: the wider ones, then a length penalty for them
+    slow = driven(900.0, 3.0)
+    assert 8 not in tried(slow) and tried(slow)[0] == 4
+    assert any(isinstance(a, Skip) and a.stage == "decode" and "8 beams take about" in a.why for a in slow.asked)
