@@ -117,8 +117,8 @@ def run(name: str, seed: int, stories: Path | None, journals: Path) -> Row:
         row["tokens_s"] = round(trained[0]) if trained else None  # not padding, looks at validation included
         row["updates"] = sum(o["cost"]["updates"] for o in told.values())
         if problem.task in ("summarize", "answer"):
-            metrics = ["rouge1", "rouge2", "rougeL"] if problem.task == "summarize" else ["exact_match", "f1"]
-            row["rivals"] = compared(problem.task, metrics, data, out, seed)
+            names = ["rouge1", "rouge2", "rougeL"] if problem.task == "summarize" else ["exact_match", "f1"]
+            row["rivals"] = compared(problem.task, names, data, out, seed)
         if problem.task == "chat":
             given = [o for k, o in told.items() if asked[k]["kind"] == "as_given"]
             row["given"] = given[0]["metrics"][problem.metric] if given else None
@@ -134,10 +134,9 @@ def same_tokens(base: Path, out: Path, data: Path) -> bool | None:
 
     if not (out / "model" / "adapter").exists():
         return None
-    bundle = load(out).language
-    records = load_language(data, task="chat").test[:16]
-    prompts = bundle.speaker.prompts(records)
-    models = (
+    speaker: Any = load(out).language.speaker
+    prompts = speaker.prompts(load_language(data, task="chat").test[:16])
+    models: tuple[Any, ...] = (
         AutoModelForCausalLM.from_pretrained(out / "model"),
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out / "model" / "adapter"),
     )

@@ -70,8 +70,9 @@ def written(task: str, data: LanguageData) -> dict[str, list[str]]:
         "lexrank": one_sentence(test, tfidf.transform, lexrank),
         "centroid": one_sentence(test, tfidf.transform, centroid),
     }
-    if encoders := default_encoders():
-        found["embedding"] = one_sentence(test, encoder_features(encoders[0], "cpu"), centroid)
+    encoder = next(iter(default_encoders()), None)
+    if encoder is not None:
+        found["embedding"] = one_sentence(test, encoder_features(encoder, "cpu"), centroid)
     return found
 
 
