@@ -73,7 +73,8 @@ def trained(data: Pairs, budget_s: float, seed: int, settings: dict[str, Any]) -
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == _WARM:
                 self.warm_s = time.monotonic()
-            control.should_training_stop = time.monotonic() - begun > budget_s
+            if time.monotonic() - begun > budget_s:  # the Trainer's own end is left alone
+                control.should_training_stop = True
 
     def trainer(steps: int, folder: str, callbacks: list[Any]) -> Any:
         arguments = Seq2SeqTrainingArguments(

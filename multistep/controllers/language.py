@@ -49,6 +49,7 @@ PASSES_AFTER = (
 )
 A_BEAM = 2.0  # what a beam costs, greedy = 1, before the first beams are measured
 SCRATCH_RATE = 6e-3  # muon's, from random weights: for 600 updates and more 2e-2 is too high (LOG.md, 2026-11-25)
+SPANS_RATE, SPANS_HEAD = 1.5e-4, 10.0  # adamw's, where an encoder gets a new head for answers: 4e-5 is too low (LOG.md, 2026-11-25)
 RECOUNT = 3.0  # times what counting train took: twice with more text, and judging
 
 
@@ -132,7 +133,9 @@ class _Plan:
 
     def _prior(self, kind: str, rates: Mapping[Regime, Rate]) -> float:
         regime = self.problem.regime
-        return SCRATCH_RATE if kind == "muon" and regime == "scratch" else rates[regime].prior
+        if kind == "muon" and regime == "scratch":
+            return SCRATCH_RATE
+        return SPANS_RATE if kind == "adamw" and self.facts.get("fresh_head") else rates[regime].prior
 
     def strategy(self, lr: float | None = None, schedule: Schedule | None = None) -> TrainWriter:
         c, shape = self.problem.config, self.shape
@@ -151,6 +154,7 @@ class _Plan:
             optimizer=optimizer.at(rate), objective=c.objective or objective, schedule=schedule or Linear(), shape=shape,
             batch_size=self.facts["batch_rows"], micro_batch=c.micro_batch, clip=c.clip, clip_z=c.clip_z,
             layer_decay=c.layer_decay, batch_growth=c.batch_growth, bf16=self.facts["bf16"],
+            head_lr=SPANS_HEAD if self.facts.get("fresh_head") else 1.0,
         )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ TOKENS_A_WEIGHT = 1.0  # the largest model whose tokens in this budget are so ma
 WEIGHTS_A_TOKEN = 4.0  # ... and that has no more hidden weights than so many for each different token of train
 UPDATES = 2000  # that a training is meant to have: the batch is cut to that
 BATCH_TOKENS = (1024, 16384)  # at least, at most
+SPANS_BATCH = 4096  # at least, of an encoder that finds answers: 16 windows or more
 RUNGS: Sequence[tuple[int, int]] = (  # width, layers: from the smallest to the largest
     (64, 2), (96, 3), (128, 4), (192, 4), (256, 6), (384, 6), (512, 8), (768, 12), (1024, 16),
 )  # fmt: skip

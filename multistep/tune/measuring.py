@@ -17,7 +17,7 @@ from torch import nn
 from multistep.budget import Budget
 from multistep.controllers.choose import Facts, choose
 from multistep.controllers.language import LanguageProblem
-from multistep.controllers.sizes import BATCH_TOKENS, RUNGS, UPDATES, dropout_for, weights_fit
+from multistep.controllers.sizes import BATCH_TOKENS, RUNGS, SPANS_BATCH, UPDATES, dropout_for, weights_fit
 from multistep.objectives import NextToken, Seq2Seq, Span
 from multistep.predictors.decoding import Greedy
 from multistep.state import TrainState
@@ -129,7 +129,9 @@ class Profiler:
 
     def _batch(self, tokens: float, facts: Mapping[str, Any]) -> dict[str, Any]:
         wanted = self.config.batch_tokens or (tokens / UPDATES if self.timed else COUNTED_BATCH)
-        low, high = BATCH_TOKENS if self.config.batch_tokens is None else (1, 10**9)
+        low, high = (SPANS_BATCH if facts["reads"] == "spans" else BATCH_TOKENS[0]), BATCH_TOKENS[1]
+        if self.config.batch_tokens is not None:
+            low, high = 1, 10**9
         batch = min(high, max(low, wanted))
         rows = max(1, round(batch / facts["row_tokens"]))
         return {"batch_rows": rows, "batch_tokens": rows * facts["row_tokens"]}
@@ -199,6 +201,7 @@ class Profiler:
             **self._batch(self._tokens(0.0), facts),
         }
         found["weights"] = sum(p.numel() for p in model.parameters())
+        found["fresh_head"] = shape.reads == "spans" and not model.head.weight.any().item()
         if not self.timed:
             shape = self._with_dropout(shape, 0.0, facts)
             found |= {"shape": shape.model_dump(), "size": self._size_in_words(shape, found["weights"], facts)}
@@ -271,7 +274,7 @@ class Profiler:
         affordable = int(JUDGE_SHARE * budget / max(1e-12, loss_byte_s))
         judged_bytes = min(JUDGED_BYTES, max(LEAST_BYTES, affordable))
         loss_s = loss_byte_s * min(judged_bytes, self.problem.bytes["control"])
-        judge_s = min(most, rows["control"]) * write_s + loss_s if by_texts else loss_s
+        judge_s = min(most, len(s.judges["control"])) * write_s + loss_s if by_texts else loss_s
         a_row = self.problem.bytes["test"] / max(1, rows["test"]) * loss_byte_s  # of test: its loss, and its text
         a_row += (_BEAMS if shape.reads == "pairs" else 1.0) * write_s
         test_rows = min(rows["test"], max(LEAST_TEST_ROWS, int(TEST_SHARE * budget / max(1e-12, a_row))))

@@ -71,9 +71,18 @@ class Speakers:
 
     # ------------------------------------------------------------------ data
 
+    @property
+    def judges(self) -> dict[str, list[Record]]:
+        """The records that decide, by split. Where nothing is left to decide with the calibration half, it joins the control half: answers
+        found in passages and choices are not decoded, and without unanswerable questions there is no confidence to fit."""
+        found_there = self.task.answers in ("passage", "choices") and self.pretrained in ("", "encoder")
+        if not found_there or any(not t.strip() for r in self.data.train for t in r.targets):
+            return self.records
+        return {**self.records, "control": [*self.records["control"], *self.records["calibration"]]}
+
     def judged(self, split: str, texts: bool) -> list[Record]:
         """The records of a split that decide: a fixed few where texts are written, else the first bytes of it."""
-        records = self.records[split]
+        records = self.judges[split]
         if texts:
             most = int(self.facts.get("judged_rows", JUDGED_ROWS[1]))
             if len(records) <= most:
