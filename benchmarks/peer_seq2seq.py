@@ -76,6 +76,12 @@ def trained(data: Pairs, budget_s: float, seed: int, settings: dict[str, Any]) -
             if time.monotonic() - begun > budget_s:  # the Trainer's own end is left alone
                 control.should_training_stop = True
 
+    counts: list[int] = []  # tokens of the batches, in their order
+
+    def counting(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        counts.append(sum(len(r["input_ids"]) + len(r["labels"]) for r in rows))
+        return collate(rows)
+
     def trainer(steps: int, folder: str, callbacks: list[Any]) -> Any:
         arguments = Seq2SeqTrainingArguments(
             output_dir=folder, max_steps=steps, seed=seed, save_strategy="no", eval_strategy="no", logging_strategy="no",
@@ -83,7 +89,7 @@ def trained(data: Pairs, budget_s: float, seed: int, settings: dict[str, Any]) -
         )  # fmt: skip
         model = new_seq2seq(VOCABULARY, WIDTH, LAYERS, 256, {"pad": PAD, "bos": BEGIN, "eos": END}, seed)
         return Seq2SeqTrainer(
-            model=model, args=arguments, train_dataset=data, data_collator=collate, callbacks=callbacks
+            model=model, args=arguments, train_dataset=data, data_collator=counting, callbacks=callbacks
         )
 
     with tempfile.TemporaryDirectory(prefix="multistep-bench-") as folder:
@@ -91,11 +97,11 @@ def trained(data: Pairs, budget_s: float, seed: int, settings: dict[str, Any]) -
         trainer(_TIMED, folder, [timed]).train()
         a_step = (time.monotonic() - timed.warm_s) / (_TIMED - _WARM)
         begun = time.monotonic()
+        counts.clear()
         made = trainer(max(10, int(budget_s / a_step)), folder, [Stop()])
         made.train()
         train_s, steps = time.monotonic() - begun, made.state.global_step
-        mean = sum(len(s) + len(t) for s, t in zip(data.sources, data.targets, strict=True)) / len(data)
-        tokens_s = steps * settings.get("per_device_train_batch_size", 8) * mean / train_s  # not padding
+        tokens_s = sum(counts[:steps]) / train_s  # the loader is a batch ahead
         return made.model, {
             "train_s": round(train_s, 1),
             "updates": steps,

@@ -33,6 +33,7 @@ from peer_seq2seq import BEGIN, COMPETENT, END, LAYERS, PAD, VOCABULARY, WIDTH, 
 
 BENCH = "throughput_seq2seq"
 ROWS, WARM = 96, 3
+SHORT_S = 10.0  # for finding the faster precision
 
 
 def ours(data: Pairs, seconds: float, seed: int, bf16: bool) -> float:
@@ -54,16 +55,17 @@ def ours(data: Pairs, seconds: float, seed: int, bf16: bool) -> float:
 
 
 def tokens_s(system: str, data: Pairs, seconds: float, seed: int) -> Row:
-    if system == "trainer-defaults":
-        return {"ok": True, "tokens_s": trained(data, seconds, seed, {})[1]["tokens_s"]}
-    found = {
-        bf16: ours(data, seconds, seed, bf16)
-        if system == "ours"
-        else trained(data, seconds, seed, {**COMPETENT, "learning_rate": 4e-3, "bf16": bf16})[1]["tokens_s"]
-        for bf16 in (True, False)
-    }
-    faster = max(found, key=lambda k: found[k])
-    return {"ok": True, "tokens_s": found[faster], "bf16": faster, "other": found[not faster]}
+    """The faster precision is found in short measurements; the one that counts sees batches of all lengths."""
+
+    def measured(bf16: bool, limit_s: float) -> float:
+        if system == "ours":
+            return ours(data, limit_s, seed, bf16)
+        settings = {} if system == "trainer-defaults" else {**COMPETENT, "learning_rate": 4e-3, "bf16": bf16}
+        return trained(data, limit_s, seed, settings)[1]["tokens_s"]
+
+    tried = {False: 0.0} if system == "trainer-defaults" else {bf16: measured(bf16, SHORT_S) for bf16 in (True, False)}
+    bf16 = max(tried, key=lambda k: tried[k])
+    return {"ok": True, "tokens_s": measured(bf16, seconds), "bf16": bf16}
 
 
 def table(rows: list[Row]) -> str:
@@ -80,7 +82,7 @@ def table(rows: list[Row]) -> str:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--seconds", type=float, default=10, help="of every measurement")
+    options.add_argument("--seconds", type=float, default=60, help="of every measurement; an epoch, about")
     given = options.parse_args()
     results = Results(BENCH, given.out, table)
     data = load_language(data_folder("multi30k_en_de"), task="translate")
