@@ -49,7 +49,10 @@ PASSES_AFTER = (
 )
 A_BEAM = 2.0  # what a beam costs, greedy = 1, before the first beams are measured
 SCRATCH_RATE = 6e-3  # muon's, from random weights: for 600 updates and more 2e-2 is too high (LOG.md, 2026-11-25)
-SPANS_RATE, SPANS_HEAD = 1.5e-4, 10.0  # adamw's, where an encoder gets a new head for answers: 4e-5 is too low (LOG.md, 2026-11-25)
+SPANS_RATE, SPANS_HEAD = (
+    1.5e-4,
+    10.0,
+)  # adamw's, where an encoder gets a new head for answers: 4e-5 is too low (LOG.md, 2026-11-25)
 RECOUNT = 3.0  # times what counting train took: twice with more text, and judging
 
 
