@@ -14,10 +14,8 @@ from torch import Tensor
 
 from multistep.objectives.shapes import IGNORED, Hidden
 
-TOKENS = {
-    "cpu": 256
-}  # of a piece, so that its logits stay near the processor: 128 and 512 were slower (LOG.md, 2026-11-25)
-TOKENS_ELSEWHERE = 4096
+CPU_TOKENS = 256  # of a piece, so that its logits stay near the processor: 128 and 512 were slower (LOG.md, 2026-11-25)
+TOKENS = 4096  # elsewhere
 
 
 class PiecewiseLoss(torch.autograd.Function):
@@ -31,7 +29,8 @@ class PiecewiseLoss(torch.autograd.Function):
         w_VD = weight_VD.detach().to(dtype)
         sum_D = weight_VD.detach().float().sum(0)
         grad_states, grad_weight = torch.empty_like(states_ND), torch.zeros_like(weight_VD, dtype=torch.float32)
-        total, size = torch.zeros((), device=device), TOKENS.get(device.type, TOKENS_ELSEWHERE)
+        total, spread_D = torch.zeros((), device=device), torch.zeros_like(sum_D)
+        size = CPU_TOKENS if device.type == "cpu" else TOKENS
         ignored = bool((ids_N == IGNORED).any())
         for first in range(0, len(states_ND), size):
             ids_C = ids_N[first : first + size]
@@ -53,7 +52,8 @@ class PiecewiseLoss(torch.autograd.Function):
             spread_C1 = counts_C1 * (e / len(w_VD))
             grad_states[first : first + size] = g_CV @ w_VD - spread_C1 * sum_D
             grad_weight += g_CV.T @ h_CD
-            grad_weight -= (spread_C1 * h_CD).sum(0)
+            spread_D += (spread_C1 * h_CD).sum(0)
+        grad_weight -= spread_D
         ctx.save_for_backward(grad_states, grad_weight.to(weight_VD.dtype))
         return total
 

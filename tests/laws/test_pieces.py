@@ -28,7 +28,7 @@ def test_pieces_add_up_to_whole_logits(
     for whole in (True, False):
         h, w = states.float().requires_grad_(), weight.float().requires_grad_()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pieces, "TOKENS", {"cpu": piece})
+            patch.setattr(pieces, "CPU_TOKENS", piece)
             loss = 3 * objective.loss(h @ w.T if whole else Hidden(h, w), ids)
         loss.backward()
         assert h.grad is not None and w.grad is not None
