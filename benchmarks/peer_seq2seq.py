@@ -63,6 +63,17 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "decoder_input_ids": decoder_ids, "labels": labels}
 
 
+def multi30k() -> tuple[LanguageData, Tokenizer]:
+    """The records, and a tokenizer trained on train that ends every text."""
+    data = load_language(data_folder("multi30k_en_de"), task="translate")
+    with tempfile.TemporaryDirectory(prefix="multistep-bench-") as folder:
+        path = Path(folder) / "tokenizer.json"
+        train_bytes([*(r.source for r in data.train), *(r.targets[0] for r in data.train)], VOCABULARY, path)
+        tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
+    return data, tokenizer
+
+
 def trained(data: Pairs, budget_s: float, seed: int, settings: dict[str, Any]) -> tuple[Any, Row]:
     """A model trained for so long: the steps that fit are reckoned from a few, so that the schedule ends at zero."""
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
@@ -197,12 +208,7 @@ def main() -> None:
     )
     given = options.parse_args()
     results = Results(BENCH, given.out, table)
-    data = load_language(data_folder("multi30k_en_de"), task="translate")
-    with tempfile.TemporaryDirectory(prefix="multistep-bench-") as folder:
-        path = Path(folder) / "tokenizer.json"
-        train_bytes([*(r.source for r in data.train), *(r.targets[0] for r in data.train)], VOCABULARY, path)
-        tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
+    data, tokenizer = multi30k()
     for seed in given.seeds:
         for system in given.systems:
             if not results.has("multi30k_en_de", given.budget, system, seed):

@@ -10,26 +10,21 @@ A seed is a round. The first updates of ours are not counted; the Trainer's seco
 
 from __future__ import annotations
 
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, processors
 
-from _common import Results, Row, data_folder, load_average, markdown, mean_sd, parser, select, values
+from _common import Results, Row, load_average, markdown, mean_sd, parser, select, values
 from multistep.budget import Budget
-from multistep.data.records import load_language
 from multistep.models.seq2seq import new_seq2seq
 from multistep.objectives import Seq2Seq
 from multistep.optimizers import AdamW
 from multistep.sequences import PairRows
 from multistep.state import TrainState
 from multistep.strategy import Shape, TrainWriter
-from multistep.subwords import train_bytes
 from multistep.train import train
-from peer_seq2seq import BEGIN, COMPETENT, END, LAYERS, PAD, VOCABULARY, WIDTH, Pairs, trained
+from peer_seq2seq import BEGIN, COMPETENT, END, LAYERS, PAD, VOCABULARY, WIDTH, Pairs, multi30k, trained
 
 BENCH = "throughput_seq2seq"
 ROWS, WARM = 96, 3
@@ -85,12 +80,7 @@ def main() -> None:
     options.add_argument("--seconds", type=float, default=60, help="of every measurement; an epoch, about")
     given = options.parse_args()
     results = Results(BENCH, given.out, table)
-    data = load_language(data_folder("multi30k_en_de"), task="translate")
-    with tempfile.TemporaryDirectory(prefix="multistep-bench-") as folder:
-        path = Path(folder) / "tokenizer.json"
-        train_bytes([*(r.source for r in data.train), *(r.targets[0] for r in data.train)], VOCABULARY, path)
-        tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
+    data, tokenizer = multi30k()
     pairs = Pairs(tokenizer, data.train)
     for round_ in given.seeds:
         for system in ("ours", "trainer-defaults", "trainer-competent"):

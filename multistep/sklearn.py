@@ -390,6 +390,10 @@ def _packed(folder: Path) -> dict[str, bytes]:
 
 
 def _unpacked(files: Mapping[str, bytes]) -> Run:
+    if strange := [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise UserError(
+            f"the estimator that is loaded has a file {strange[0]!r} outside of its folder: it is not one of ours."
+        )
     folder = Path(tempfile.mkdtemp(prefix="multistep-"))
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

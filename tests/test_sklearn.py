@@ -317,3 +317,9 @@ def test_a_signal_stops_a_search_and_not_one_fit(
     with pytest.raises(raised):
         cross_val_score(TextClassifier(**QUICK), texts, y, cv=2)  # which goes on after an Exception
     assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/elsewhere", "model/../../elsewhere"])
+def test_a_loaded_estimator_writes_into_its_own_folder_alone(name: str) -> None:
+    with pytest.raises(UserError, match="outside of its folder"):
+        TextClassifier().__setstate__({"run_": {name: b""}})

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Mapping
 from typing import Any, Literal
 
 from multistep.config import FitConfig
-from multistep.controllers.script import Ask, Reserve, Skip, Steps
+from multistep.controllers.script import Ask, BasePlan, Reserve, Skip, Steps
 from multistep.controllers.trunk import LEAST_UPDATES, averages
 from multistep.metrics.texts import LANGUAGE_METRICS
 from multistep.objectives import NextToken, Seq2Seq, Span
@@ -31,7 +31,6 @@ from multistep.strategy import (
     Recount,
     Shape,
     TrainWriter,
-    Trial,
 )
 from multistep.tasks.writing import LOSSES, Writing
 from multistep.types import Outcome, Spec, Unit, Verdict
@@ -73,37 +72,26 @@ class LanguageProblem(Spec):
 LanguageScript = Callable[[LanguageProblem], Steps]
 
 
-class _Plan:
+class _Plan(BasePlan):
     """What is left, what things cost, and the trials so far."""
 
     def __init__(self, problem: LanguageProblem):
-        self.problem, self.remaining = problem, problem.budget
-        self.facts: dict[str, Any] = {}
+        super().__init__(problem.budget)
+        self.problem = problem
         self.families: dict[str, str] = {}
         self.incumbent: dict[str, Any] = {}
         self.count_s = 0.0  # that counting train took
         self.reserved = 0.0  # for the end
-        self._trials = 0
 
     @property
     def timed(self) -> bool:
         return self.problem.unit == "seconds"
 
-    def trial(
-        self, stage: str, action: Action, why: str, *, start: str | None = None, share: float = 0.0,
-        against: str | None = None, commit: bool = True, watch: bool = False,
-    ) -> Generator[Ask, Outcome | None, Outcome]:  # fmt: skip
-        self._trials += 1
-        trial = Trial(
-            id=f"{self._trials:02d}-{stage}", stage=stage, action=action, start=start, share=round(share, 3), why=why,
-            against=against, commit=commit, watch_gap=watch,
-            patience=self.problem.config.patience if stage == "trunk" else 0,
-        )  # fmt: skip
-        outcome = yield trial
-        assert outcome is not None
-        self.remaining = outcome.remaining
+    def patience(self, stage: str, action: Action, commit: bool) -> int:
+        return self.problem.config.patience if stage == "trunk" else 0
+
+    def told(self, action: Action, outcome: Outcome) -> None:
         self.families, self.incumbent = dict(outcome.families), outcome.incumbent or {}
-        return outcome
 
     def reserve(self, amount: float) -> Generator[Ask, Outcome | None, None]:
         """Keep so much for the end, in place of what was kept so far."""

@@ -8,12 +8,12 @@ decayed to zero (short-horizon bias: Wu et al. 2018).
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from multistep.config import OptimizerConfig, check_layer_decay
-from multistep.controllers.script import Ask, Skip, Steps
+from multistep.controllers.script import Ask, BasePlan, Skip, Steps
 from multistep.controllers.trunk import LEAST_UPDATES, PROBE_SHARE, PROBE_UPDATES, averages
 from multistep.objectives import Objective
 from multistep.optimizers.base import Regime
@@ -27,7 +27,6 @@ from multistep.strategy import (
     Profile,
     ReadTest,
     TrainModule,
-    Trial,
 )
 from multistep.types import Outcome, Spec, Unit, Verdict
 
@@ -75,32 +74,21 @@ class ModuleProblem(Spec):
 ModuleScript = Callable[[ModuleProblem], Steps]
 
 
-class _Plan:
+class _Plan(BasePlan):
     """What is left, what an update costs, and the trials so far."""
 
     def __init__(self, problem: ModuleProblem):
-        self.problem, self.remaining = problem, problem.budget
-        self.facts: dict[str, Any] = {}
+        super().__init__(problem.budget)
+        self.problem = problem
         self.ends: list[str] = []  # of trainings that came to their end; all began at the weights as given
-        self._trials = 0
 
-    def trial(
-        self, stage: str, action: Action, why: str, *, start: str | None = None, share: float = 0.0,
-        against: str | None = None, commit: bool = True, watch: bool = False,
-    ) -> Generator[Ask, Outcome | None, Outcome]:  # fmt: skip
-        self._trials += 1
-        trial = Trial(
-            id=f"{self._trials:02d}-{stage}", stage=stage, action=action, start=start, share=round(share, 3), why=why,
-            against=against, commit=commit, watch_gap=watch,
-            patience=self.problem.patience if isinstance(action, TrainModule) and stage == "trunk" else 0,
-        )  # fmt: skip
-        outcome = yield trial
-        assert outcome is not None
-        self.remaining = outcome.remaining
+    def patience(self, stage: str, action: Action, commit: bool) -> int:
+        return self.problem.patience if isinstance(action, TrainModule) and stage == "trunk" else 0
+
+    def told(self, action: Action, outcome: Outcome) -> None:
         whole = outcome.ok and "diagnosis" not in outcome.facts and "stopped" not in outcome.facts
         if isinstance(action, TrainModule) and whole and outcome.state is not None:
             self.ends.append(outcome.state)
-        return outcome
 
     def updates(self, amount: float) -> float:
         """How many updates `amount` of the budget buys."""

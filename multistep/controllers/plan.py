@@ -12,11 +12,11 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from multistep.config import OptimizerConfig
-from multistep.controllers.script import Ask, Problem, Reserve, Skip
+from multistep.controllers.script import Ask, BasePlan, Problem, Reserve, Skip, Step
 from multistep.objectives import BinaryCrossEntropy, CrossEntropy, Huber, MeanAbsoluteError, MeanSquaredError, Objective
 from multistep.optimizers import AdamW
 from multistep.predictors import Predictor, Single
-from multistep.strategy import Action, FineTune, FitHead, FitLinear, Predict, Profile, ReadTest, Trial
+from multistep.strategy import Action, FineTune, FitHead, FitLinear, Predict, Profile, ReadTest
 from multistep.types import Outcome, Spec, TaskKind, UserError
 
 LENGTHS = (32, 64, 128, 256)
@@ -57,23 +57,19 @@ _FITS: Mapping[TaskKind, tuple[type[Any], ...]] = {
 }
 _PREDICTOR: TypeAdapter[Predictor] = TypeAdapter(Predictor)
 
-Step = Generator[Ask, Outcome | None, Outcome]
 
-
-class Plan:
+class Plan(BasePlan):
     """What a script keeps track of while it runs. All methods are arithmetic on the profile and on what was told."""
 
     def __init__(self, problem: Problem):
+        super().__init__(problem.budget)
         self.problem = problem
         self.timed = problem.unit == "seconds"
-        self.remaining = problem.budget
-        self.facts: dict[str, Any] = {}
         self.incumbent: Predictor | None = None
         self.families: dict[str, str] = {}
         self.max_length = 0
         self.ends: list[str] = []  # of fine-tunings that came to their end; all began at the same weights
         self.linear_s = sum(problem.characters.values()) / LINEAR_CHARACTERS_S
-        self._trials = 0
 
     @property
     def scratch(self) -> Scratch | None:
@@ -88,20 +84,10 @@ class Plan:
 
     # ------------------------------------------------------------------ running trials
 
-    def trial(
-        self, stage: str, action: Action, why: str, *, start: str | None = None, share: float = 0.0,
-        against: str | None = None, commit: bool = True, watch_gap: bool = False,
-    ) -> Step:  # fmt: skip
-        """Ask for a trial and take in what came of it."""
-        self._trials += 1
-        trial = Trial(
-            id=f"{self._trials:02d}-{stage}", stage=stage, action=action, start=start, share=round(share, 3),
-            why=why, against=against, commit=commit, watch_gap=watch_gap,
-            patience=self.problem.config.patience if isinstance(action, FineTune) and commit else 0,
-        )  # fmt: skip
-        outcome = yield trial
-        assert outcome is not None
-        self.remaining = outcome.remaining
+    def patience(self, stage: str, action: Action, commit: bool) -> int:
+        return self.problem.config.patience if isinstance(action, FineTune) and commit else 0
+
+    def told(self, action: Action, outcome: Outcome) -> None:
         if (
             isinstance(action, FineTune)
             and outcome.ok
@@ -112,7 +98,6 @@ class Plan:
         self.families = dict(outcome.families)
         if outcome.incumbent is not None:
             self.incumbent = _PREDICTOR.validate_python(outcome.incumbent)
-        return outcome
 
     # ------------------------------------------------------------------ costs
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import Protocol
+from typing import Any, Protocol
 
 from multistep.config import FitConfig
-from multistep.strategy import Trial
+from multistep.strategy import Action, Trial
 from multistep.text import NgramFeatures
 from multistep.types import Outcome, Spec, TaskKind, Unit
 
@@ -41,7 +41,40 @@ class Problem(Spec):
 
 Ask = Trial | Skip | Reserve
 Steps = Generator[Ask, Outcome | None, None]
+Step = Generator[Ask, Outcome | None, Outcome]
 Script = Callable[[Problem], Steps]
+
+
+class BasePlan:
+    """What every script keeps track of while it runs: the trials, by number, what is left of the budget, and what the profile found."""
+
+    def __init__(self, budget: float):
+        self.remaining = budget
+        self.facts: dict[str, Any] = {}
+        self._trials = 0
+
+    def trial(
+        self, stage: str, action: Action, why: str, *, start: str | None = None, share: float = 0.0,
+        against: str | None = None, commit: bool = True, watch: bool = False,
+    ) -> Step:  # fmt: skip
+        """Ask for a trial and take in what came of it."""
+        self._trials += 1
+        trial = Trial(
+            id=f"{self._trials:02d}-{stage}", stage=stage, action=action, start=start, share=round(share, 3), why=why,
+            against=against, commit=commit, watch_gap=watch, patience=self.patience(stage, action, commit),
+        )  # fmt: skip
+        outcome = yield trial
+        assert outcome is not None
+        self.remaining = outcome.remaining
+        self.told(action, outcome)
+        return outcome
+
+    def patience(self, stage: str, action: Action, commit: bool) -> int:
+        """Looks without improvement after which such a trial stops; 0: never."""
+        return 0
+
+    def told(self, action: Action, outcome: Outcome) -> None:
+        """Take in what else came of a trial."""
 
 
 class Controller(Protocol):

@@ -75,7 +75,7 @@ def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
     why = f"lr {action.optimizer.lr:.2g}, {which}, about {plan.epochs(share, action.layers):.1f} epochs"
     if action.augment.on:
         why += ", words changed anew every epoch and so read as token ids"
-    told = yield from plan.trial("trunk", action, why, start=start, share=share, watch_gap=True)
+    told = yield from plan.trial("trunk", action, why, start=start, share=share, watch=True)
     if "diagnosis" not in told.facts:
         return told.state
     rest = share * (1 - told.facts["progress"])
