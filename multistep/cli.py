@@ -10,31 +10,25 @@ import io
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
 
+from multistep import verbs
 from multistep.report.progress import Progress
 from multistep.terminal import (
     JsonOption,
     QuietOption,
     RunArgument,
-    answer,
-    check_bundle,
     check_run,
     failed,
     interrupted,
-    is_language,
-    lines_in,
-    load,
-    plain,
     print_json,
     show_run,
     stdout_is_stderr,
-    texts_of,
 )  # fmt: skip
 from multistep.types import Interrupted, UserError
 
@@ -132,118 +126,8 @@ def explain(run_dir: RunArgument, as_json: JsonOption = False) -> None:
         typer.echo(report.explain(records), nl=False)
 
 
-@app.command()
-def evaluate(
-    run_dir: RunArgument,
-    source: Annotated[str, typer.Argument(metavar="DATA", help="Labelled data, in any form that fit takes.")],
-    as_json: JsonOption = False,
-) -> None:
-    """Score the model on labelled data: each metric with its standard error."""
-    with stdout_is_stderr():
-        found = load(run_dir).evaluate(source)
-    if as_json:
-        print_json(found)
-        return
-    from multistep.report.explain import scores
-
-    typer.echo(scores(found["metrics"]))
-    typer.echo(f"{found['n']} rows")
-    for what, cut in found.get("cut", {}).items():
-        typer.echo(f"{cut['rows']} {what} were cut, by {cut['tokens']} tokens in all")
-
-
-@app.command()
-def predict(
-    run_dir: RunArgument,
-    text: Annotated[str, typer.Argument(metavar="TEXT", help="A text, a file, or - for standard input.")],
-    as_json: JsonOption = False,
-) -> None:
-    """Predict: a line of value, confidence and text, separated by tabs, for each text; of a model that writes, its answers."""
-    check_bundle(run_dir)
-    if is_language(run_dir):
-        return _write(run_dir, text, as_json)
-    texts = texts_of(text, run_dir)
-    with stdout_is_stderr():
-        found = load(run_dir).predict(texts)
-    if as_json:
-        rows = [{"text": t, **plain(p)} for t, p in zip(texts, found, strict=True)]
-        return print_json({"predictions": rows})
-    lines = ["\t".join((*answer(p), " ".join(t.split()))) for t, p in zip(texts, found, strict=True)]
-    return typer.echo("\n".join(lines))
-
-
-def _write(run_dir: Path, source: str, as_json: bool) -> None:
-    with stdout_is_stderr():
-        bundle = load(run_dir).language
-        records = bundle.read(source)
-        found = bundle.answer(records)
-    for what, cut in bundle.cut().items():
-        typer.echo(f"note: {cut['rows']} {what} were too long and cut, by {cut['tokens']} tokens in all", err=True)
-    if as_json:
-        return print_json(
-            {"predictions": [{"text": r.source, **plain(p)} for r, p in zip(records, found, strict=True)]}
-        )
-    if len(found) == 1:
-        return typer.echo(found[0].value)
-    return typer.echo("\n".join(" ".join(str(p.value).split()) for p in found))  # an answer a line
-
-
-@app.command()
-def chat(
-    run_dir: RunArgument,
-    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
-    temperature: Annotated[
-        float | None, typer.Option(min=0, max=100, help="0: the likeliest tokens.  [default: as tuned]")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws, where the temperature is above 0.")] = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Talk to a model that was fitted with --task chat: a turn a line, answers as they are written; an empty line starts anew."""
-    check_bundle(run_dir)
-    from multistep.talk import Talk
-
-    with stdout_is_stderr():
-        talk = Talk(load(run_dir).language, system, temperature, seed)
-    asking = sys.stdin.isatty() and not as_json
-    if asking:
-        typer.echo("An empty line starts anew, Ctrl-D ends.", err=True)
-    for line in lines_in(asking):
-        if not line.strip():
-            talk.anew()
-            continue
-        for piece in talk.say(line):
-            if not as_json:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-        if not as_json:
-            typer.echo()
-    if as_json:
-        print_json(
-            {"conversations": [[{"role": t.role, "text": t.text} for t in turns] for turns in talk.conversations]}
-        )
-
-
-@app.command()
-def serve(
-    run_dir: RunArgument,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; the default is reached from this machine only.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    as_json: JsonOption = False,
-) -> None:
-    """Serve the model over HTTP: POST /predict {"text": "..."}, GET /health."""
-    check_bundle(run_dir)
-    from multistep.serve import serve as serve_bundle
-
-    def announce(address: str, info: Mapping[str, Any]) -> None:
-        if as_json:
-            print_json({"address": address, "info": info})
-        else:
-            typer.echo(f"Serving {run_dir} on {address}: POST /predict, GET /health. Ctrl-C stops.")
-        sys.stdout.flush()
-
-    serve_bundle(run_dir, host, port, announce)
+for _verb in (verbs.evaluate, verbs.predict, verbs.chat, verbs.serve):
+    app.command()(_verb)
 
 
 @app.command()
