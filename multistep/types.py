@@ -114,11 +114,19 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One answer. `confidence` is a probability in 0..1 (None for regression); `scores` maps labels to probabilities."""
+    """One answer. `confidence` is a probability in 0..1 (None for regression); `scores` maps labels to probabilities. `stage`: what of
+    a cascade answered. `candidates`: the labels of which one is right with the promised probability, where that was asked for: with
+    any number but one of them the answer is withheld."""
 
     value: Any
     confidence: float | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
+    stage: str = ""
+    candidates: tuple[str, ...] | None = None
+
+    @property
+    def abstains(self) -> bool:
+        return self.candidates is not None and len(self.candidates) != 1
 
 
 class MetricValue(NamedTuple):
