@@ -69,10 +69,10 @@ class Entry(Spec):
 
     name: str
     predictor: dict[str, Any]
-    engine: dict[str, Any] = {}
+    engine: dict[str, Any] = Field(default_factory=dict)
     metrics: dict[str, MetricValue]
     latency: Latency
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = Field(default_factory=dict)
     rule: str = ""  # why it was taken or not
 
 
@@ -87,7 +87,7 @@ class Policy(Spec):
     entries: tuple[Entry, ...]
     front: tuple[str, ...]
     refused: tuple[dict[str, str], ...] = ()  # name, why: what was not measured or not allowed
-    machine: dict[str, Any] = {}
+    machine: dict[str, Any] = Field(default_factory=dict)
 
     def entry(self, name: str) -> Entry:
         return next(e for e in self.entries if e.name == name)
