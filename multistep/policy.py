@@ -119,6 +119,28 @@ def one_by_one(call: Callable[[T], Any], requests: Sequence[T], seconds: float, 
     return Latency.of(took)
 
 
+def side_by_side(
+    new: Callable[[T], Any], old: Callable[[T], Any], requests: Sequence[T], seconds: float, least: int = 20
+) -> tuple[Latency, Latency]:
+    """The latencies of two ways to answer, request by request in turns: what the machine does meanwhile happens to both."""
+    for request in requests[:_WARM_UP]:
+        new(request)
+        old(request)
+    took: list[tuple[float, float]] = []
+    begun = time.perf_counter()
+    for place, request in enumerate(requests):
+        start = time.perf_counter()
+        (new, old)[place % 2](request)
+        middle = time.perf_counter()
+        (old, new)[place % 2](request)
+        end = time.perf_counter()
+        first, second = middle - start, end - middle
+        took.append((second, first) if place % 2 else (first, second))
+        if len(took) >= least and end - begun > seconds:
+            break
+    return Latency.of([new_s for new_s, _ in took]), Latency.of([old_s for _, old_s in took])
+
+
 def admit(
     better: Verdict, compared: Comparison, candidate: Latency, incumbent: Latency, limit: Limit | None
 ) -> Verdict:

@@ -17,6 +17,7 @@ from multistep.objectives import CrossEntropy, Objective
 from multistep.optimizers import AdamW, ConvexSolver, NewtonCG, Optimizer
 from multistep.predictors import Predictor
 from multistep.predictors.decoding import Decoding
+from multistep.predictors.recipe import Recipe
 from multistep.schedules import Linear, Schedule
 from multistep.text import NgramFeatures
 from multistep.types import Spec, Tunable
@@ -252,6 +253,23 @@ class Predict(Spec):
     base: Predictor
 
 
+class TryRecipe(Spec):
+    """Measure a way to answer with the models of a finished run: fitted on the calibration rows, judged on rows that it was not fitted
+    on, timed beside what stands. `engine`: what the encoder runs on, as JSON; empty: as it stands."""
+
+    kind: Literal["try_recipe"] = "try_recipe"
+    recipe: Recipe
+    engine: dict[str, Any] = Field(default_factory=dict)
+    alpha: Annotated[float, Field(gt=0, lt=1)]  # its share of the chance of an error that all ways together may have
+
+
+class Promise(Spec):
+    """Withhold answers, so that the right one is among the candidates with the probability `coverage`; on rows set aside for it."""
+
+    kind: Literal["promise"] = "promise"
+    coverage: Annotated[float, Field(gt=0, lt=1)]
+
+
 class ReadTest(Spec):
     """Evaluate the incumbent on the test split: once, at the end."""
 
@@ -260,7 +278,7 @@ class ReadTest(Spec):
 
 Action = Annotated[
     FitLinear | FitHead | FineTune | TrainModule | TrainWriter | FitWriter | AsGiven | Profile | Average | Predict | Decode
-    | Mix | Recount | ReadTest,
+    | Mix | Recount | TryRecipe | Promise | ReadTest,
     Field(discriminator="kind"),
 ]  # fmt: skip
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from multistep.policy import Entry, Latency, Limit, admit, front, one_by_one
+from multistep.policy import Entry, Latency, Limit, admit, front, one_by_one, side_by_side
 from multistep.types import Comparison, MetricValue, UserError, Verdict
 
 NO = Verdict(accept=False, rule="no gain")
@@ -68,3 +70,18 @@ def test_the_same_is_taken_when_it_is_cheaper_alone() -> None:
     assert admit(NO, compared(0.0, 0.005), took(5), took(10), None).accept
     assert not admit(NO, compared(0.0, 0.005), took(9.5), took(10), None).accept
     assert not admit(NO, compared(-0.008, 0.005), took(5), took(10), None).accept
+
+
+def test_two_ways_are_timed_in_turns_on_the_same_requests() -> None:
+    calls: list[tuple[str, int]] = []
+
+    def slow(request: int) -> None:
+        calls.append(("slow", request))
+        time.sleep(0.002)
+
+    def quick(request: int) -> None:
+        calls.append(("quick", request))
+
+    new, old = side_by_side(slow, quick, list(range(50)), seconds=0.0, least=6)
+    assert new.n == old.n == 6 and new.p50 > 2 > old.p50
+    assert calls[6:10] == [("slow", 0), ("quick", 0), ("quick", 1), ("slow", 1)]

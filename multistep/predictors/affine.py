@@ -33,6 +33,9 @@ class Affine(Spec):
         combined_NK = self.combine(task, logits)
         return combined_NK, task.decide(combined_NK)
 
+    def stages(self, task: TaskLike, logits: Logits) -> np.ndarray:
+        return self.inner.stages(task, logits)
+
 
 def fit_affine(task: TaskLike, inner: Predictor, logits: Logits, targets: np.ndarray) -> Affine | None:
     """Least squares; an inner line is replaced. None unless the task is regression. Over a constant: slope 1."""

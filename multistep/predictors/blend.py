@@ -46,6 +46,9 @@ class Blend(Spec):
         combined_NK = self.combine(task, logits)
         return combined_NK, task.decide(combined_NK)
 
+    def stages(self, task: TaskLike, logits: Logits) -> np.ndarray:
+        return np.full(len(logits[self.models()[0]]), "+".join(self.models()), dtype=object)
+
 
 def _part(task: TaskLike, member: Predictor, logits: Logits) -> np.ndarray:
     z_NK = member.combine(task, logits)

@@ -109,15 +109,24 @@ def _candidate(
     scored = cross_fitted(task, fit, logits, targets, seed) if predictor is not None else None
     if predictor is None or scored is None:
         return None
-    return Candidate(predictor, scored, _facts(task, predictor))
+    return Candidate(predictor, scored, fitted_numbers(task, predictor))
 
 
-def _facts(task: TaskLike, predictor: Predictor) -> dict[str, Any]:
+def fitted_numbers(task: TaskLike, predictor: Predictor) -> dict[str, Any]:
     """The fitted numbers, outermost first, for the journal."""
     if predictor.kind == "temperature":
-        return {"temperature": predictor.temperature, **_facts(task, predictor.inner)}
+        return {"temperature": predictor.temperature, **fitted_numbers(task, predictor.inner)}
     if predictor.kind == "affine":
         return {"slope": predictor.slope, "intercept": predictor.intercept}
+    if predictor.kind == "cascade":
+        return {"below": predictor.below, **fitted_numbers(task, predictor.second)}
+    if predictor.kind == "vector":
+        return {
+            "scales": [min(predictor.scales), max(predictor.scales)],
+            "offsets": [min(predictor.offsets), max(predictor.offsets)],
+        }
+    if predictor.kind == "isotonic":
+        return {"steps": [len(true) for _, true in predictor.curves]}
     if predictor.kind == "blend":
         return {"models": list(predictor.models()), "weights": list(predictor.weights)}
     if predictor.kind == "thresholds":

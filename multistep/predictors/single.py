@@ -24,3 +24,6 @@ class Single(Spec):
     def decide(self, task: TaskLike, logits: Logits) -> tuple[np.ndarray, np.ndarray]:
         combined_NK = self.combine(task, logits)
         return combined_NK, task.decide(combined_NK)
+
+    def stages(self, task: TaskLike, logits: Logits) -> np.ndarray:
+        return np.full(len(logits[self.model]), self.model, dtype=object)

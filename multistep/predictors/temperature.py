@@ -38,6 +38,9 @@ class Temperature(Spec):
     def decide(self, task: TaskLike, logits: Logits) -> tuple[np.ndarray, np.ndarray]:
         return self.combine(task, logits), self.inner.decide(task, logits)[1]
 
+    def stages(self, task: TaskLike, logits: Logits) -> np.ndarray:
+        return self.inner.stages(task, logits)
+
 
 def fit_temperature(task: TaskLike, inner: Predictor, logits: Logits, targets: np.ndarray) -> Temperature | None:
     """The temperature of least log-loss; an inner temperature is replaced. None for regression."""

@@ -50,6 +50,9 @@ class Thresholds(Spec):
             return z_NK, task.probabilities(z_NK) > offset_K
         return z_NK, (log_softmax(z_NK) + offset_K).argmax(axis=1)
 
+    def stages(self, task: TaskLike, logits: Logits) -> np.ndarray:
+        return self.inner.stages(task, logits)
+
 
 def fit_thresholds(
     task: TaskLike, inner: Predictor, logits: Logits, targets: np.ndarray, metric: str, seed: int

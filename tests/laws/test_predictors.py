@@ -11,7 +11,21 @@ import pytest
 from pydantic import TypeAdapter
 
 from multistep.metrics import judge, measure
-from multistep.predictors import PREDICTORS, Affine, Blend, Predictor, Single, Temperature, Thresholds, predict
+from multistep.predictors import (
+    PREDICTORS,
+    Affine,
+    Blend,
+    Cascade,
+    Conformal,
+    Costs,
+    Isotonic,
+    Predictor,
+    Single,
+    Temperature,
+    Thresholds,
+    Vector,
+    predict,
+)
 from multistep.predictors.affine import fit_affine
 from multistep.predictors.blend import fit_blend
 from multistep.predictors.fit import baseline, blend, calibrate, cross_fitted, thresholds
@@ -50,11 +64,18 @@ def neutral(kind: str, inner: Predictor) -> list[Predictor]:
     if kind == "regress":
         return [Affine(inner=inner), Blend(members=(inner,), weights=(1.0,))]
     offsets = (0.5,) * 3 if kind == "multilabel" else (0.0,) * 3
-    return [
+    found: list[Predictor] = [
         Temperature(inner=inner, temperature=1.0),
+        Vector(inner=inner, scales=(1.0,) * 3, offsets=(0.0,) * 3),
         Thresholds(inner=inner, offsets=offsets),
         Blend(members=(inner,), weights=(1.0,)),
+        Cascade(first=inner, second=B, below=0.0),
+        Cascade(first=Temperature(inner=inner, temperature=9.0), second=inner, below=1.0),
     ]
+    if kind == "classify":
+        even = tuple(tuple(row) for row in (1.0 - np.eye(3)).tolist())
+        found += [Costs(inner=inner, matrix=even), Conformal(inner=inner, coverage=0.9, least=0.1, rows=9)]
+    return found
 
 
 MEMBERS: list[Predictor] = [
@@ -63,6 +84,11 @@ MEMBERS: list[Predictor] = [
     Affine(inner=A, slope=2.0, intercept=-1.0),
     Thresholds(inner=Temperature(inner=B, temperature=0.5), offsets=(0.1, 0.2, 0.3)),
     Blend(members=(A, Temperature(inner=B, temperature=2.0)), weights=(0.25, 0.75)),
+    Vector(inner=A, scales=(1.0, 0.5, 2.0), offsets=(0.0, 0.1, -0.1)),
+    Isotonic(inner=A, curves=(((0.1, 0.9), (0.2, 0.8)),) * 3),
+    Costs(inner=A, matrix=((0.0, 1.0, 1.0), (5.0, 0.0, 1.0), (1.0, 1.0, 0.0))),
+    Cascade(first=A, second=Temperature(inner=B, temperature=2.0), below=0.7),
+    Conformal(inner=A, coverage=0.9, least=0.2, rows=99),
 ]
 
 

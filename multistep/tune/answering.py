@@ -1,0 +1,302 @@
+"""What tuning of a finished run's answers does with a trial: measure models and engines, try a recipe, make a promise.
+
+A recipe is fitted as a whole and judged out of fold; its latency is that of single requests, in turns with what stands.
+Shapes: N rows, K outputs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from multistep import engines
+from multistep.budget import Clock
+from multistep.controllers.answering import AnsweringProblem
+from multistep.evaluate import Engine, TextModel
+from multistep.metrics import METRICS, Scored, compare, judge, measure
+from multistep.metrics.judge import paired_t
+from multistep.metrics.measure import stderr_of
+from multistep.policy import Entry, Latency, Policy, admit, front, one_by_one, side_by_side
+from multistep.predictors import Predictor, Single, predict
+from multistep.predictors.conformal import fit_conformal
+from multistep.predictors.costs import cost_N
+from multistep.predictors.fit import baseline
+from multistep.predictors.recipe import Recipe, prepare, recipe_of
+from multistep.strategy import Profile, Promise, Trial, TryRecipe
+from multistep.tune.segment import Record
+from multistep.types import Comparison, Cost, MetricValue, Outcome, Verdict
+
+LATENCY_SHARE = 0.01  # of the budget: timing single requests ends after it, with 20 at least
+TIMED = 200  # requests at most
+AGREED = 256  # rows on which an engine has to agree
+
+Run = Generator[Record, None, Outcome]
+_PREDICTOR: TypeAdapter[Predictor] = TypeAdapter(Predictor)
+
+
+class Standing(NamedTuple):
+    """What would be served: a predictor, and what the encoder runs on."""
+
+    predictor: Predictor
+    engine: dict[str, Any]
+
+
+Ship = Callable[[Standing, Policy], None]
+
+
+class Models(Protocol):
+    """The models of a finished run, by name."""
+
+    def text_model(self, name: str, engine: Mapping[str, Any]) -> TextModel:
+        """The model ("linear", "encoder", "encoder@32"), the encoder on this engine; empty: as it was trained. Raises UserError."""
+        ...
+
+    def runtimes(self) -> list[tuple[str, dict[str, Any]]]:
+        """What else the encoder could run on here, by name."""
+        ...
+
+
+@dataclass
+class Rows:
+    """Texts with what is right, mixed by the seed. `words`: what they are."""
+
+    texts: list[str]
+    targets: np.ndarray
+    words: str
+
+
+class Answering:
+    """The bench of tuning how a run answers. `rows`: to fit and judge on; `aside`: for the promise alone."""
+
+    def __init__(
+        self, models: Models, problem: AnsweringProblem, rows: Rows, aside: Rows | None, clock: Clock, stop: Callable[[], int],
+        ship: Ship, machine: Mapping[str, Any],
+    ):  # fmt: skip
+        self.models, self.problem, self.rows, self.aside, self.clock, self.stop = models, problem, rows, aside, clock, stop
+        self.machine = dict(machine)
+        self.entries: list[Entry] = []
+        self.refused: list[dict[str, str]] = []
+        self.quality = Quality(problem)
+        self._pick, self._rule = "", ""
+        self._ship = ship
+        self._logits: dict[tuple[str, str], np.ndarray] = {}
+        self._scored: dict[str, Scored] = {}
+
+    def run(self, trial: Trial) -> Run:
+        match trial.action:
+            case Profile():
+                return self._measure(trial)
+            case TryRecipe() as action:
+                return self._try(trial, action)
+            case Promise() as action:
+                return self._promise(trial, action)
+        raise AssertionError(f"{trial.action.kind} is no way to answer")
+
+    # ------------------------------------------------------------------ standing
+
+    def apply(self, trial: Trial, outcome: Outcome) -> bool:
+        """Take an outcome into the standing; whether something else stands. Depends on the outcome alone, so it replays."""
+        self.refused += outcome.facts.get("refused", [])
+        if "entry" not in outcome.facts:
+            return False
+        rule = "what stood before" if outcome.verdict is None else outcome.verdict.rule
+        self.entries.append(Entry(**outcome.facts["entry"]).with_(rule=rule))
+        if outcome.verdict is not None and not outcome.verdict.accept:
+            return False
+        self._pick, self._rule = self.entries[-1].name, rule
+        return outcome.verdict is not None
+
+    @property
+    def incumbent(self) -> Entry:
+        return next(e for e in reversed(self.entries) if e.name == self._pick)
+
+    def standing(self) -> dict[str, Any] | None:
+        if not self.entries:
+            return None
+        now = self.incumbent
+        return {"name": now.name, "predictor": now.predictor, "engine": now.engine, "recipe": now.facts.get("recipe")}
+
+    def families(self) -> dict[str, str]:
+        return {}
+
+    def ship(self) -> None:
+        now = self.incumbent
+        self._ship(Standing(_PREDICTOR.validate_python(now.predictor), now.engine), self.policy())
+
+    def policy(self, skipped: Sequence[Mapping[str, str]] = ()) -> Policy:
+        """All that was found so far. `skipped`: what was not begun, and why."""
+        q = self.quality
+        return Policy(
+            metric=q.name, limit=self.problem.limit, rows=len(self.rows.texts), data=self.rows.words, default=self.entries[0].name,
+            pick=self._pick, rule=self._rule, entries=tuple(self.entries), front=front(self.entries, q.name, q.higher_is_better),
+            refused=(*self.refused, *map(dict, skipped)), machine=self.machine,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ trials
+
+    def _measure(self, trial: Trial) -> Run:
+        """What stands; the latency of every model alone; which engines agree, and theirs."""
+        started, p = time.monotonic(), self.problem
+        as_it_is = Standing(p.default, p.engine)
+        latency = one_by_one(self._answer(as_it_is), self._requests(), self._seconds())
+        ms = {m: self._model_ms(m, p.engine) for m in p.models}
+        yield "Noted", {"trial": trial.id, "what": "timed", "facts": {"ms": latency.mean, "models": ms}}
+        found, refused = [], []
+        for name, runtime in self.models.runtimes() if "encoder" in p.models else []:
+            if runtime == p.engine:
+                continue
+            reference, other = self._model("encoder", {}), self._model("encoder", runtime)
+            agreement = engines.agree(reference, other, self.rows.texts[:AGREED], p.task)
+            yield "Noted", {"trial": trial.id, "what": "agreement", "facts": {"engine": name, **agreement.model_dump()}}
+            if agreement.ok:
+                found.append({"name": name, "runtime": runtime, "ms": self._model_ms("encoder", runtime)})
+            else:
+                refused.append({"name": name, "why": agreement.words})
+        scored = baseline(p.task, p.default, self._outputs(p.default.models(), p.engine), self.rows.targets)
+        recipe = recipe_of(p.default)
+        facts = {} if recipe is None else {"recipe": recipe.model_dump(mode="json")}
+        entry = self._entry("as it stands", as_it_is, scored, latency, facts)
+        return Outcome(
+            state=entry.name, metrics=entry.metrics, cost=_wall(started),
+            facts={"entry": entry.model_dump(mode="json"), "models": ms, "engines": found, "refused": refused},
+        )  # fmt: skip
+
+    def _try(self, trial: Trial, action: TryRecipe) -> Run:
+        started, p, now = time.monotonic(), self.problem, self.incumbent
+        engine = action.engine or now.engine
+        outputs = self._outputs(action.recipe.names(), engine)
+        found = prepare(action.recipe, p.task, outputs, self.rows.targets, self.quality.fitted_for, p.seed)
+        if found is None:
+            return Outcome(ok=False, failure=f"{action.recipe}: nothing to offer here", cost=_wall(started))
+        yield "Noted", {"trial": trial.id, "what": "fitted", "facts": found.facts}
+        new = Standing(found.predictor, engine)
+        old = Standing(_PREDICTOR.validate_python(now.predictor), now.engine)
+        latency, now_takes = side_by_side(self._answer(new), self._answer(old), self._requests(), self._seconds())
+        better, compared = self.quality.judged(found.scored, self._known(now), action.alpha)
+        verdict = admit(better, compared, latency, now_takes, p.limit)
+        made = {**found.facts, "recipe": action.recipe.model_dump(mode="json")}
+        entry = self._entry(_name(action.recipe, engine), new, found.scored, latency, made)
+        facts = {"entry": entry.model_dump(mode="json"), "beside_ms": now_takes.mean}
+        return Outcome(state=entry.name, metrics=entry.metrics, verdict=verdict, cost=_wall(started), facts=facts)
+
+    def _promise(self, trial: Trial, action: Promise) -> Run:
+        started, p, now = time.monotonic(), self.problem, self.incumbent
+        assert self.aside is not None, "a promise needs rows set aside for it"
+        inner = _PREDICTOR.validate_python(now.predictor)
+        aside = {m: self._model(m, now.engine).logits(self.aside.texts) for m in inner.models()}
+        found = fit_conformal(p.task, inner, aside, self.aside.targets, action.coverage)
+        among_NK = found.candidates(p.task, found.combine(p.task, self._outputs(inner.models(), now.engine)))
+        sizes = among_NK.sum(axis=1)
+        facts = {
+            "coverage": action.coverage, "rests_on": found.rows, "withheld": float((sizes != 1).mean()),
+            "candidates": float(sizes.mean()), "recipe": now.facts.get("recipe"),
+        }  # fmt: skip
+        yield "Noted", {"trial": trial.id, "what": "promised", "facts": facts}
+        rule = (
+            f"asked for: on {found.rows} rows set aside; it withholds {facts['withheld']:.1%} of the answers, "
+            f"{facts['candidates']:.2f} candidates a row"
+        )
+        new = Standing(found, now.engine)
+        entry = self._entry(f"{now.name}, promise {action.coverage:g}", new, self._known(now), now.latency, facts)
+        return Outcome(
+            state=entry.name, metrics=entry.metrics, verdict=Verdict(accept=True, rule=rule), cost=_wall(started),
+            facts={"entry": entry.model_dump(mode="json")},
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ measuring
+
+    def _model(self, name: str, engine: Mapping[str, Any]) -> TextModel:
+        return self.models.text_model(name, engine)
+
+    def _outputs(self, names: Sequence[str], engine: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Logits [N,K] of models on the judged rows; computed once in a process."""
+        for name in names:
+            key = (name, repr(engine) if name.startswith("encoder") else "")
+            if key not in self._logits:
+                self._logits[key] = self._model(name, engine).logits(self.rows.texts)
+        return {m: self._logits[m, repr(engine) if m.startswith("encoder") else ""] for m in names}
+
+    def _known(self, entry: Entry) -> Scored:
+        """What an entry does on the judged rows; of one that an earlier process tried, made again as it was made then."""
+        if entry.name not in self._scored:
+            predictor, p = _PREDICTOR.validate_python(entry.predictor), self.problem
+            outputs, found = self._outputs(predictor.models(), entry.engine), None
+            if entry.name != self.entries[0].name and (recipe := entry.facts.get("recipe")) is not None:
+                found = prepare(Recipe.parse(recipe), p.task, outputs, self.rows.targets, self.quality.fitted_for, p.seed)
+            self._scored[entry.name] = (
+                found.scored if found is not None else baseline(p.task, predictor, outputs, self.rows.targets)
+            )
+        return self._scored[entry.name]
+
+    def _entry(self, name: str, standing: Standing, scored: Scored, latency: Latency, facts: Mapping[str, Any]) -> Entry:
+        self._scored[name] = scored
+        return Entry(
+            name=name, predictor=standing.predictor.model_dump(mode="json"), engine=standing.engine,
+            metrics=self.quality.measured(scored), latency=latency, facts=dict(facts),
+        )  # fmt: skip
+
+    def _answer(self, standing: Standing) -> Callable[[str], Any]:
+        """Answers one request, as a server does."""
+        models = {m: self._model(m, standing.engine) for m in standing.predictor.models()}
+        engine = Engine(models)
+        return lambda text: predict(self.problem.task, standing.predictor, engine, [text])
+
+    def _model_ms(self, name: str, engine: Mapping[str, Any]) -> float:
+        alone = self._answer(Standing(Single(model=name), dict(engine)))
+        return one_by_one(alone, self._requests(), self._seconds()).mean
+
+    def _requests(self) -> list[str]:
+        return self.rows.texts[:TIMED]
+
+    def _seconds(self) -> float:
+        return LATENCY_SHARE * self.problem.budget
+
+
+class Quality:
+    """What answers are judged by: a metric, or what they cost."""
+
+    def __init__(self, problem: AnsweringProblem):
+        self.problem = problem
+        self.name = "cost" if problem.costs is not None else problem.metric
+        self.higher_is_better = problem.costs is None and METRICS[problem.metric].higher_is_better
+        self.fitted_for = problem.task.default_metric if problem.costs is not None else problem.metric
+
+    def measured(self, scored: Scored) -> dict[str, MetricValue]:
+        p = self.problem
+        names = tuple(dict.fromkeys([self.fitted_for, *p.task.metrics]))
+        found = measure(names, p.task, scored, seed=p.seed)
+        if p.costs is not None:
+            costs = cost_N(p.costs, scored.targets, scored.decisions)
+            found = {"cost": MetricValue(float(costs.mean()), stderr_of(costs)), **found}
+        return found
+
+    def judged(self, candidate: Scored, incumbent: Scored, alpha: float) -> tuple[Verdict, Comparison]:
+        """The paired verdict on quality, and the comparison on the metric."""
+        p = self.problem
+        if p.costs is None:
+            found = judge(p.metric, p.task, candidate, incumbent, p.seed, alpha)
+            return found, compare(p.metric, p.task, candidate, incumbent, p.seed)
+        new, old = (cost_N(p.costs, s.targets, s.decisions) for s in (candidate, incumbent))
+        gain, stderr, n = float((old - new).mean()), stderr_of(old - new), len(old)
+        compared = Comparison(
+            metric="cost", candidate=float(new.mean()), incumbent=float(old.mean()), difference=gain, stderr=stderr,
+            p=paired_t(gain, stderr, n), n=n,
+        )  # fmt: skip
+        accept = gain > 0 and compared.p <= alpha
+        rule = f"cost gain {gain:+.4f} ± {stderr:.4f}, p = {compared.p:.2g}, {alpha:.2g} allowed: {'better' if accept else 'not better'}"
+        return Verdict(accept=accept, rule=rule, evidence=(compared,)), compared
+
+
+def _name(recipe: Recipe, engine: Mapping[str, Any]) -> str:
+    if not engine or not any(m.startswith("encoder") for m in recipe.names()):
+        return str(recipe)
+    return f"{recipe} on {engine['runtime']} {engine['dtype']}"
+
+
+def _wall(started: float) -> Cost:
+    return Cost(wall_s=time.monotonic() - started)

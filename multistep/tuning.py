@@ -1,0 +1,28 @@
+"""What tuning shares, whatever a model gives: where its journal is, and when it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from multistep import journal
+from multistep.journal import Journal
+
+FILE = "tuning.jsonl"
+LEAST = 20  # rows or records to judge with
+TUNED = "How it predicts"  # the card's section
+
+
+def tuning_journal(path: Path, settings: Mapping[str, Any]) -> tuple[Journal, list[dict[str, Any]]]:
+    """The journal, and what it holds where a tuning with the same settings was stopped; another one is put aside (tuning-1.jsonl)."""
+    if path.exists():
+        past = journal.read(path)
+        same = bool(past) and past[-1]["kind"] != "Finished" and all(past[0].get(k) == v for k, v in settings.items())
+        if same:
+            return Journal(path), past
+        number = 1
+        while path.with_name(f"{path.stem}-{number}.jsonl").exists():
+            number += 1
+        path.rename(path.with_name(f"{path.stem}-{number}.jsonl"))
+    return Journal(path), []

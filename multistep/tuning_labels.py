@@ -1,0 +1,238 @@
+"""Tuning how a model that gives labels or numbers answers, from a run's folder to its policy: behind `multistep tune`.
+
+The journal is RUN/tuning.jsonl, as of models that write (tuning_language.py). The bundle is replaced whole at every commit and at the
+end; until then the old one stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from multistep import engines
+from multistep.budget import Budget, Clock
+from multistep.bundle import Bundle, load_bundle, write_bundle
+from multistep.config import FitConfig
+from multistep.controllers.answering import AnsweringProblem, answering
+from multistep.controllers.script import Scripted
+from multistep.data import Columns, Dataset, Example, read_labelled
+from multistep.engines import OnnxText, Runtime
+from multistep.evaluate import EncoderText, TextModel
+from multistep.metrics import check_metric
+from multistep.policy import Limit, Policy
+from multistep.predictors.costs import read_costs
+from multistep.report.card import with_section
+from multistep.report.policy import explain_policy
+from multistep.report.progress import Progress
+from multistep.session import clock_then, left, machine_facts, show, signals, versions
+from multistep.strategy import Trial
+from multistep.subwords import encode_ids
+from multistep.tune import tune
+from multistep.tune.actions import Bench
+from multistep.tune.answering import Answering, Rows, Standing
+from multistep.tune.text import TextWorks
+from multistep.tune.workbench import Workbench
+from multistep.tuning import FILE, LEAST, TUNED, tuning_journal
+from multistep.types import Interrupted, Outcome, UserError
+
+LENGTHS = (16, 32, 64, 128)
+LONGER = 0.05  # of the texts that have to be longer than a length for it to be tried
+ASIDE = 1 / 3  # of the rows, for a promise
+
+
+def tune_labels(
+    run_dir: Path, config: FitConfig, past: Sequence[Mapping[str, Any]], dataset: Dataset, bundle: Bundle, metric: str | None,
+    limit: Limit | None, budget: Budget, data: str | None, costs: Path | None, coverage: float | None, progress: Progress,
+) -> Policy:  # fmt: skip
+    """Tune a run on its own calibration half, or on the labelled file `data`. The bundle and its policy are replaced.
+
+    Raises UserError on bad input, Interrupted after a signal: then the journal is saved, and the bundle is the old one or the last that
+    was committed.
+    """
+    task = bundle.task
+    metric = check_metric(metric or bundle.info["metric"], task.kind)
+    matrix = None if costs is None else read_costs(costs, getattr(task, "labels", ()))
+    if (matrix is not None or coverage is not None) and task.kind != "classify":
+        raise UserError(f"{'costs' if matrix is not None else 'coverage'}: for one label of several; the task is {task.kind}.")
+    models = RunModels(Workbench(config, dataset, task, run_dir), past)
+    rows, aside = _judged(dataset, models.work, bundle, data, coverage, config.seed)
+    settings = {
+        "metric": metric, "limit": None if limit is None else limit.model_dump(mode="json"), "data": rows.words,
+        "fingerprint": _fingerprint(rows), "states": models.states, "costs": matrix and [list(row) for row in matrix],
+        "coverage": coverage,
+    }  # fmt: skip
+    book, lived = tuning_journal(run_dir / FILE, settings)
+    clock = Clock(budget)
+    if lived:
+        clock.restore(clock_then(lived))
+        lived.append(book.append("Resumed", clock=clock.save(), budget=budget, extended=False))
+    else:
+        lived = [
+            book.append(
+                "Started", clock=clock.save(), budget=budget, versions=versions(), default=bundle.predictor,
+                engine=(bundle.info.get("engine") or {}).get("encoder") or {}, machine=machine_facts(models.work.device), **settings,
+            )
+        ]  # fmt: skip
+    started = lived[0]
+    problem = AnsweringProblem.parse(
+        {
+            "task": task.model_dump(), "metric": "cost" if matrix is not None else metric, "models": models.names(rows.texts),
+            "default": started["default"], "engine": started["engine"], "limit": limit and limit.model_dump(),
+            "budget": budget.amount, "rows": len(rows.texts), "costs": matrix, "coverage": coverage, "seed": config.seed,
+        }
+    )  # fmt: skip
+    try:
+        with signals() as stop:
+
+            def watch(done: float) -> None:
+                if number := stop():
+                    raise Interrupted(number)
+                progress.remaining(left(clock))
+
+            models.work.watch = watch
+            works = Answering(models, problem, rows, aside, clock, stop, models.ship_into(run_dir, bundle), started["machine"])
+            for record in tune(works, Scripted(answering(problem)), book, lived):
+                lived.append(record)
+                show(progress, record, clock, works.quality.name)
+        skipped = [r["why"].partition(": ") for r in lived if r["kind"] == "Skipped"]
+        policy = works.policy([{"name": name, "why": why} for name, _, why in skipped])
+        works.ship_with(policy)
+        book.append("Finished", clock=clock.save(), wall_s=clock.wall_s, pick=policy.pick)
+        return policy
+    finally:
+        book.close()
+
+
+# ---------------------------------------------------------------------------------------------- its models
+
+
+class RunModels:
+    """The best state of each family of a run, by name; the encoder also on other engines and on shorter texts."""
+
+    def __init__(self, work: Workbench, past: Sequence[Mapping[str, Any]]):
+        self.work = work
+        self.bench = _replayed(work, past)
+        self.states = dict(self.bench.families)
+        self._made: dict[str, TextModel] = {}
+
+    def names(self, texts: Sequence[str]) -> tuple[str, ...]:
+        """ "linear", "encoder", and "encoder@32" where enough of these texts have more than 32 tokens."""
+        found = [m for m in ("linear", "encoder") if m in self.states]
+        if "encoder" in found:
+            lengths_N = np.array([len(ids) for ids in self.work.tokenize(texts)])
+            found += [f"encoder@{n}" for n in LENGTHS if n < self.work.max_length and (lengths_N > n).mean() > LONGER]
+        return tuple(found)
+
+    def runtimes(self) -> list[tuple[str, dict[str, Any]]]:
+        encoder = self.text_model("encoder", {})
+        assert isinstance(encoder, EncoderText)
+        return [(name, runtime.model_dump(mode="json")) for name, runtime in engines.variants(encoder)]
+
+    def text_model(self, name: str, engine: Mapping[str, Any]) -> TextModel:
+        key = f"{name} {sorted(engine.items())}"
+        if key not in self._made:
+            self._made[key] = self._make(name, engine)
+        return self._made[key]
+
+    def _make(self, name: str, engine: Mapping[str, Any]) -> TextModel:
+        family, _, length = name.partition("@")
+        if length:
+            return shorter(self.text_model(family, engine), self._cut(int(length)))
+        model = self.work.text_model(family, self.states[family], self.bench.bf16)
+        if not engine or not isinstance(model, EncoderText):
+            return model
+        return engines.prepare(self.text_model("encoder", {}), Runtime.parse(engine, "engine"), self.work.out / "tuning")  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    def _cut(self, length: int) -> Callable[[Sequence[str]], list[np.ndarray]]:
+        tokenizer = self.work.tokenizer
+        assert tokenizer is not None
+        return lambda texts: encode_ids(tokenizer, texts, length)[0]
+
+    def ship_into(self, run_dir: Path, bundle: Bundle) -> Callable[[Standing, Policy], None]:
+        """How a standing is put where it is served from."""
+        folder, work = run_dir / "model", self.work
+        card = folder / "README.md"
+        text = card.read_text(encoding="utf-8") if card.exists() else ""
+
+        def ship(standing: Standing, policy: Policy) -> None:
+            names = standing.predictor.models()
+            families = dict.fromkeys(m.partition("@")[0] for m in names)
+            models: Any = {m: self.text_model(m, {}) for m in families}
+            said = policy.model_dump(mode="json")
+            extra = {
+                **{k: bundle.info[k] for k in ("columns", "base_model", "metric")},
+                "states": {m: self.states[m] for m in families}, "policy": said,
+            }  # fmt: skip
+            runs_on = None
+            if standing.engine and "encoder" in families:
+                extra["engine"] = {"encoder": standing.engine}
+                runs_on = run_dir / "tuning" / "engines" / Runtime.parse(standing.engine, "engine").name
+            write_bundle(
+                folder, work.task, standing.predictor, models, work.tokenizer, work.max_length, extra,
+                card=with_section(text, TUNED, explain_policy(said)), runs_on=runs_on,
+            )  # fmt: skip
+
+        return ship
+
+
+def shorter(model: TextModel, tokenize: Callable[[Sequence[str]], list[np.ndarray]]) -> TextModel:
+    """An encoder that reads fewer tokens of each text."""
+    assert isinstance(model, EncoderText | OnnxText)
+    return replace(model, tokenize=tokenize)
+
+
+def _replayed(work: Workbench, past: Sequence[Mapping[str, Any]]) -> Bench:
+    """What stood at the end of the run: its best states, their lengths and precision."""
+    bench = Bench(work, Clock(Budget(amount=1, unit="seconds")), lambda: 0, "")
+    works = TextWorks(bench)
+    asked = {r["trial"]["id"]: r["trial"] for r in past if r["kind"] == "Asked"}
+    for told in (r for r in past if r["kind"] == "Told"):
+        works.apply(Trial.parse(asked[told["trial"]]), Outcome.parse(told["outcome"]))
+    return bench
+
+
+# ---------------------------------------------------------------------------------------------- what is judged
+
+
+def _judged(
+    dataset: Dataset, work: Workbench, bundle: Bundle, data: str | None, coverage: float | None, seed: int
+) -> tuple[Rows, Rows | None]:
+    """The rows that decide, and those that a promise rests on. Of a file those that are in the run's train or test are left out."""
+    examples: list[Example] = list(dataset.calibration)
+    words = "the run's own calibration half"
+    if data is not None:
+        found = read_labelled(data, Columns.parse(bundle.info["columns"], "columns"), work.task.kind)
+        known = {" ".join(e.text.split()) for split in (dataset.train, dataset.test) for e in split}
+        examples = [e for e in found if " ".join(e.text.split()) not in known]
+        words = f"{Path(data).name}, neither train nor test"
+        if left_out := len(found) - len(examples):
+            words += f"; {left_out:,} rows that are there too were left out"
+    if len(examples) < LEAST:
+        raise UserError(
+            f"{data or 'calibration half'}: {len(examples)} rows that are neither train nor test. At least {LEAST} are needed to "
+            "judge; give a labelled file with --data."
+        )
+    order = np.random.default_rng(seed).permutation(len(examples))
+    mixed = [examples[i] for i in order]
+    count = 0 if coverage is None else round(ASIDE * len(mixed))
+
+    def rows(part: Sequence[Example]) -> Rows:
+        return Rows([e.text for e in part], work.task.encode([e.label for e in part]), words)
+
+    return rows(mixed[count:]), rows(mixed[:count]) if count else None
+
+
+def _fingerprint(rows: Rows) -> str:
+    text = "\n".join(f"{t}\t{y}" for t, y in zip(rows.texts, rows.targets.tolist(), strict=True))
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def clear(run_dir: Path) -> None:
+    """What tuning made to try engines."""
+    shutil.rmtree(run_dir / "tuning", ignore_errors=True)
