@@ -5,7 +5,7 @@ Each member has
     combine(task, logits) -> logits [N, K], from a mapping of model name to that model's logits
     decide(task, logits) -> (logits [N, K], decisions)
 It is data: it survives JSON and holds no model. `fit.py` makes candidates from a calibration split.
-To add one: copy the nearest file, name it here, run the laws. No torch here.
+How texts are written is in ways.py. To add one: copy the nearest file, name it here, run the laws. No torch here.
 """
 
 from collections.abc import Sequence
