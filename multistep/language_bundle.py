@@ -37,6 +37,7 @@ from multistep.models.ngram import NGram
 from multistep.models.spans import load_span_encoder, save_span_encoder
 from multistep.predictors.decoding import Beam, Greedy, Sample
 from multistep.predictors.ways import Way, plain, read_way, shots, words
+from multistep.report.card import with_section
 from multistep.state import replace_folder
 from multistep.subwords import load_tokenizer, save_tokenizer
 from multistep.tasks.writing import LOSSES, Writing
@@ -44,6 +45,7 @@ from multistep.types import Prediction, UserError
 from multistep.writing import Counted, Mixed, Neural, Simple, Spans, Speaker, encoder_features, measured
 
 FORMAT = 1
+TUNED = "How it predicts"  # the card's section
 
 
 @dataclass
@@ -150,9 +152,9 @@ def _save_neural(neural: Neural, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def rewrite_decoding(folder: Path, neural: Neural, way: Way, policy: Mapping[str, Any] | None) -> None:
-    """Replace how a bundle's model writes, in one step: all other files stay as they are. `neural`: what the bundle was loaded as; its
-    `examples` are kept where the way asks for examples. `policy`: why, as it stands in multistep.json; None leaves what is there."""
+def rewrite_decoding(folder: Path, neural: Neural, way: Way, policy: Mapping[str, Any], said: str) -> None:
+    """Replace how a bundle's model writes, in one step: the weights stay as they are. `neural`: what the bundle was loaded as; its
+    examples are kept where the way asks for some. `policy`: why, for multistep.json; `said`: the same in words, for the card."""
     from transformers import GenerationConfig
 
     info = json.loads((folder / "multistep.json").read_text(encoding="utf-8"))
@@ -166,8 +168,10 @@ def rewrite_decoding(folder: Path, neural: Neural, way: Way, policy: Mapping[str
         GenerationConfig(**in_transformers_words(way, neural)).save_pretrained(temporary)
         info["standing"] = {**info["standing"], "decoding": way.model_dump(mode="json")}
         info["neural"] = {**info["neural"], "not_in_generation_config": list(not_in_transformers_words(way))}
-        if policy is not None:
-            info["policy"] = dict(policy)
+        info["policy"] = dict(policy)
+        card = temporary / "README.md"
+        if card.exists():
+            card.write_text(with_section(card.read_text(encoding="utf-8"), TUNED, said), encoding="utf-8")
         (temporary / "multistep.json").write_text(json.dumps(info, indent=1, ensure_ascii=False), encoding="utf-8")
         replace_folder(temporary, folder)
     finally:
