@@ -122,7 +122,7 @@ def _revised(model: Writes, records: Sequence[Record], way: DraftRevise) -> list
     found, asked = answers(model, records, way.inner), list(records)
     for _ in range(way.rounds):
         asked = [
-            Record(r.source, (), turns=(*model.asked(r), Turn("assistant", str(said.value)), Turn("user", way.again)))
+            replace(r, targets=(), turns=(*model.asked(r), Turn("assistant", str(said.value)), Turn("user", way.again)))
             for r, said in zip(asked, found, strict=True)
         ]
         found = answers(model, asked, way.inner)
@@ -154,10 +154,10 @@ def _with(model: Writes, record: Record, examples: Sequence[Record], way: FewSho
     rest = [turn for turn in asked if turn.role != "system"]
     if way.template == "turns":
         before = [t for e in examples for t in (*_spoken(model, e), Turn("assistant", e.targets[0]))]
-        return Record(record.source, (), turns=(*first, *before, *rest))
+        return replace(record, targets=(), turns=(*first, *before, *rest))
     told = "".join("\n".join([*(t.text for t in _spoken(model, e)), e.targets[0]]) + "\n\n" for e in examples)
     last = rest[-1]
-    return Record(record.source, (), turns=(*first, *rest[:-1], Turn(last.role, told + last.text)))
+    return replace(record, targets=(), turns=(*first, *rest[:-1], Turn(last.role, told + last.text)))
 
 
 def _spoken(model: Writes, record: Record) -> list[Turn]:
@@ -171,7 +171,7 @@ def _cut(model: Writes, record: Record, keep: int) -> Record:
     *before, last = model.asked(record)
     turns = (*before, Turn(last.role, model.shortened(last.text, keep)))
     answered = (Turn("assistant", record.targets[0]),) if record.targets else ()
-    return Record(record.source, record.targets, turns=(*turns, *answered))
+    return replace(record, turns=(*turns, *answered))
 
 
 def _selection(model: Writes, records: Sequence[Record], way: FewShot) -> list[list[int]]:

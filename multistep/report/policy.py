@@ -21,7 +21,7 @@ def explain_policy(policy: Mapping[str, Any]) -> str:
     asked = f"{limit['statistic']} at most {number(limit['ms'])} ms" if limit else "no limit on latency"
     lines = [f"Judged by {metric} on {policy['rows']:,} rows ({policy['data']}); {asked}."]
     if pick == before:
-        lines.append(f"{pick} stays: nothing else was admitted.")
+        lines.append(f"{pick} stays: nothing else was admitted." + _over(limit, entries, pick))
     else:
         lines.append(f"{pick} takes the place of {before}: {policy['rule']}.")
         lines += _against(metric, entries, pick, before)
@@ -41,6 +41,14 @@ def _against(metric: str, entries: Sequence[Mapping[str, Any]], pick: str, befor
     cost = number(new["latency"]["mean"] / old["latency"]["mean"], 3) if old["latency"]["mean"] else "-"
     values = " before, ".join(plus_minus(*e["metrics"][metric]) for e in (old, new))
     return [f"{metric} {values} now; a request takes {cost} of the time, on average."]
+
+
+def _over(limit: Mapping[str, Any] | None, entries: Sequence[Mapping[str, Any]], pick: str) -> str:
+    """That what is picked breaks the limit, where it does."""
+    took = next((e["latency"][limit["statistic"]] for e in entries if limit and e["name"] == pick), None)
+    if limit is None or took is None or took <= limit["ms"]:
+        return ""
+    return f" It does not keep the limit ({limit['statistic']} {number(took, 3)} ms); nothing that was measured does."
 
 
 def _table(metric: str, entries: Sequence[Mapping[str, Any]], policy: Mapping[str, Any]) -> str:
