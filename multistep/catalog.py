@@ -12,7 +12,7 @@ from multistep.metrics.texts import LANGUAGE_ALIASES, LANGUAGE_METRICS
 from multistep.objectives import OBJECTIVES
 from multistep.optimizers import CONVEX_SOLVERS
 from multistep.predictors import PREDICTORS
-from multistep.predictors.decoding import DECODINGS
+from multistep.predictors.ways import WAYS
 from multistep.schedules import SCHEDULES
 from multistep.tasks import TASKS
 from multistep.tasks.writing import WHAT, Writing
@@ -76,7 +76,7 @@ LISTS: Mapping[str, Callable[[], list[Row]]] = {
          "better": "higher" if m.higher_is_better else "lower", "counted": m.signature}
         for m in LANGUAGE_METRICS.values()
     ],
-    "decodings": lambda: [{"name": _kind(m), "what": _said(m)} for m in DECODINGS],
+    "decodings": lambda: [{"name": _kind(m), "what": _said(m)} for m in WAYS],
     "controllers": lambda: [{"name": name, "what": _said(script)} for name, script in CONTROLLERS.items()],
     "predictors": lambda: [{"name": _kind(m), "what": _said(m)} for m in PREDICTORS],
     "tasks": lambda: [

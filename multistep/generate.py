@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -40,52 +41,74 @@ def generate(
     decode: Decode | None = None, batch: int = BATCH, watch: Callable[[float], None] | None = None,
 ) -> list[Written]:  # fmt: skip
     """A text for every prompt (token ids), in order. `end_ids`: the tokens that end a text. Raises ValueError on an empty prompt."""
+    return [
+        found[0] for found in several(model, prompts, decoding, end_ids, 1, decode=decode, batch=batch, watch=watch)
+    ]
+
+
+def several(
+    model: Any, prompts: Sequence[np.ndarray], decoding: Decoding, end_ids: Sequence[int], n: int, *,
+    decode: Decode | None = None, batch: int = BATCH, watch: Callable[[float], None] | None = None,
+    requests: Sequence[int] | None = None,
+) -> list[list[Written]]:  # fmt: skip
+    """`n` texts for every prompt: draws, the k-th with the seed + k; or the best of a beam, the best first, fewer where it holds fewer.
+    A prompt is read once. `requests`: numbers that the draws of the prompts depend on, their places by default. Raises ValueError on
+    an empty prompt, and on several texts from a way that has one."""
     if any(len(p) == 0 for p in prompts):
         raise ValueError("generate: a prompt has no token; give at least the begin token")
-    found: list[Written] = [Written() for _ in prompts]
+    if n > 1 and isinstance(decoding, Greedy):
+        raise ValueError("several: greedy writing has one text to give; draw, or search with a beam")
+    found: list[list[Written]] = [[] for _ in prompts]
     order = np.argsort([len(p) for p in prompts], kind="stable")
-    size = max(1, min(batch, BEAMS // decoding.beams)) if isinstance(decoding, Beam) else batch
+    size = max(1, min(batch, BEAMS // decoding.beams)) if isinstance(decoding, Beam) else max(1, batch // n)
     stepper = stepper_of(model)
     for start in range(0, len(order), size):
         part = order[start : start + size]
         these = [prompts[i] for i in part]
         if isinstance(decoding, Beam):
-            done = _beam(stepper, these, decoding, end_ids, decode)
+            done = [row[:n] for row in _beam(stepper, these, decoding, end_ids, decode)]
         else:
-            for _ in (done := _OneByOne(stepper, these, decoding, end_ids, decode, [int(i) for i in part])):
+            numbers = [int(i) if requests is None else requests[i] for i in part]
+            for _ in (writing := _OneByOne(stepper, these, decoding, end_ids, decode, numbers, n)):
                 pass
-            done = done.written
-        for i, written in zip(part, done, strict=True):
-            found[int(i)] = written
+            done = [writing.written[row * n : (row + 1) * n] for row in range(len(these))]
+        for i, row in zip(part, done, strict=True):
+            found[int(i)] = row
         if watch is not None:
             watch(min(1.0, (start + size) / len(order)))
     return found
 
 
 def stream(
-    model: Any, prompt: np.ndarray, decoding: Greedy | Sample, end_ids: Sequence[int], decode: Decode | None = None
-) -> Iterator[int]:
-    """The tokens of one text as they are written, the end token left out."""
-    writing = _OneByOne(stepper_of(model), [prompt], decoding, end_ids, decode, [0])
+    model: Any, prompt: np.ndarray, decoding: Greedy | Sample, end_ids: Sequence[int], decode: Decode | None = None,
+    request: int = 0,
+) -> Iterator[int]:  # fmt: skip
+    """The tokens of one text as they are written, the end token left out. `request`: what its draws depend on."""
+    writing = _OneByOne(stepper_of(model), [prompt], decoding, end_ids, decode, [request])
     for token in writing:
         yield token[0]
 
 
 class _OneByOne:
-    """Greedy and sampled writing. Iterating makes a step at a time and gives the new tokens of the rows that go on, by row."""
+    """Greedy and sampled writing, `n` texts a prompt. Iterating makes a step at a time and gives the new tokens of the rows that go on,
+    by row."""
 
     def __init__(
         self, stepper: Stepper, prompts: Sequence[np.ndarray], decoding: Greedy | Sample, end_ids: Sequence[int],
-        decode: Decode | None, requests: Sequence[int],
+        decode: Decode | None, requests: Sequence[int], n: int = 1,
     ):  # fmt: skip
         self.stepper, self.prompts, self.decoding, self.decode = stepper, prompts, decoding, decode
         self.ends = set(end_ids)
-        self.written = [Written() for _ in prompts]
-        self._requests = requests
+        self.written = [Written() for _ in range(len(prompts) * n)]
+        self._requests, self._n = requests, n
 
     def __iter__(self) -> Iterator[dict[int, int]]:
-        decoding, alive = self.decoding, list(range(len(self.prompts)))
+        decoding, alive = self.decoding, list(range(len(self.written)))
         logits_BV = self.stepper.start(self.prompts)
+        if self._n > 1:
+            again = torch.arange(len(self.prompts), device=logits_BV.device).repeat_interleave(self._n)
+            self.stepper.keep(again)
+            logits_BV = logits_BV[again]
         for place in range(decoding.max_new_tokens):
             logits_BV = self._shaped(logits_BV.float(), alive, place)
             tokens = self._choose(logits_BV, alive, place)
@@ -121,7 +144,8 @@ class _OneByOne:
         if isinstance(self.decoding, Greedy):
             return likeliest(logits_BV)
         allowed_BV = narrowed(logits_BV / self.decoding.temperature, self.decoding)
-        draws = [draw(self.decoding.seed, self._requests[row], place) for row in alive]
+        n, seed = self._n, self.decoding.seed
+        draws = [draw(seed + row % n, self._requests[row // n], place) for row in alive]
         cumulated_BV = allowed_BV.softmax(-1).double().cumsum(-1)
         level_B = torch.tensor(draws, dtype=torch.float64, device=logits_BV.device) * cumulated_BV[:, -1]
         return torch.searchsorted(cumulated_BV, level_B[:, None], right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
@@ -155,6 +179,11 @@ def likeliest(logits_BV: Tensor) -> Tensor:
 def draw(seed: int, request: int, place: int) -> float:
     """A uniform random number of a request and a position alone."""
     return float(np.random.default_rng([seed, request, place]).random())
+
+
+def request_number(prompt: np.ndarray) -> int:
+    """A number of a prompt's tokens alone, for its draws."""
+    return crc32(np.ascontiguousarray(prompt, np.int64).tobytes())
 
 
 def shape(
@@ -206,8 +235,9 @@ def narrowed(logits_BV: Tensor, decoding: Sample) -> Tensor:
 
 def _beam(
     stepper: Stepper, prompts: Sequence[np.ndarray], decoding: Beam, end_ids: Sequence[int], decode: Decode | None
-) -> list[Written]:
-    """Beam search. A row is done when its K best finished texts cannot be beaten by what its beams could still become."""
+) -> list[list[Written]]:
+    """Beam search: the best texts of each prompt, the best first. A row is done when its K best finished texts cannot be beaten by
+    what its beams could still become."""
     k, ends = decoding.beams, set(end_ids)
     first_BV = stepper.start(prompts)
     rows = list(range(len(prompts)))  # of the batch, those that are still searched
@@ -259,7 +289,7 @@ def _beam(
             for ids, score in zip(beams[row], scores[row], strict=True)
         ]
         finished[row] = sorted(finished[row] + cut, key=lambda w: -w.score)
-    return [found[0] if found else Written() for found in finished]
+    return [found or [Written()] for found in finished]
 
 
 def _best(total_NV: Tensor, counts: Sequence[int], most: int) -> list[list[tuple[float, int]]]:

@@ -20,6 +20,7 @@ from multistep.journal import Journal
 from multistep.language_bundle import write_language_bundle
 from multistep.metrics.texts import check_language_metric
 from multistep.models.adapter import save_adapter
+from multistep.predictors.ways import read_way, words
 from multistep.report.progress import Progress
 from multistep.session import check_same_data, left, machine_facts, show, signals, versions
 from multistep.tasks.writing import LOSSES, WRITING, writing_task
@@ -173,14 +174,13 @@ class _Run:
 
 
 def _words(standing: Mapping[str, Any]) -> str:
-    """What stands, for the card: 'a trained model (beam, beams 4)'."""
+    """What stands, for the card: 'a trained model (beam 4, length penalty 1)'."""
     names = {
         "writer": "a cheap writer: no trained model beat it on held-out data", "ngram": "an n-gram model over bytes",
         "model": "a trained model", "mixed": "a trained model mixed with an n-gram model", "spans": "a model that finds spans",
     }  # fmt: skip
-    decoding = standing.get("decoding") or {}
-    beams = f", {decoding['beams']} beams" if "beams" in decoding else ""
-    return names[standing["kind"]] + (f" ({decoding['kind']}{beams})" if decoding else "")
+    decoding = standing.get("decoding")
+    return names[standing["kind"]] + (f" ({words(read_way(decoding))})" if decoding else "")
 
 
 def pretrained_kind(config: FitConfig) -> Pretrained:

@@ -5,7 +5,10 @@ model/  multistep.json                                              task, layout
         generation_config.json                                      how it writes, in transformers' words
         adapter/                                                    the adapter alone, as peft reads it, where one was trained
         writer.json, ngram.safetensors ...                          a cheap writer
+        examples.jsonl                                              what few-shot prompts choose from
         README.md                                                   the card
+
+generation_config.json says what transformers has words for; multistep.json has all of it, and names what the other leaves out.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from multistep.codec import Codec
 from multistep.data.cells import Record
 from multistep.data.records import bare, read_records, read_sources
 from multistep.data.shapes import Layout
+from multistep.examples import FILE, Examples
 from multistep.metrics.texts import signature
 from multistep.models.baselines import load_writer
 from multistep.models.choose import Choose
@@ -31,7 +35,9 @@ from multistep.models.extract import Extract
 from multistep.models.hub import load_pretrained
 from multistep.models.ngram import NGram
 from multistep.models.spans import load_span_encoder, save_span_encoder
-from multistep.predictors.decoding import DECODINGS, Beam, Decoding, Greedy, Sample
+from multistep.predictors.decoding import Beam, Greedy, Sample
+from multistep.predictors.ways import Way, plain, read_way, shots, words
+from multistep.report.card import with_section
 from multistep.state import replace_folder
 from multistep.subwords import load_tokenizer, save_tokenizer
 from multistep.tasks.writing import LOSSES, Writing
@@ -39,7 +45,7 @@ from multistep.types import Prediction, UserError
 from multistep.writing import Counted, Mixed, Neural, Simple, Spans, Speaker, encoder_features, measured
 
 FORMAT = 1
-_KINDS = {d.model_fields["kind"].default: d for d in DECODINGS}
+TUNED = "How it predicts"  # the card's section
 
 
 @dataclass
@@ -138,12 +144,54 @@ def _save_neural(neural: Neural, folder: Path) -> dict[str, Any]:
     neural.model.generation_config = GenerationConfig(**in_transformers_words(neural.decoding, neural))
     neural.model.save_pretrained(folder)
     neural.codec.tokenizer.save_pretrained(folder)
-    return {"reads": neural.reads, "context": neural.context, "bf16": neural.bf16}
+    if shots(neural.decoding):
+        neural.examples.save(folder)
+    return {
+        "reads": neural.reads, "context": neural.context, "bf16": neural.bf16,
+        "not_in_generation_config": list(not_in_transformers_words(neural.decoding)),
+    }  # fmt: skip
 
 
-def in_transformers_words(decoding: Decoding, neural: Neural) -> dict[str, Any]:
-    """The decoding as keys of generation_config.json."""
-    config = neural.model.config
+def rewrite_decoding(folder: Path, neural: Neural, way: Way, policy: Mapping[str, Any], said: str) -> None:
+    """Replace how a bundle's model writes, in one step: the weights stay as they are. `neural`: what the bundle was loaded as; its
+    examples are kept where the way asks for some. `policy`: why, for multistep.json; `said`: the same in words, for the card."""
+    from transformers import GenerationConfig
+
+    info = json.loads((folder / "multistep.json").read_text(encoding="utf-8"))
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        shutil.copytree(folder, temporary)
+        (temporary / FILE).unlink(missing_ok=True)
+        if shots(way):
+            neural.examples.save(temporary)
+        GenerationConfig(**in_transformers_words(way, neural)).save_pretrained(temporary)
+        info["standing"] = {**info["standing"], "decoding": way.model_dump(mode="json")}
+        info["neural"] = {**info["neural"], "not_in_generation_config": list(not_in_transformers_words(way))}
+        info["policy"] = dict(policy)
+        card = temporary / "README.md"
+        if card.exists():
+            card.write_text(with_section(card.read_text(encoding="utf-8"), TUNED, said), encoding="utf-8")
+        (temporary / "multistep.json").write_text(json.dumps(info, indent=1, ensure_ascii=False), encoding="utf-8")
+        replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def not_in_transformers_words(way: Way) -> tuple[str, ...]:
+    """What of it generation_config.json cannot say. A tool that reads that file writes as the innermost way does."""
+    inner = plain(way)
+    said = [] if way == inner else [f"{words(way)}: there it is {words(inner)}"]
+    if inner.stop:
+        said.append(f"stop texts: {', '.join(map(repr, inner.stop))}")
+    if isinstance(inner, Sample):
+        said.append(f"seed {inner.seed}")
+    return tuple(said)
+
+
+def in_transformers_words(way: Way, neural: Neural) -> dict[str, Any]:
+    """Keys of generation_config.json: of a way that wraps others, those of the innermost one."""
+    decoding, config = plain(way), neural.model.config
     found: dict[str, Any] = {
         "max_new_tokens": decoding.max_new_tokens, "do_sample": False, "num_beams": 1,
         "eos_token_id": neural.codec.eos, "pad_token_id": neural.codec.pad, "bos_token_id": neural.codec.bos,
@@ -181,7 +229,7 @@ def load_language_bundle(folder: Path, info: Mapping[str, Any], device: str = "c
     task, layout = Writing.parse(info["task"], "task"), Layout.parse(info["layout"], "layout")
     standing = info["standing"]
     given = standing.get("decoding")
-    decoding: Decoding = Greedy() if given is None else _KINDS[given["kind"]].parse(given, "decoding")
+    decoding: Way = Greedy() if given is None else read_way(given)
     speaker: Speaker
     match standing["kind"]:
         case "writer":
@@ -204,9 +252,12 @@ def load_language_bundle(folder: Path, info: Mapping[str, Any], device: str = "c
     return LanguageBundle(task, layout, speaker, {**info, "path": str(folder)})
 
 
-def _load_neural(folder: Path, settings: Mapping[str, Any], task: Writing, decoding: Decoding, device: str) -> Neural:
+def _load_neural(folder: Path, settings: Mapping[str, Any], task: Writing, decoding: Way, device: str) -> Neural:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     auto = AutoModelForSeq2SeqLM if settings["reads"] == "pairs" else AutoModelForCausalLM
     model = load_pretrained(auto, str(folder), "the bundle's model").to(device).eval()
-    return Neural(model, Codec.load(folder), task, settings["reads"], settings["context"], decoding, settings["bf16"])
+    return Neural(
+        model, Codec.load(folder), task, settings["reads"], settings["context"], decoding, settings["bf16"],
+        pool=Examples.load(folder, task.reads),
+    )  # fmt: skip

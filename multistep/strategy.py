@@ -18,6 +18,7 @@ from multistep.optimizers import AdamW, ConvexSolver, NewtonCG, Optimizer
 from multistep.predictors import Predictor
 from multistep.predictors.decoding import Decoding
 from multistep.predictors.recipe import Recipe
+from multistep.predictors.ways import Way
 from multistep.schedules import Linear, Schedule
 from multistep.text import NgramFeatures
 from multistep.types import Spec, Tunable
@@ -210,6 +211,15 @@ class Decode(Spec):
     decoding: Decoding
 
 
+class TryWay(Spec):
+    """Measure a way to write with a finished model: its latency, then its texts against those of what stands. `alpha`: its share of the
+    chance of an error that all ways together may have."""
+
+    kind: Literal["try_way"] = "try_way"
+    way: Way
+    alpha: Annotated[float, Field(gt=0, lt=1)]
+
+
 class Mix(Spec):
     """The language model that stands and the n-gram model as one: their shares are fitted on the calibration split."""
 
@@ -278,7 +288,7 @@ class ReadTest(Spec):
 
 Action = Annotated[
     FitLinear | FitHead | FineTune | TrainModule | TrainWriter | FitWriter | AsGiven | Profile | Average | Predict | Decode
-    | Mix | Recount | TryRecipe | Promise | ReadTest,
+    | TryWay | Mix | Recount | TryRecipe | Promise | ReadTest,
     Field(discriminator="kind"),
 ]  # fmt: skip
 

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from multistep.data.cells import Turn
 from multistep.language_bundle import LanguageBundle
 from multistep.predictors.decoding import Greedy, Sample
+from multistep.predictors.ways import plain
 from multistep.types import UserError
 from multistep.writing import Neural
 
 
 class Talk:
-    """`temperature`: None leaves the decoding as it was tuned, 0 is greedy. Raises UserError where the bundle cannot converse."""
+    """`temperature`: None leaves the decoding as it was tuned, as far as an answer can be given while it is written; 0 is greedy. Raises
+    UserError where the bundle cannot converse."""
 
     def __init__(
         self, bundle: LanguageBundle, system: str | None = None, temperature: float | None = None, seed: int = 0
@@ -47,9 +49,10 @@ class Talk:
 
 
 def _decoding(speaker: Neural, temperature: float | None, seed: int) -> Greedy | Sample:
-    most = speaker.decoding.max_new_tokens
+    tuned = plain(speaker.decoding)
+    most = tuned.max_new_tokens
     if temperature is None:
-        return speaker.decoding if isinstance(speaker.decoding, Greedy | Sample) else Greedy(max_new_tokens=most)
+        return tuned if isinstance(tuned, Greedy | Sample) else Greedy(max_new_tokens=most)
     return (
         Sample(temperature=temperature, seed=seed, max_new_tokens=most) if temperature else Greedy(max_new_tokens=most)
     )

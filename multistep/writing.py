@@ -24,7 +24,8 @@ from multistep import dialogue
 from multistep.codec import Codec
 from multistep.data.cells import Record, Turn
 from multistep.evaluate import EncoderText, encode
-from multistep.generate import Written, generate, stream
+from multistep.examples import Examples
+from multistep.generate import Written, generate, request_number, several, stream
 from multistep.metrics.texts import loss_statistics, measure_rows, statistics
 from multistep.models.baselines import Writer
 from multistep.models.encoder import Encoder, load_backbone
@@ -32,11 +33,13 @@ from multistep.models.mixed import Mixture
 from multistep.models.ngram import NGram
 from multistep.models.spans import SpanEncoder
 from multistep.predictors.decoding import Decoding, Greedy, Sample
+from multistep.predictors.ways import Way, plain
 from multistep.sequences import BlockRows, PairRows, PromptRows, windows
 from multistep.spans import SpanRows
 from multistep.subwords import encode_ids, load_tokenizer
 from multistep.tasks.writing import LOSSES, Writing
-from multistep.types import MetricValue, Prediction
+from multistep.types import MetricValue, Prediction, UserError
+from multistep.voting import answers
 
 Reads = Literal["stream", "pairs", "prompts"]
 Rows = PairRows | PromptRows | BlockRows
@@ -68,16 +71,18 @@ class Speaker(Protocol):
 
 @dataclass
 class Neural:
-    """`context`: tokens at most of a source, a prompt with its answer, or a window of a stream."""
+    """`context`: tokens at most of a source, a prompt with its answer, or a window of a stream. `pool`: what few-shot prompts choose
+    from."""
 
     model: Any
     codec: Codec
     task: Writing
     reads: Reads
     context: int
-    decoding: Decoding = field(default_factory=Greedy)
+    decoding: Way = field(default_factory=Greedy)
     bf16: bool = False
     watch: Callable[[float], None] | None = None
+    pool: Examples | None = None
     cut: dict[str, Cut] = field(default_factory=dict)  # by what was cut, of the records last read
 
     @property
@@ -140,20 +145,38 @@ class Neural:
             case "pairs":
                 return self._cut("sources", self.codec.whole([self.task.reads(r) for r in records]), keep_last=True)
             case "prompts":
-                room = max(1, self.context - self.decoding.max_new_tokens)
+                room = max(1, self.context - plain(self.decoding).max_new_tokens)
                 asked = [dialogue.prompt(self.codec.tokenizer, self._turns(r, False), room) for r in records]
                 self.cut["conversations"] = Cut(sum(a.dropped + a.cut > 0 for a in asked), sum(a.cut for a in asked))
                 return [a.ids for a in asked]
 
     def write(self, records: Sequence[Record]) -> list[Prediction]:
+        return answers(self, records, self.decoding)
+
+    def candidates(self, records: Sequence[Record], decoding: Decoding, n: int) -> list[list[Written]]:
+        """What every way to write is made of. A draw depends on its request's tokens, not on its place among others."""
         self.model.eval()
-        ends, decoding = self._ends(self.decoding)
+        ends, decoding = self._ends(decoding)
+        prompts = self.prompts(records)
         # On a CPU one token at a time is memory traffic, and autocast would cast every weight for every token.
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16 and self.device == "cuda"):
-            found = generate(
-                self.model, self.prompts(records), decoding, ends, decode=self.codec.text, watch=self.watch
-            )
-        return [self.said(w) for w in found]
+            return several(
+                self.model, prompts, decoding, ends, n, decode=self.codec.text, watch=self.watch,
+                requests=[request_number(p) for p in prompts],
+            )  # fmt: skip
+
+    @property
+    def examples(self) -> Examples:
+        return self.pool if self.pool is not None else Examples((), self.task.reads)
+
+    def asked(self, record: Record) -> tuple[Turn, ...]:
+        if self.reads != "prompts":
+            raise UserError("decoding: few_shot and draft_revise are for models that read prompts; this one does not.")
+        return self._turns(record, False)
+
+    def shortened(self, text: str, tokens: int) -> str:
+        spans = self.codec.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets
+        return text if len(spans) <= tokens else text[: spans[tokens - 1][1]].rstrip()
 
     def _ends(self, decoding: Decoding) -> tuple[list[int], Decoding]:
         """The tokens that end a text; and the decoding, with the texts that do."""
@@ -175,7 +198,7 @@ class Neural:
         asked = dialogue.prompt(self.codec.tokenizer, turns, room).ids
         ids: list[int] = []
         given = 0
-        for token in stream(self.model, asked, ending, ends, self.codec.text):
+        for token in stream(self.model, asked, ending, ends, self.codec.text, request_number(asked)):
             ids.append(token)
             text = self.codec.text(ids)
             whole = len(text.rstrip("\ufffd"))  # the rest is the beginning of a character
@@ -255,7 +278,7 @@ class Counted:
 
     ngram: NGram
     codec: Codec
-    decoding: Decoding = field(default_factory=Greedy)
+    decoding: Way = field(default_factory=Greedy)
 
     def losses(self, records: Sequence[Record], running: bool) -> np.ndarray:
         owner_B = np.repeat(np.arange(len(records)), sizes(records))
@@ -268,8 +291,9 @@ class Counted:
         return self.ngram.nats_of_bytes(["".join(texts)] if running else texts)
 
     def write(self, records: Sequence[Record]) -> list[Prediction]:
-        drawn = self.decoding if isinstance(self.decoding, Sample) else Sample(temperature=1e-3)
-        most, warm = self.decoding.max_new_tokens, drawn.temperature
+        decoding = plain(self.decoding)
+        drawn = decoding if isinstance(decoding, Sample) else Sample(temperature=1e-3)
+        most, warm = decoding.max_new_tokens, drawn.temperature
         return [Prediction(self.ngram.go_on(r.source, most, warm, drawn.seed + n)) for n, r in enumerate(records)]
 
 
@@ -304,7 +328,7 @@ class Mixed:
     def write(self, records: Sequence[Record]) -> list[Prediction]:
         model = Mixture(self.neural.model, self.counted.ngram, self.neural.codec.tokenizer, self.share)
         found = generate(
-            model, self.neural.prompts(records), self.neural.decoding, [self.neural.codec.eos],
+            model, self.neural.prompts(records), plain(self.neural.decoding), [self.neural.codec.eos],
             decode=self.neural.codec.text,
         )  # fmt: skip
         return [self.neural.said(w) for w in found]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from multistep.generate import draw, generate, narrowed, shape, stream
+from multistep.generate import draw, generate, narrowed, several, shape, stream
 from multistep.models.decoder import new_decoder
 from multistep.models.seq2seq import new_seq2seq
 from multistep.models.step import CachedDecoder, CachedSeq2Seq, LlamaSteps, M2MSteps, Stepper, stepper_of
@@ -180,3 +180,34 @@ def test_tokenizers_for_writing_give_texts_back(tmp_path: Any) -> None:
         assert [tokenizer.token_to_id(t) for t in ("<pad>", "<s>", "</s>")] == [0, 1, 2]
         for text in [*texts, strange]:
             assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("kind", ["decoder", "seq2seq"])
+def test_several_draws_are_those_of_the_next_seeds(kind: str) -> None:
+    model, drawn = _model(kind), Sample(max_new_tokens=12, temperature=1.3, seed=5)
+    requests = [7, 7, 8, 9, 10]
+    found = several(model, PROMPTS, drawn, [2], 3, requests=requests)
+    for k in range(3):
+        alone = several(model, PROMPTS, drawn.with_(seed=5 + k), [2], 1, batch=2, requests=requests)
+        assert [row[k].ids for row in found] == [row[0].ids for row in alone]
+        assert [row[k].score for row in found] == pytest.approx([row[0].score for row in alone], abs=1e-5)
+    assert len({tuple(w.ids) for row in found for w in row}) > len(PROMPTS)
+    backwards = several(model, PROMPTS[::-1], drawn, [2], 3, requests=requests[::-1])
+    assert [[w.ids for w in row] for row in backwards[::-1]] == [[w.ids for w in row] for row in found]
+
+
+@pytest.mark.parametrize("kind", ["decoder", "seq2seq"])
+def test_the_best_of_a_beam_are_those_of_transformers(kind: str) -> None:
+    model = _model(kind)
+    found = several(model, PROMPTS, Beam(max_new_tokens=10, beams=4), [2], 3)
+    for prompt, row in zip(PROMPTS, found, strict=True):
+        ids = torch.from_numpy(prompt)[None]
+        theirs = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=10, num_beams=4, early_stopping=False,
+            num_return_sequences=3,
+        )  # fmt: skip
+        start = 1 if model.config.is_encoder_decoder else len(prompt)
+        wanted = [[t for t in line[start:] if t not in (IDS["eos"], IDS["pad"])] for line in theirs.tolist()]
+        assert [w.ids for w in row] == wanted
+    with pytest.raises(ValueError, match="greedy"):
+        several(model, PROMPTS, Greedy(), [2], 2)

@@ -6,7 +6,7 @@ Each member has
     decide(task, logits) -> (logits [N, K], decisions)
     stages(task, logits) -> [N], what answers each row: the models that it takes, by name
 It is data: it survives JSON and holds no model. `fit.py` makes candidates from a calibration split.
-To add one: copy the nearest file, name it here, run the laws. No torch here.
+How texts are written is in ways.py. To add one: copy the nearest file, name it here, run the laws. No torch here.
 """
 
 from collections.abc import Sequence

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol, TypeVar
 
 from pydantic import Field
 
-from multistep.types import Spec
+from multistep.types import Spec, UserError
 
 
 class _Writing(Spec):
@@ -44,3 +44,20 @@ class Sample(_Writing):
 
 DECODINGS = (Greedy, Beam, Sample)
 Decoding = Annotated[Greedy | Beam | Sample, Field(discriminator="kind")]
+
+
+class _Several(Protocol):
+    @property
+    def n(self) -> int: ...
+    @property
+    def inner(self) -> Beam | Sample: ...
+
+
+S = TypeVar("S", bound=_Several)
+
+
+def several(way: S) -> S:
+    """The same, once it is known that a beam has so many texts to give. Raises UserError."""
+    if isinstance(way.inner, Beam) and way.n > way.inner.beams:
+        raise UserError(f"n: {way.n} candidates of {way.inner.beams} beams. Give n of at most that, or more beams.")
+    return way

@@ -53,6 +53,12 @@ def card(facts: Mapping[str, Any]) -> str:
     return f"---\n{front}---\n\n{body}\n"
 
 
+def with_section(text: str, title: str, body: str) -> str:
+    """A card with a section at its end; one of the same title is replaced."""
+    kept = re.sub(rf"\n## {re.escape(title)}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL).rstrip()
+    return f"{kept}\n\n## {title}\n\n{body.strip()}\n"
+
+
 def _front_matter(facts: Mapping[str, Any]) -> dict[str, Any]:
     metrics = measured(facts.get("metrics"))
     front: dict[str, Any] = {"library_name": "multistep", "pipeline_tag": _pipeline(facts)}

@@ -30,7 +30,8 @@ from multistep.models.seq2seq import load_seq2seq, new_seq2seq
 from multistep.models.source import default_encoders
 from multistep.models.spans import SpanEncoder, load_span_encoder
 from multistep.objectives import NextToken, Seq2Seq
-from multistep.predictors.decoding import DECODINGS, Decoding, Greedy
+from multistep.predictors.decoding import Greedy
+from multistep.predictors.ways import Way, read_way
 from multistep.state import read_folder, replace_folder
 from multistep.strategy import FitWriter, Shape, TrainWriter
 from multistep.subwords import load_tokenizer, train_bytes, train_characters, unknown_rate
@@ -49,7 +50,6 @@ WATCHED_BYTES = 60_000  # of right answers, for looks while a training runs
 JUDGED_ROWS = (50, 500)  # where texts are
 _ANY = 10**9
 Pretrained = Literal["", "decoder", "seq2seq", "encoder"]
-_KINDS = {d.model_fields["kind"].default: d for d in DECODINGS}
 
 
 class Speakers:
@@ -273,7 +273,7 @@ class Speakers:
         rows.whole = strategy.optimizer.closure or not isinstance(strategy.objective, NextToken | Seq2Seq)
         return rows, {k: c._asdict() for k, c in neural.cut.items()}
 
-    def neural(self, model: Any, shape: Shape, decoding: Decoding | None = None) -> Neural:
+    def neural(self, model: Any, shape: Shape, decoding: Way | None = None) -> Neural:
         """A model that writes, its adapter merged. Judged in the precision that it is trained in."""
         assert shape.reads != "spans"
         ready = merged(model) if shape.lora is not None else model
@@ -306,9 +306,9 @@ class Speakers:
         shape = self.shape_of(standing["state"])
         return self.neural(self.model(shape, standing["state"]), shape, self.decoding(standing))
 
-    def decoding(self, standing: dict[str, Any]) -> Decoding:
+    def decoding(self, standing: dict[str, Any]) -> Way:
         given = standing.get("decoding")
-        return self.greedy() if given is None else _KINDS[given["kind"]].parse(given)
+        return self.greedy() if given is None else read_way(given)
 
 
 def _tokenizer_config(folder: Path) -> None:

@@ -1,0 +1,192 @@
+"""The script that tunes how a finished model writes: what stands is measured, then a fixed ladder from the cheap to the dear, then what
+Optuna proposes, as long as the budget lasts.
+
+Every candidate is compared with what stands then, on the same records. All of them together may err as often as one alone
+(`policy.ALPHA`, shared evenly among all that could be tried: Bonferroni). A candidate whose cost what is left cannot pay is skipped.
+What the models run on joins here: further candidates after the ladder, the winner's way on another engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+from multistep.controllers.script import Ask, BasePlan, Skip, Steps
+from multistep.controllers.ways import Family, Space, WaySearch, limits_of
+from multistep.metrics.texts import LANGUAGE_METRICS
+from multistep.policy import ALPHA, Limit
+from multistep.predictors.best_of import BestOf
+from multistep.predictors.decoding import Beam, Greedy, Sample
+from multistep.predictors.draft_revise import DraftRevise
+from multistep.predictors.few_shot import FewShot
+from multistep.predictors.mbr import Mbr, Utility
+from multistep.predictors.vote import Vote
+from multistep.predictors.ways import Way, plain, texts, words
+from multistep.strategy import Action, Profile, TryWay
+from multistep.tasks.writing import Writing
+from multistep.types import Outcome, Spec
+
+WIDTHS = (2, 4, 8)  # of beams
+PENALTIES = (0.6, 1.4)  # of length, beside 1, for the best width
+DRAWS, WARM, COOL = (
+    16,
+    0.7,
+    0.5,
+)  # candidates of minimum Bayes risk and their temperature; best of n wants likelier ones
+SHOTS = 4  # examples at most
+SEARCHED = 8  # candidates of the sampler at most: each one more makes all of them harder to take
+AGAIN = 20  # asks in a row that give what was tried already: the space is used up
+A_TEXT = 0.5  # what one more text for a request costs, the first = 1, before one was measured
+MARGIN = 1.2  # what is begun has to end
+_UTILITIES: dict[str, Utility] = {
+    "bleu": "bleu", "chrf": "chrf", "rouge1": "rougeL", "rouge2": "rougeL", "rougeL": "rougeL", "f1": "f1",
+}  # fmt: skip
+
+Try = Generator[Ask, Outcome | None, Outcome | None]
+
+
+class DecodingProblem(Spec):
+    """What the script knows before the first trial."""
+
+    task: Writing
+    metric: str
+    default: Way  # that stands
+    prompts: bool  # whether the model reads prompts
+    examples: int  # records of train that prompts could show
+    limit: Limit | None
+    budget: float  # seconds
+    seed: int
+
+
+class _Plan(BasePlan):
+    """What is left, what things cost, and what is known by name."""
+
+    def __init__(self, problem: DecodingProblem):
+        super().__init__(problem.budget)
+        self.problem = problem
+        self.sign = 1.0 if LANGUAGE_METRICS[problem.metric].higher_is_better else -1.0
+        self.known: dict[str, float | None] = {}  # name -> quality, higher is better; None: refused
+        self.alpha = ALPHA / (len(ladder(problem)) + len(PENALTIES) + SEARCHED)
+        self._text_s, self._factor = 0.0, 1.0
+
+    def told(self, action: Action, outcome: Outcome) -> None:
+        if isinstance(action, Profile):
+            self._text_s = outcome.cost.wall_s / _work(self.problem.default)
+            self.known[words(self.problem.default)] = self._quality(outcome)
+        elif isinstance(action, TryWay):
+            if "refused" not in outcome.facts:
+                self._factor = outcome.cost.wall_s / max(1e-9, self._text_s * _work(action.way))
+            self.known[words(action.way)] = self._quality(outcome)
+
+    def _quality(self, outcome: Outcome) -> float | None:
+        found = outcome.metrics.get(self.problem.metric)
+        return None if found is None else self.sign * found.value
+
+    def needs_s(self, way: Way) -> float:
+        """What trying it takes, as the last one cost."""
+        return MARGIN * self._text_s * _work(way) * max(1.0, self._factor)
+
+    def try_(self, stage: str, way: Way, why: str) -> Try:
+        """None where it was tried already, or what is left cannot pay for it."""
+        if words(way) in self.known:
+            return None
+        needed = self.needs_s(way)
+        if self.remaining < needed:
+            yield Skip(stage=stage, why=f"{words(way)}: {self.remaining:.0f} s are left, it takes about {needed:.0f} s")
+            return None
+        return (yield from self.trial(stage, TryWay(way=way, alpha=self.alpha), f"{words(way)}: {why}"))
+
+
+def _work(way: Way) -> float:
+    return 1.0 + A_TEXT * (texts(way) - 1)
+
+
+def ladder(problem: DecodingProblem) -> list[tuple[Way, str]]:
+    """What is tried in any case, the cheap first, and why."""
+    limits: dict[str, Any] = limits_of(plain(problem.default))
+    found: list[tuple[Way, str]] = [(Greedy(**limits), "the cheapest")]
+    found += [(Beam(beams=width, **limits), f"{width} texts are followed") for width in WIDTHS]
+    if problem.prompts and problem.examples >= SHOTS:
+        greedy, half = Greedy(**limits), SHOTS // 2
+        found += [
+            (FewShot(inner=greedy, k=half), "the nearest examples, as turns"),
+            (FewShot(inner=greedy, k=half, template="text"), "the nearest examples, in one turn"),
+            (FewShot(inner=greedy, k=SHOTS, choose="seed", seed=problem.seed), "the same examples for all"),
+        ]
+    if problem.prompts:
+        found.append((DraftRevise(inner=Greedy(**limits)), "the model looks at its answer again"))
+    warm = Sample(temperature=WARM, seed=problem.seed, **limits)
+    utility = _UTILITIES.get(problem.metric)
+    if utility is None:
+        found.append(
+            (Vote(inner=warm, n=DRAWS, reads=_reads(problem)), "right answers agree more often than wrong ones")
+        )
+    else:
+        wide = Beam(beams=WIDTHS[-1], **limits)
+        found.append((Mbr(inner=wide, n=WIDTHS[-1], utility=utility), "the most typical of a beam's texts"))
+    cool = Sample(temperature=COOL, seed=problem.seed, **limits)
+    scorer = "grounded" if problem.task.kind == "summarize" else "likelihood"
+    found.append((BestOf(inner=cool, n=DRAWS // 2, scorer=scorer), "the best of some draws"))
+    if utility is not None:
+        found.append((Mbr(inner=warm, n=DRAWS, utility=utility), "the most typical of many draws"))
+    return found
+
+
+def _reads(problem: DecodingProblem) -> Any:
+    return "number" if problem.metric == "numbers" or problem.task.answers == "number" else "text"
+
+
+def _space(problem: DecodingProblem) -> Space:
+    utility = _UTILITIES.get(problem.metric)
+    chooses: Family = "vote" if utility is None else "mbr"
+    families: list[Family] = ["beam", chooses, "best_of"]
+    if problem.task.kind == "chat":
+        families.append("draw")
+    if problem.prompts and problem.examples >= SHOTS:
+        families.append("few_shot")
+    return Space(
+        families=tuple(families), base=plain(problem.default), utility=utility, numbers=_reads(problem) == "number",
+        examples=problem.examples,
+    )  # fmt: skip
+
+
+def tuning(problem: DecodingProblem) -> Steps:
+    """The whole script."""
+    plan = _Plan(problem)
+    yield from plan.trial("measure", Profile(), "what stands: its metric and the latency of a request")
+    for way, why in ladder(problem):
+        yield from plan.try_("ladder", way, why)
+    yield from _penalties(plan)
+    yield from _searched(plan)
+
+
+def _penalties(plan: _Plan) -> Steps:
+    """Other length penalties for the width of beam that was best."""
+    limits = limits_of(plain(plan.problem.default))
+    beams = [Beam(beams=width, **limits) for width in WIDTHS]
+    tried = [(quality, -b.beams, b) for b in beams if (quality := plan.known.get(words(b))) is not None]
+    if tried:
+        best = max(tried, key=lambda t: t[:2])[2]
+        for penalty in PENALTIES:
+            yield from plan.try_(
+                "ladder", best.with_(length_penalty=penalty), f"the best width, {penalty:g} for length"
+            )
+
+
+def _searched(plan: _Plan) -> Steps:
+    """What Optuna proposes, up to its number of candidates or the end of the budget."""
+    search = WaySearch(_space(plan.problem), plan.problem.seed)
+    found = passed = 0
+    while found < SEARCHED and passed < AGAIN:
+        way = search.ask()
+        if words(way) in plan.known:
+            search.pass_over()
+            passed += 1
+            continue
+        told = yield from plan.try_("search", way, "proposed by the sampler")
+        if told is None:  # the time is over for this one; a cheaper one may fit
+            search.pass_over()
+            passed += AGAIN // 4
+            continue
+        search.tell(plan.known[words(way)], told.facts["ms"])
+        found, passed = found + 1, 0

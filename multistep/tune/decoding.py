@@ -1,0 +1,186 @@
+"""What tuning of a finished model's writing does with a trial: measure what stands, try another way.
+
+A way is asked for one request after the other first, as a server would be: one that is clearly too slow is refused after a few, one
+that breaks the limit before its texts are judged. Texts are compared with those of what stands on the same records.
+Shapes: N records, S statistics of a metric.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from multistep.budget import Clock
+from multistep.controllers.decoding import DecodingProblem
+from multistep.data.cells import Record
+from multistep.metrics.texts import LANGUAGE_METRICS, compare_rows, judge_rows, measure_rows, statistics
+from multistep.policy import Entry, Latency, Policy, admit, front, one_by_one
+from multistep.predictors.ways import Way, read_way, words
+from multistep.strategy import Profile, Trial, TryWay
+from multistep.tune.segment import Record as JournalRecord
+from multistep.types import Cost, Outcome, Verdict
+from multistep.writing import Neural
+
+FIRST = 3  # requests, after which a way that is clearly too slow is stopped
+CLEARLY = 1.5  # times the limit, by the fastest of them
+LATENCY_SHARE = 0.01  # of the budget: timing single requests ends after it, with 20 at least
+PASS_SHARE = 1 / 30  # of the budget: writing all judged records as what stands does
+JUDGED = (50, 2000)  # records
+_SAMPLE = 32  # records, by which a pass is estimated
+
+Run = Generator[JournalRecord, None, Outcome]
+Ship = Callable[[Way, Policy], None]
+
+
+class LanguagePrediction:
+    """The bench of tuning how a model writes. `records`: what is judged, the first so many of it. `data`: what they are, in words."""
+
+    def __init__(
+        self, neural: Neural, problem: DecodingProblem, records: Sequence[Record], data: str, clock: Clock,
+        stop: Callable[[], int], ship: Ship, machine: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
+        self.neural, self.problem, self.records, self.clock, self.stop = neural, problem, list(records), clock, stop
+        self.data, self.machine = data, dict(machine or {})
+        self.entries: list[Entry] = []
+        self.refused: list[dict[str, str]] = []
+        self.judged = 0
+        self.rule = ""  # by which what stands was taken
+        self._pick = ""
+        self._ship = ship
+        self._rows: dict[str, np.ndarray] = {}
+
+    def run(self, trial: Trial) -> Run:
+        match trial.action:
+            case Profile():
+                return self._measure(trial)
+            case TryWay() as action:
+                return self._try(trial, action)
+        raise AssertionError(f"{trial.action.kind} is no way to write")
+
+    # ------------------------------------------------------------------ standing
+
+    def apply(self, trial: Trial, outcome: Outcome) -> bool:
+        """Take an outcome into the standing; whether another way stands. Depends on the outcome alone, so it replays."""
+        if "refused" in outcome.facts:
+            assert outcome.verdict is not None
+            self.refused.append({"name": outcome.facts["refused"], "why": outcome.verdict.rule})
+            return False
+        if isinstance(trial.action, Profile):
+            self.judged = int(outcome.facts["judged"])
+        rule = "what stood before" if outcome.verdict is None else outcome.verdict.rule
+        self.entries.append(Entry(**outcome.facts["entry"]).with_(rule=rule))
+        if outcome.verdict is not None and not outcome.verdict.accept:
+            return False
+        self._pick, self.rule = self.entries[-1].name, rule
+        return outcome.verdict is not None
+
+    @property
+    def incumbent(self) -> Entry:
+        return next(e for e in self.entries if e.name == self._pick)
+
+    def standing(self) -> dict[str, Any] | None:
+        return {"name": self._pick, "decoding": self.incumbent.predictor} if self.entries else None
+
+    def families(self) -> dict[str, str]:
+        return {}
+
+    def ship(self) -> None:
+        self._ship(read_way(self.incumbent.predictor), self.policy())
+
+    def policy(self, skipped: Sequence[Mapping[str, str]] = ()) -> Policy:
+        """All that was found so far. `skipped`: what was not begun, and why."""
+        p = self.problem
+        best = front(self.entries, p.metric, LANGUAGE_METRICS[p.metric].higher_is_better)
+        return Policy(
+            metric=p.metric, limit=p.limit, rows=self.judged, data=self.data, default=self.entries[0].name, pick=self._pick,
+            rule=self.rule, entries=tuple(self.entries), front=best, refused=(*self.refused, *map(dict, skipped)),
+            machine=self.machine,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ trials
+
+    def _measure(self, trial: Trial) -> Run:
+        started, way = time.monotonic(), self.problem.default
+        latency = self._latency(way)
+        begun = time.perf_counter()
+        sample = self.records[:_SAMPLE]
+        self._write(way, sample)
+        row_s = (time.perf_counter() - begun) / len(sample)
+        affordable = int(PASS_SHARE * self.problem.budget / max(1e-9, row_s))
+        self.judged = min(len(self.records), JUDGED[1], max(JUDGED[0], affordable))
+        yield "Noted", {"trial": trial.id, "what": "timed", "facts": {"ms": latency.mean, "judged": self.judged}}
+        return self._outcome(way, latency, None, started).with_(
+            facts={"entry": self._entry(way, latency), "judged": self.judged, "ms": latency.mean}
+        )
+
+    def _try(self, trial: Trial, action: TryWay) -> Run:
+        started, limit, way = time.monotonic(), self.problem.limit, action.way
+        yield "Noted", {"trial": trial.id, "what": "decoding", "facts": way.model_dump(mode="json")}
+        if limit is not None and (first := self._first(way)) > CLEARLY * limit.ms:
+            rule = f"the fastest of the first {FIRST} requests took {first:.3g} ms, more than {CLEARLY:g} x {limit.ms:g} ms"
+            return self._refused(way, rule, first, started)
+        latency = self._latency(way)
+        if limit is not None and not latency.within(limit):
+            took = getattr(latency, limit.statistic)
+            rule = f"{limit.statistic} {took:.3g} ms > {limit.ms:g} ms, over {latency.n} requests: too slow"
+            return self._refused(way, rule, latency.mean, started)
+        verdict = self._verdict(way, latency, action.alpha)
+        return self._outcome(way, latency, verdict, started)
+
+    def _verdict(self, way: Way, latency: Latency, alpha: float) -> Verdict:
+        metric, seed, now = self.problem.metric, self.problem.seed, self.incumbent
+        new_NS, old_NS = self._statistics(way), self._statistics(read_way(now.predictor))
+        better = judge_rows(metric, new_NS, old_NS, seed, alpha)
+        return admit(better, compare_rows(metric, new_NS, old_NS, seed), latency, now.latency, self.problem.limit)
+
+    def _outcome(self, way: Way, latency: Latency, verdict: Verdict | None, started: float) -> Outcome:
+        entry = self._entry(way, latency)
+        return Outcome(
+            state=entry["name"], metrics=entry["metrics"], verdict=verdict,
+            cost=Cost(wall_s=time.monotonic() - started), facts={"entry": entry, "ms": latency.mean},
+        )  # fmt: skip
+
+    def _refused(self, way: Way, rule: str, ms: float, started: float) -> Outcome:
+        verdict = Verdict(accept=False, rule=rule)
+        cost = Cost(wall_s=time.monotonic() - started)
+        return Outcome(verdict=verdict, cost=cost, facts={"refused": words(way), "ms": ms})
+
+    def _entry(self, way: Way, latency: Latency) -> dict[str, Any]:
+        value = measure_rows(self.problem.metric, self._statistics(way), self.problem.seed)
+        entry = Entry(
+            name=words(way),
+            predictor=way.model_dump(mode="json"),
+            metrics={self.problem.metric: value},
+            latency=latency,
+        )
+        return entry.model_dump(mode="json")
+
+    # ------------------------------------------------------------------ writing
+
+    def _write(self, way: Way, records: Sequence[Record]) -> list[str]:
+        self.neural.decoding = way
+        return [str(p.value) for p in self.neural.write(records)]
+
+    def _statistics(self, way: Way) -> np.ndarray:
+        """[N,S], made once in a process for each way."""
+        name = words(way)
+        if name not in self._rows:
+            records = self.records[: self.judged]
+            texts = self._write(way, records)
+            self._rows[name] = statistics(self.problem.metric, texts, [r.targets for r in records])
+        return self._rows[name]
+
+    def _first(self, way: Way) -> float:
+        """Milliseconds of the fastest of the first few requests, each alone."""
+        took = []
+        for record in self.records[:FIRST]:
+            start = time.perf_counter()
+            self._write(way, [record])
+            took.append(1000 * (time.perf_counter() - start))
+        return min(took)
+
+    def _latency(self, way: Way) -> Latency:
+        return one_by_one(lambda r: self._write(way, [r]), self.records, LATENCY_SHARE * self.problem.budget)

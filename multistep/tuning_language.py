@@ -1,0 +1,204 @@
+"""Tuning how a model writes, from a run's folder to its policy: behind `multistep tune` where the answer is a text.
+
+The journal is RUN/tuning.jsonl. A tuning that was stopped goes on with the same command; a finished one, or one with other settings, is
+put aside (tuning-1.jsonl ...). The bundle is replaced whole at every commit and at the end; until then the old one stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from multistep import journal
+from multistep.budget import Budget, Clock
+from multistep.bundle import load_bundle
+from multistep.config import FitConfig
+from multistep.controllers.decoding import DecodingProblem, tuning
+from multistep.controllers.script import Scripted
+from multistep.data.cells import Record
+from multistep.data.records import LanguageData, load_language, read_records
+from multistep.examples import Examples
+from multistep.journal import Journal
+from multistep.language_bundle import LanguageBundle, rewrite_decoding
+from multistep.metrics.texts import check_language_metric
+from multistep.policy import Limit, Policy
+from multistep.predictors.ways import Way, read_way
+from multistep.report.policy import explain_policy
+from multistep.report.progress import Progress
+from multistep.session import check_same_data, clock_then, left, machine_facts, show, signals, versions
+from multistep.tasks.writing import LOSSES, Writing
+from multistep.tune import tune
+from multistep.tune.decoding import LanguagePrediction
+from multistep.tune.workbench import device_for
+from multistep.types import Interrupted, UserError
+from multistep.writing import Neural
+
+FILE = "tuning.jsonl"
+POOL = 500  # examples of train that prompts choose from
+LEAST = 20  # records to judge with
+
+
+def tune_language(
+    run_dir: Path, metric: str | None, limit: Limit | None, budget: Budget, data: str | None, progress: Progress
+) -> Policy:
+    """Tune the bundle of a run whose model writes, on the run's calibration half or on the records of the file `data`.
+
+    The bundle and its policy are replaced. Raises UserError on bad input, Interrupted after a signal: then the journal is saved, and
+    the bundle is the old one or the last that was committed.
+    """
+    if budget.unit != "seconds":
+        raise UserError(f"budget: {budget} is no time. Tuning measures time: give one such as 2m.")
+    config, past = _run(run_dir)
+    neural, info = _model(run_dir, device_for(config.device))
+    task = neural.task
+    metric = _metric(metric or info["metric"], task)
+    progress.stage("data", f"reading {config.data}")
+    own = load_language(config.data, task=config.task, text=config.text, label=config.label, seed=config.seed)
+    check_same_data(config.data, own.fingerprint, past)
+    records, words = _judged(own, task, data, config.seed, info, neural)
+    if neural.reads == "prompts":
+        neural.pool = Examples(_some(own.train, POOL, config.seed), task.reads)
+    settings = {
+        "metric": metric, "limit": None if limit is None else limit.model_dump(mode="json"), "data": words,
+        "fingerprint": _fingerprint(records), "states": info["states"],
+    }  # fmt: skip
+    book, lived = _journal(run_dir / FILE, settings)
+    clock = Clock(budget)
+    if lived:
+        clock.restore(clock_then(lived))
+        lived.append(book.append("Resumed", clock=clock.save(), budget=budget, extended=False))
+    else:
+        lived = [
+            book.append(
+                "Started", clock=clock.save(), budget=budget, versions=versions(), default=neural.decoding, **settings,
+                machine=machine_facts(neural.device),
+            )
+        ]  # fmt: skip
+    started = lived[0]
+    default = read_way(started["default"])
+    examples = len(neural.examples)
+    problem = DecodingProblem(
+        task=task, metric=metric, default=default, prompts=neural.reads == "prompts", examples=examples, limit=limit,
+        budget=budget.amount, seed=config.seed,
+    )  # fmt: skip
+    folder = run_dir / "model"
+
+    def ship(way: Way, policy: Policy) -> None:
+        rewrite_decoding(
+            folder, neural, way, policy.model_dump(mode="json"), explain_policy(policy.model_dump(mode="json"))
+        )
+
+    try:
+        with signals() as stop:
+
+            def watch(done: float) -> None:
+                if number := stop():
+                    raise Interrupted(number)
+                progress.remaining(left(clock))
+
+            neural.watch = watch
+            works = LanguagePrediction(neural, problem, records, words, clock, stop, ship, started["machine"])
+            for record in tune(works, Scripted(tuning(problem)), book, lived):
+                show(progress, record, clock, metric)
+        skipped = [r["why"].partition(": ") for r in journal.read(book.path) if r["kind"] == "Skipped"]
+        policy = works.policy([{"name": name, "why": why} for name, _, why in skipped])
+        ship(read_way(policy.entry(policy.pick).predictor), policy)
+        book.append("Finished", clock=clock.save(), wall_s=clock.wall_s, pick=policy.pick)
+        return policy
+    finally:
+        book.close()
+
+
+# ---------------------------------------------------------------------------------------------- what is tuned
+
+
+def _run(run_dir: Path) -> tuple[FitConfig, list[dict[str, Any]]]:
+    """The run's configuration and journal."""
+    if not (run_dir / "journal.jsonl").exists() and (run_dir / "multistep.json").exists():
+        raise UserError(f"{run_dir}: a bundle alone. Tuning reads the run's data too: give the run's folder.")
+    past = journal.read(run_dir / "journal.jsonl")
+    started = next((r for r in past if r["kind"] == "Started"), None)
+    if started is None:
+        raise UserError(f"{run_dir}: its journal has no beginning. Start the run again with another --out.")
+    return FitConfig.parse({**started["config"], "out": str(run_dir)}), past
+
+
+def _model(run_dir: Path, device: str) -> tuple[Neural, dict[str, Any]]:
+    bundle = load_bundle(run_dir, device)
+    if not isinstance(bundle, LanguageBundle):
+        raise UserError(f"{run_dir}: the model gives labels or numbers and does not write.")
+    if bundle.task.kind == "lm":
+        raise UserError(f"{run_dir}: a language model is judged by its losses, which no way of writing changes.")
+    if not isinstance(bundle.speaker, Neural):
+        what = bundle.info["standing"]["kind"]
+        raise UserError(f"{run_dir}: what stands ({what}) has one way to write: there is nothing to tune.")
+    return bundle.speaker, bundle.info
+
+
+def _metric(name: str, task: Writing) -> str:
+    metric = check_language_metric(name, task.kind)
+    if metric in LOSSES:
+        raise UserError(
+            f"metric: {metric} is read off losses, which no way of writing changes. Name one of texts with --metric, such as chrf."
+        )
+    return metric
+
+
+# ---------------------------------------------------------------------------------------------- what is judged
+
+
+def _judged(
+    own: LanguageData, task: Writing, data: str | None, seed: int, info: Mapping[str, Any], neural: Neural
+) -> tuple[list[Record], str]:
+    """The records that decide, mixed by the seed, and what they are. Of a file those that are in the run's train or test are left out."""
+    if data is None:
+        records, said = list(own.calibration), "the run's own calibration half"
+    else:
+        from multistep.data.shapes import Layout
+
+        found = read_records(data, Layout.parse(info["layout"], "layout"))
+        known = {_key(r, task) for r in (*own.train, *own.test)}
+        records = [r for r in found if _key(r, task) not in known]
+        said = f"{Path(data).name}, neither train nor test"
+        if len(records) < len(found):
+            said += f"; {len(found) - len(records):,} rows that are there too were left out"
+    if len(records) < LEAST:
+        raise UserError(
+            f"{data or 'calibration half'}: {len(records)} records that are neither train nor test. At least {LEAST} are needed to "
+            "judge; give a file with right answers with --data."
+        )
+    return _some(records, len(records), seed), said
+
+
+def _key(record: Record, task: Writing) -> tuple[str, tuple[str, ...]]:
+    return " ".join(task.reads(record).split()), record.targets[:1]
+
+
+def _some(records: Sequence[Record], most: int, seed: int) -> list[Record]:
+    order = np.random.default_rng(seed).permutation(len(records))[:most]
+    return [records[i] for i in order]
+
+
+def _fingerprint(records: Sequence[Record]) -> str:
+    return hashlib.sha256("\n".join(map(repr, records)).encode("utf-8", "replace")).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------- its journal
+
+
+def _journal(path: Path, settings: Mapping[str, Any]) -> tuple[Journal, list[dict[str, Any]]]:
+    """The journal, and what it holds where a tuning with the same settings was stopped; another one is put aside."""
+    if path.exists():
+        past = journal.read(path)
+        same = bool(past) and past[-1]["kind"] != "Finished" and all(past[0].get(k) == v for k, v in settings.items())
+        if same:
+            return Journal(path), past
+        number = 1
+        while path.with_name(f"{path.stem}-{number}.jsonl").exists():
+            number += 1
+        path.rename(path.with_name(f"{path.stem}-{number}.jsonl"))
+    return Journal(path), []
