@@ -23,6 +23,7 @@ from multistep.codec import Codec
 from multistep.data.cells import Record
 from multistep.data.records import bare, read_records, read_sources
 from multistep.data.shapes import Layout
+from multistep.engines import Runtime, prepare
 from multistep.metrics.texts import signature
 from multistep.models.baselines import load_writer
 from multistep.models.choose import Choose
@@ -201,6 +202,10 @@ def load_language_bundle(folder: Path, info: Mapping[str, Any], device: str = "c
             speaker = Mixed(neural, Counted(NGram.load(folder), neural.codec, decoding), standing["share"])
         case _:
             speaker = _load_neural(folder, info["neural"], task, decoding, device)
+    if engine := info.get("engine"):
+        if not isinstance(speaker, Neural):
+            raise UserError(f"engine: what writes here is a {standing['kind']}, which has one engine. Take it out of {folder}.")
+        speaker = prepare(speaker, Runtime.parse(engine, "engine"), folder, make=False)
     return LanguageBundle(task, layout, speaker, {**info, "path": str(folder)})
 
 

@@ -24,7 +24,7 @@ from multistep import dialogue
 from multistep.codec import Codec
 from multistep.data.cells import Record, Turn
 from multistep.evaluate import EncoderText, encode
-from multistep.generate import Written, generate, stream
+from multistep.generate import Pen, Written, generate, stream
 from multistep.metrics.texts import loss_statistics, measure_rows, statistics
 from multistep.models.baselines import Writer
 from multistep.models.encoder import Encoder, load_backbone
@@ -79,6 +79,7 @@ class Neural:
     bf16: bool = False
     watch: Callable[[float], None] | None = None
     cut: dict[str, Cut] = field(default_factory=dict)  # by what was cut, of the records last read
+    pen: Pen | None = None  # the engine that writes (multistep/engines); None: `generate`, on the model itself
 
     @property
     def device(self) -> str:
@@ -148,6 +149,9 @@ class Neural:
     def write(self, records: Sequence[Record]) -> list[Prediction]:
         self.model.eval()
         ends, decoding = self._ends(self.decoding)
+        if self.pen is not None:
+            found = self.pen.write(self.prompts(records), decoding, ends, self.codec.text, self.watch)
+            return [self.said(w) for w in found]
         # On a CPU one token at a time is memory traffic, and autocast would cast every weight for every token.
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16 and self.device == "cuda"):
             found = generate(
