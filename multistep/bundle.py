@@ -123,7 +123,7 @@ def load_bundle(path: Path, device: str = "cpu") -> Bundle | LanguageBundle:
         if "linear" in info["models"]:
             models["linear"] = Linear.load(folder / "linear")
         if "encoder" in info["models"]:
-            models["encoder"] = _load_encoder(folder, info["encoder"], device)
+            models["encoder"] = load_encoder_text(folder, info["encoder"], device)
             if chosen.encoder is not None:
                 runtime = chosen.encoder.with_(threads=chosen.encoder.threads or chosen.threads)
                 models["encoder"] = prepare(models["encoder"], runtime, folder, make=False)
@@ -135,7 +135,8 @@ def load_bundle(path: Path, device: str = "cpu") -> Bundle | LanguageBundle:
     return Bundle(task, predictor, Engine(models, chosen.threads, chosen.batch), {**info, "path": str(folder)})
 
 
-def _load_encoder(folder: Path, settings: Mapping[str, Any], device: str) -> EncoderText:
+def load_encoder_text(folder: Path, settings: Mapping[str, Any], device: str) -> EncoderText:
+    """The encoder of a bundle on torch, whatever engine was chosen; `settings`: "encoder" of its multistep.json."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     max_length = int(settings["max_length"])
 

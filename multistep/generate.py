@@ -137,6 +137,7 @@ class _OneByOne:
         level_B = torch.tensor(draws, dtype=torch.float64, device=logits_BV.device) * cumulated_BV[:, -1]
         return torch.searchsorted(cumulated_BV, level_B[:, None], right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
 
+
 def stopped(written: Written, decoding: Decoding, decode: Decode | None) -> bool:
     """Whether the text holds a stop text by now; the tokens from there on are taken back."""
     if not decoding.stop or decode is None:

@@ -116,9 +116,9 @@ def write_language_bundle(
                 speaker.codec.tokenizer.save_pretrained(temporary)
             case Mixed():
                 speaker.counted.ngram.save(temporary)
-                info["neural"] = _save_neural(speaker.neural, temporary)
+                info["neural"] = save_neural(speaker.neural, temporary)
             case Neural():
-                info["neural"] = _save_neural(speaker, temporary)
+                info["neural"] = save_neural(speaker, temporary)
                 if adapter is not None:
                     adapter(temporary / "adapter")
             case Spans():
@@ -131,7 +131,8 @@ def write_language_bundle(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _save_neural(neural: Neural, folder: Path) -> dict[str, Any]:
+def save_neural(neural: Neural, folder: Path) -> dict[str, Any]:
+    """A folder of transformers; and what else the bundle has to know of the model."""
     from transformers import GenerationConfig
     from transformers.utils import logging
 
@@ -204,7 +205,9 @@ def load_language_bundle(folder: Path, info: Mapping[str, Any], device: str = "c
             speaker = _load_neural(folder, info["neural"], task, decoding, device)
     if engine := info.get("engine"):
         if not isinstance(speaker, Neural):
-            raise UserError(f"engine: what writes here is a {standing['kind']}, which has one engine. Take it out of {folder}.")
+            raise UserError(
+                f"engine: what writes here is a {standing['kind']}, which has one engine. Take it out of {folder}."
+            )
         speaker = prepare(speaker, Runtime.parse(engine, "engine"), folder, make=False)
     return LanguageBundle(task, layout, speaker, {**info, "path": str(folder)})
 

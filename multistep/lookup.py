@@ -50,7 +50,12 @@ class Places:
 
 
 def look_up(
-    stepper: Any, prompt: np.ndarray, decoding: Greedy, end_ids: Sequence[int], guesses: int, decode: Decode | None = None
+    stepper: Any,
+    prompt: np.ndarray,
+    decoding: Greedy,
+    end_ids: Sequence[int],
+    guesses: int,
+    decode: Decode | None = None,
 ) -> tuple[Written, int]:
     """The text for one prompt, and the passes through the model that it took after the prompt. `stepper`: of `stepper_of`, one that
     has `several`; `guesses`: tokens proposed at once at most. Raises ValueError on an empty prompt."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from runs import LABELS, WORDS, tiny_encoder
-from test_generate import PROMPTS, _model
+from test_generate import PROMPTS
 from tokenizers import Tokenizer
 
 from multistep import engines
@@ -186,7 +186,10 @@ def test_an_engine_with_a_wrong_key_is_said(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- models that write
 
 
-def writer(tmp_path: Path, kind: str, decoding: Decoding = Greedy(max_new_tokens=12)) -> Neural:
+GREEDY = Greedy(max_new_tokens=12)
+
+
+def writer(tmp_path: Path, kind: str, decoding: Decoding = GREEDY) -> Neural:
     """A tokenizer of bytes (it has no token for unknown ones), and a model with some ids more than that has tokens."""
     from transformers import PreTrainedTokenizerFast
 
@@ -357,7 +360,9 @@ def test_an_engine_is_not_for_what_has_only_one(tmp_path: Path) -> None:
 
     neural = writer(tmp_path, "decoder")
     speaker = Counted(NGram.fit(TEXTS), neural.codec)
-    write_language_bundle(tmp_path / "m", neural.task, Layout(task="lm", form="text", source=("text",)), speaker, {"kind": "ngram"}, {})
+    write_language_bundle(
+        tmp_path / "m", neural.task, Layout(task="lm", form="text", source=("text",)), speaker, {"kind": "ngram"}, {}
+    )
     info = json.loads((tmp_path / "m" / "multistep.json").read_text()) | {"engine": {"runtime": "ctranslate2"}}
     with pytest.raises(UserError, match="has one engine"):
         load_language_bundle(tmp_path / "m", info)

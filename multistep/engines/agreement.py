@@ -73,7 +73,9 @@ def _apart(task: TaskLike, a_NK: np.ndarray, b_NK: np.ndarray) -> tuple[float, f
     return float(apart.mean()), float(apart.max()), float((rows | close).mean())
 
 
-def agree_texts(reference: Speaker, candidate: Speaker, records: Sequence[Record], metric: str | None = None) -> Agreement:
+def agree_texts(
+    reference: Speaker, candidate: Speaker, records: Sequence[Record], metric: str | None = None
+) -> Agreement:
     """Compare what they write for records; where those have right answers, `metric`, one of texts, says what another text costs."""
     if not records:
         raise ValueError("agree: give at least one record")
@@ -87,9 +89,7 @@ def agree_texts(reference: Speaker, candidate: Speaker, records: Sequence[Record
         points = _points(metric, b, answers) - _points(metric, a, answers)
         said += f", {metric} {points:+.2f}"
         ok, rule = same == 1.0 or points >= -POINTS, f"needs {metric} {-POINTS} at least"
-    return Agreement(
-        ok=ok, n=len(records), same=same, points=points, words=said if ok else f"refused: {said}; {rule}"
-    )
+    return Agreement(ok=ok, n=len(records), same=same, points=points, words=said if ok else f"refused: {said}; {rule}")
 
 
 def _points(metric: str, texts: Sequence[str], answers: Sequence[Any]) -> float:

@@ -32,7 +32,9 @@ def encoder_variants(model: EncoderText) -> list[Runtime]:
         found.append(Runtime(dtype="bf16"))
     if cpu and not lacks(Runtime(runtime="onnx")):
         found += [Runtime(runtime="onnx")]
-        if isinstance(model.model, Encoder):  # of an LSTM the products are inside of an operation that has no such weights
+        if isinstance(
+            model.model, Encoder
+        ):  # of an LSTM the products are inside of an operation that has no such weights
             found.append(Runtime(runtime="onnx", dtype="int8"))
     return found
 

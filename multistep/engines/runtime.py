@@ -29,7 +29,9 @@ class Runtime(Spec):
     dtype: Literal["fp32", "bf16", "int8"] = "fp32"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0  # 0: as many as torch has
     batch: Annotated[int, Field(ge=0, le=65_536)] = 0  # rows at once at most; 0: what the model does by itself
-    lookup: Annotated[int, Field(ge=0, le=64)] = 0  # tokens that greedy writing guesses at once (multistep/lookup.py); torch alone
+    lookup: Annotated[int, Field(ge=0, le=64)] = (
+        0  # tokens that greedy writing guesses at once (multistep/lookup.py); torch alone
+    )
 
     @property
     def name(self) -> str:
@@ -68,9 +70,7 @@ def fingerprint(*modules: torch.nn.Module) -> str:
     return found.hexdigest()
 
 
-def made(
-    folder: Path, runtime: Runtime, mark: str, write: Callable[[Path], None] | None
-) -> Path:
+def made(folder: Path, runtime: Runtime, mark: str, write: Callable[[Path], None] | None) -> Path:
     """The folder `engines/<name>` of a bundle with the files of this runtime. Where it is not there or of other weights than `mark`
     says, `write` fills a new one, which takes its place in one step; without `write` that is a UserError."""
     target = folder / "engines" / runtime.name

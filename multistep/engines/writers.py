@@ -121,7 +121,9 @@ def open_pen(place: Path, codec: Codec, config: Any, runtime: Runtime) -> CTrans
     positions = getattr(config, "max_position_embeddings", None)
     if config.model_type == "m2m_100":
         positions = max(POSITIONS, positions or 0)
-    return CTranslate2Pen(model, tokens, config.is_encoder_decoder, positions if config.is_encoder_decoder else None, runtime)
+    return CTranslate2Pen(
+        model, tokens, config.is_encoder_decoder, positions if config.is_encoder_decoder else None, runtime
+    )
 
 
 @dataclass
