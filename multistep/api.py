@@ -21,6 +21,7 @@ from multistep.controllers.more import more
 from multistep.controllers.phases import Phases
 from multistep.controllers.plan import check_objective
 from multistep.data import Dataset
+from multistep.export import Exported, export
 from multistep.journal import Journal
 from multistep.language import fit_language, is_language, resume_language
 from multistep.language_bundle import LanguageBundle
@@ -95,6 +96,10 @@ class Run:
         if task.kind != "regress":
             result["per_class"] = per_class(task, scored)
         return result
+
+    def export(self, to: str, out: str | Path) -> Exported:
+        """Write the model for other programs into the new folder `out`: "folder", "onnx", "ctranslate2" or "keras"."""
+        return export(self.out, to, out)
 
     def records(self) -> list[dict[str, Any]]:
         """The journal."""

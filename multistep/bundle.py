@@ -3,6 +3,7 @@
 model/  multistep.json           task, predictor, which models, lengths, versions
         config.json, model.safetensors, tokenizer.json, tokenizer_config.json, head.safetensors    the encoder, if the predictor needs it
         linear/                  the linear model and its vectorizer, if the predictor needs it
+        engines/                 what other engines run, where one was chosen (multistep/engines)
         README.md                the card
 """
 
@@ -14,13 +15,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from tokenizers import Tokenizer
 
 from multistep import __version__
+from multistep.engines import Runtime, prepare
 from multistep.evaluate import EncoderText, Engine
 from multistep.language_bundle import LanguageBundle, load_language_bundle
 from multistep.models.linear import Linear
@@ -29,11 +31,20 @@ from multistep.predictors import Predictor, predict
 from multistep.state import replace_folder
 from multistep.subwords import encode_ids, save_tokenizer
 from multistep.tasks import Task
-from multistep.types import Prediction, UserError
+from multistep.types import Prediction, Spec, UserError
 
 FORMAT = 1
 _TASK: TypeAdapter[Task] = TypeAdapter(Task)
 _PREDICTOR: TypeAdapter[Predictor] = TypeAdapter(Predictor)
+
+
+class EngineChoice(Spec):
+    """What a bundle that gives labels runs on: "engine" in multistep.json. `threads`: of torch; `batch`: texts at once at most; 0: as
+    it comes."""
+
+    encoder: Runtime | None = None
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    batch: Annotated[int, Field(ge=0, le=65_536)] = 0
 
 
 @dataclass
@@ -107,20 +118,25 @@ def load_bundle(path: Path, device: str = "cpu") -> Bundle | LanguageBundle:
         if info.get("language"):
             return load_language_bundle(folder, info, device)
         task, predictor = _TASK.validate_python(info["task"]), _PREDICTOR.validate_python(info["predictor"])
+        chosen = EngineChoice.parse(info.get("engine") or {}, "engine")
         models: dict[str, Any] = {}
         if "linear" in info["models"]:
             models["linear"] = Linear.load(folder / "linear")
         if "encoder" in info["models"]:
-            models["encoder"] = _load_encoder(folder, info["encoder"], device)
+            models["encoder"] = load_encoder_text(folder, info["encoder"], device)
+            if chosen.encoder is not None:
+                runtime = chosen.encoder.with_(threads=chosen.encoder.threads or chosen.threads)
+                models["encoder"] = prepare(models["encoder"], runtime, folder, make=False)
     except (ValueError, KeyError, OSError) as error:
         if isinstance(error, UserError):
             raise
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise UserError(f"{folder}: the bundle is damaged ({reason}). Make it again with: multistep fit") from None
-    return Bundle(task, predictor, Engine(models), {**info, "path": str(folder)})
+    return Bundle(task, predictor, Engine(models, chosen.threads, chosen.batch), {**info, "path": str(folder)})
 
 
-def _load_encoder(folder: Path, settings: Mapping[str, Any], device: str) -> EncoderText:
+def load_encoder_text(folder: Path, settings: Mapping[str, Any], device: str) -> EncoderText:
+    """The encoder of a bundle on torch, whatever engine was chosen; `settings`: "encoder" of its multistep.json."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     max_length = int(settings["max_length"])
 

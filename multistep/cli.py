@@ -126,7 +126,7 @@ def explain(run_dir: RunArgument, as_json: JsonOption = False) -> None:
         typer.echo(report.explain(records), nl=False)
 
 
-for _verb in (verbs.evaluate, verbs.predict, verbs.chat, verbs.serve):
+for _verb in (verbs.evaluate, verbs.predict, verbs.chat, verbs.export, verbs.serve):
     app.command()(_verb)
 
 

@@ -6,7 +6,8 @@ Shapes: N rows, B batch, T tokens, D hidden width, K outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,14 +31,33 @@ class TextModel(Protocol):
         ...
 
 
-class Engine:
-    """The models of a bundle, by name ("linear", "encoder")."""
+@contextmanager
+def on_threads(threads: int) -> Iterator[None]:
+    """As many threads of torch for what runs inside; 0 changes nothing. The number belongs to the calling thread, so it is set where
+    the work is done and not once for all."""
+    before = torch.get_num_threads()
+    if threads in (0, before):
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-    def __init__(self, models: Mapping[str, TextModel]):
+
+class Engine:
+    """The models of a bundle, by name ("linear", "encoder"). `threads`: of torch; `batch`: texts at once at most; 0: as it comes."""
+
+    def __init__(self, models: Mapping[str, TextModel], threads: int = 0, batch: int = 0):
         self.models = dict(models)
+        self.threads, self.batch = threads, batch
 
     def logits(self, model: str, texts: Sequence[str]) -> np.ndarray:
-        return self.models[model].logits(texts)
+        chosen, size = self.models[model], self.batch or max(1, len(texts))
+        with on_threads(self.threads):
+            found = [chosen.logits(texts[i : i + size]) for i in range(0, len(texts), size)]
+        return np.concatenate(found) if found else chosen.logits(texts)
 
 
 @dataclass
@@ -89,20 +109,21 @@ class Rows:
 
 @torch.no_grad()
 def encode(
-    model: TextEncoder, rows: Rows, *, bf16: bool = False, cut: int = 0, watch: Watch | None = None
+    model: TextEncoder, rows: Rows, *, bf16: bool = False, cut: int = 0, watch: Watch | None = None, batch: int = 0
 ) -> np.ndarray:
-    """Pooled features [N,D] float32. With `cut` > 0 the hidden states after `cut` layers are kept in `rows`."""
+    """Pooled features [N,D] float32. With `cut` > 0 the hidden states after `cut` layers are kept in `rows`. `batch`: rows at once
+    at most, unless 0."""
     if cut > 0 and rows.cut == 0:
         keep_hidden(model, rows, cut, bf16=bf16, watch=watch)
     model.eval()
     features_ND = np.empty((len(rows.ids), model.width), dtype=np.float32)
     done = 0
-    for batch in by_length(rows.lengths_N, model.encode_tokens):
-        x, mask_BT = rows.inputs(batch)
+    for part in by_length(rows.lengths_N, model.encode_tokens, batch):
+        x, mask_BT = rows.inputs(part)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             features_BD = model.upper(x, mask_BT, rows.cut) if rows.cut else model.features(x, mask_BT)
-        features_ND[batch] = features_BD.float().cpu().numpy()
-        done += len(batch)
+        features_ND[part] = features_BD.float().cpu().numpy()
+        done += len(part)
         if watch is not None:
             watch(done / len(rows.ids))
     return features_ND
@@ -135,7 +156,8 @@ def head_logits(model: TextEncoder, features_ND: np.ndarray) -> np.ndarray:
 
 @dataclass
 class EncoderText:
-    """An encoder with its tokenizer, as a text model. `scale`, `mean`: a regression head's units (1 and 0 otherwise)."""
+    """An encoder with its tokenizer, as a text model. `scale`, `mean`: a regression head's units (1 and 0 otherwise). `batch`: rows at
+    once at most, `threads`: of torch while it computes; 0: as it comes."""
 
     model: TextEncoder
     tokenize: Callable[[Sequence[str]], list[np.ndarray]]
@@ -143,6 +165,8 @@ class EncoderText:
     bf16: bool = False
     scale: float = 1.0
     mean: float = 0.0
+    batch: int = 0
+    threads: int = 0
 
     def rows(self, texts: Sequence[str]) -> Rows:
         return Rows(self.tokenize(texts), self.pad_id, self.model.head.weight.device.type)
@@ -150,7 +174,8 @@ class EncoderText:
     def logits(self, texts: Sequence[str]) -> np.ndarray:
         if not texts:
             return np.zeros((0, self.model.head.out_features))
-        features_ND = encode(self.model, self.rows(texts), bf16=self.bf16)
+        with on_threads(self.threads):
+            features_ND = encode(self.model, self.rows(texts), bf16=self.bf16, batch=self.batch)
         return head_logits(self.model, features_ND) * self.scale + self.mean
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from zlib import crc32
 
 import numpy as np
@@ -34,6 +34,17 @@ class Written:
 
 
 Decode = Callable[[list[int]], str]  # token ids -> text, for stop texts
+
+
+class Pen(Protocol):
+    """What writes in place of `generate` (multistep/engines/writers.py)."""
+
+    def write(
+        self, prompts: Sequence[np.ndarray], decoding: Decoding, end_ids: Sequence[int], decode: Decode | None = None,
+        watch: Callable[[float], None] | None = None,
+    ) -> list[Written]:  # fmt: skip
+        """A text for every prompt, in order, as `generate` gives them."""
+        ...
 
 
 def generate(
@@ -121,7 +132,7 @@ class _OneByOne:
                     written.ended = True
                     continue
                 written.ids.append(token)
-                if self._stopped(written):
+                if stopped(written, self.decoding, self.decode):
                     continue
                 new[row] = token
                 going.append(slot)
@@ -150,16 +161,17 @@ class _OneByOne:
         level_B = torch.tensor(draws, dtype=torch.float64, device=logits_BV.device) * cumulated_BV[:, -1]
         return torch.searchsorted(cumulated_BV, level_B[:, None], right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
 
-    def _stopped(self, written: Written) -> bool:
-        """Whether the text holds a stop text by now; the tokens from there on are taken back."""
-        if not self.decoding.stop or self.decode is None:
-            return False
-        if not any(s in self.decode(written.ids) for s in self.decoding.stop):
-            return False
-        while written.ids and any(s in self.decode(written.ids) for s in self.decoding.stop):
-            written.ids.pop()
-        written.ended = True
-        return True
+
+def stopped(written: Written, decoding: Decoding, decode: Decode | None) -> bool:
+    """Whether the text holds a stop text by now; the tokens from there on are taken back."""
+    if not decoding.stop or decode is None:
+        return False
+    if not any(s in decode(written.ids) for s in decoding.stop):
+        return False
+    while written.ids and any(s in decode(written.ids) for s in decoding.stop):
+        written.ids.pop()
+    written.ended = True
+    return True
 
 
 def likeliest(logits_BV: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from multistep.codec import Codec
 from multistep.data.cells import Record
 from multistep.data.records import bare, read_records, read_sources
 from multistep.data.shapes import Layout
+from multistep.engines import Runtime, prepare
 from multistep.examples import FILE, Examples
 from multistep.metrics.texts import signature
 from multistep.models.baselines import load_writer
@@ -121,9 +122,9 @@ def write_language_bundle(
                 speaker.codec.tokenizer.save_pretrained(temporary)
             case Mixed():
                 speaker.counted.ngram.save(temporary)
-                info["neural"] = _save_neural(speaker.neural, temporary)
+                info["neural"] = save_neural(speaker.neural, temporary)
             case Neural():
-                info["neural"] = _save_neural(speaker, temporary)
+                info["neural"] = save_neural(speaker, temporary)
                 if adapter is not None:
                     adapter(temporary / "adapter")
             case Spans():
@@ -136,7 +137,8 @@ def write_language_bundle(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _save_neural(neural: Neural, folder: Path) -> dict[str, Any]:
+def save_neural(neural: Neural, folder: Path) -> dict[str, Any]:
+    """A folder of transformers; and what else the bundle has to know of the model."""
     from transformers import GenerationConfig
     from transformers.utils import logging
 
@@ -249,6 +251,12 @@ def load_language_bundle(folder: Path, info: Mapping[str, Any], device: str = "c
             speaker = Mixed(neural, Counted(NGram.load(folder), neural.codec, decoding), standing["share"])
         case _:
             speaker = _load_neural(folder, info["neural"], task, decoding, device)
+    if engine := info.get("engine"):
+        if not isinstance(speaker, Neural):
+            raise UserError(
+                f"engine: what writes here is a {standing['kind']}, which has one engine. Take it out of {folder}."
+            )
+        speaker = prepare(speaker, Runtime.parse(engine, "engine"), folder, make=False)
     return LanguageBundle(task, layout, speaker, {**info, "path": str(folder)})
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from multistep import engines
 from multistep.budget import Budget, Clock
-from multistep.bundle import Bundle, load_bundle, write_bundle
+from multistep.bundle import Bundle, write_bundle
 from multistep.config import FitConfig
 from multistep.controllers.answering import AnsweringProblem, answering
 from multistep.controllers.script import Scripted
@@ -59,7 +59,9 @@ def tune_labels(
     metric = check_metric(metric or bundle.info["metric"], task.kind)
     matrix = None if costs is None else read_costs(costs, getattr(task, "labels", ()))
     if (matrix is not None or coverage is not None) and task.kind != "classify":
-        raise UserError(f"{'costs' if matrix is not None else 'coverage'}: for one label of several; the task is {task.kind}.")
+        raise UserError(
+            f"{'costs' if matrix is not None else 'coverage'}: for one label of several; the task is {task.kind}."
+        )
     models = RunModels(Workbench(config, dataset, task, run_dir), past)
     rows, aside = _judged(dataset, models.work, bundle, data, coverage, config.seed)
     settings = {
@@ -96,7 +98,9 @@ def tune_labels(
                 progress.remaining(left(clock))
 
             models.work.watch = watch
-            works = Answering(models, problem, rows, aside, clock, stop, models.ship_into(run_dir, bundle), started["machine"])
+            works = Answering(
+                models, problem, rows, aside, clock, stop, models.ship_into(run_dir, bundle), started["machine"]
+            )
             for record in tune(works, Scripted(answering(problem)), book, lived):
                 lived.append(record)
                 show(progress, record, clock, works.quality.name)
@@ -147,7 +151,9 @@ class RunModels:
         model = self.work.text_model(family, self.states[family], self.bench.bf16)
         if not engine or not isinstance(model, EncoderText):
             return model
-        return engines.prepare(self.text_model("encoder", {}), Runtime.parse(engine, "engine"), self.work.out / "tuning")  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return engines.prepare(
+            self.text_model("encoder", {}), Runtime.parse(engine, "engine"), self.work.out / "tuning"
+        )  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     def _cut(self, length: int) -> Callable[[Sequence[str]], list[np.ndarray]]:
         tokenizer = self.work.tokenizer

@@ -1,4 +1,4 @@
-"""The verbs for a model that is there: evaluate, predict, chat, serve. `cli.py` puts them on the command line."""
+"""The verbs for a model that is there: evaluate, predict, chat, export, serve. `cli.py` puts them on the command line."""
 
 from __future__ import annotations
 
@@ -110,6 +110,23 @@ def chat(
         print_json(
             {"conversations": [[{"role": t.role, "text": t.text} for t in turns] for turns in talk.conversations]}
         )
+
+
+def export(
+    run_dir: RunArgument,
+    to: Annotated[str, typer.Option(help="folder (transformers), onnx, ctranslate2 or keras.")],
+    out: Annotated[Path, typer.Option(help="A new folder for it.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Write the model for other programs, measured against itself before it is done."""
+    check_bundle(run_dir)
+    with stdout_is_stderr():
+        from multistep.export import export as write
+
+        found = write(run_dir, to, out)
+    if as_json:
+        return print_json(found.model_dump(mode="json"))
+    return typer.echo(f"{found.out}: {', '.join(found.files)}\n{found.agreement}. README.md says how to use it.")
 
 
 def serve(

@@ -25,7 +25,7 @@ from multistep.codec import Codec
 from multistep.data.cells import Record, Turn
 from multistep.evaluate import EncoderText, encode
 from multistep.examples import Examples
-from multistep.generate import Written, generate, request_number, several, stream
+from multistep.generate import Pen, Written, generate, request_number, several, stream
 from multistep.metrics.texts import loss_statistics, measure_rows, statistics
 from multistep.models.baselines import Writer
 from multistep.models.encoder import Encoder, load_backbone
@@ -84,6 +84,7 @@ class Neural:
     watch: Callable[[float], None] | None = None
     pool: Examples | None = None
     cut: dict[str, Cut] = field(default_factory=dict)  # by what was cut, of the records last read
+    pen: Pen | None = None  # the engine that writes (multistep/engines); None: `generate`, on the model itself
 
     @property
     def device(self) -> str:
@@ -158,6 +159,10 @@ class Neural:
         self.model.eval()
         ends, decoding = self._ends(decoding)
         prompts = self.prompts(records)
+        if (
+            self.pen is not None and n == 1 and not isinstance(decoding, Sample)
+        ):  # draws and several texts are our own engine's
+            return [[w] for w in self.pen.write(prompts, decoding, ends, self.codec.text, self.watch)]
         # On a CPU one token at a time is memory traffic, and autocast would cast every weight for every token.
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16 and self.device == "cuda"):
             return several(

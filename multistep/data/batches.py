@@ -47,12 +47,14 @@ class Batches:
         return [plan[i] for i in rng.permutation(len(plan))]
 
 
-def by_length(lengths_N: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """All rows once, shortest first, in batches of at most `batch_tokens` padded tokens (one row at least): for encoding."""
+def by_length(lengths_N: np.ndarray, batch_tokens: int, batch_rows: int = 0) -> list[np.ndarray]:
+    """All rows once, shortest first, in batches of at most `batch_tokens` padded tokens (one row at least) and, unless 0,
+    `batch_rows` rows: for encoding."""
     order = np.argsort(lengths_N, kind="stable")
     batches, current = [], []
     for row in order:
-        if current and int(lengths_N[row]) * (len(current) + 1) > batch_tokens:
+        full = len(current) == batch_rows > 0 or int(lengths_N[row]) * (len(current) + 1) > batch_tokens
+        if current and full:
             batches.append(np.array(current))
             current = []
         current.append(int(row))

@@ -20,16 +20,26 @@ class Cache:
         self.heads, self.length = heads, 0
         self.data = like.new_empty((layers, 2, rows * heads, positions + GROW, width))
 
-    def fill(self, layer: int, keys_BGNE: Tensor, values_BGNE: Tensor) -> None:
-        """The first N positions of a layer; `length` is set after the last."""
+    def fill(self, layer: int, keys_BGNE: Tensor, values_BGNE: Tensor, at: int = 0) -> None:
+        """N positions of a layer from position `at` on; `length` is set after the last."""
         for part, new in enumerate((keys_BGNE, values_BGNE)):
-            self.data[layer, part, :, : new.shape[2]] = new.flatten(0, 1)
+            self.data[layer, part, :, at : at + new.shape[2]] = new.flatten(0, 1)
+
+    def make_room(self, positions: int) -> None:
+        """For so many positions more."""
+        lacking = self.length + positions - self.data.shape[3]
+        if lacking > 0:
+            self.data = F.pad(self.data, (0, 0, 0, max(GROW, self.length // 4, lacking)))
+
+    def first(self, layer: int, positions: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B,G,T,E] of the first so many positions of a layer."""
+        keys, values = self.data[layer, :, :, :positions].unflatten(1, (-1, self.heads)).unbind(0)
+        return keys, values
 
     def open(self) -> tuple[Tensor, Tensor, Tensor]:
         """Take in a position: where its keys and values go [L,2,B,G,E], and with it all keys [L,BG,E,T] and values [L,BG,T,E]."""
+        self.make_room(1)
         at, self.length = self.length, self.length + 1
-        if self.length > self.data.shape[3]:
-            self.data = F.pad(self.data, (0, 0, 0, max(GROW, at // 4)))
         slots = self.data[:, :, :, at].unflatten(2, (-1, self.heads))
         keys, values = self.data[:, :, :, : self.length].unbind(1)
         return slots, keys.transpose(2, 3), values

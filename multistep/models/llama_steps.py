@@ -53,11 +53,38 @@ class LlamaSteps:
         self.buffers = _Buffers(len(prompts), self)
         own = torch.eye(longest, dtype=torch.bool, device=device)  # padding sees itself: no empty row
         seen_B1TT = (real_BT[:, None] & (places_T <= places_T[:, None]) | own)[:, None]
-        with torch.autocast(device.type, enabled=False):
-            return self._read(torch.from_numpy(ids).to(device), seen_B1TT)
+        x_BND = self._read(torch.from_numpy(ids).to(device), seen_B1TT)
+        return self._last(x_BND[:, -1])
 
-    def _read(self, ids_BN: Tensor, seen_B1NN: Tensor) -> Tensor:
-        places_BN = (torch.arange(ids_BN.shape[1], device=ids_BN.device) - self.pads_B[:, None]).clamp(min=0)
+    @torch.inference_mode()
+    def several(self, tokens_N: Tensor) -> Tensor:
+        """Take N tokens of the only row at once: the logits [N,V] after each of them."""
+        if len(self.pads_B) != 1:
+            raise ValueError(f"several tokens at once are taken for one row, not for {len(self.pads_B)}")
+        at, n = self.cache.length, len(tokens_N)
+        self.cache.make_room(n)
+        if at + n > len(self.turns_PC):
+            self.turns_PC = self._turns(at + n)
+        places_T = torch.arange(at + n, device=tokens_N.device)
+        seen_NT = places_T <= places_T[at:, None]
+        return self._last(self._read(tokens_N[None], seen_NT[None, None], at)[0])
+
+    def back(self, positions: int) -> None:
+        """Forget the last so many positions."""
+        self.cache.length -= positions
+
+    def _last(self, x_BD: Tensor) -> Tensor:
+        with torch.autocast(x_BD.device.type, enabled=False):
+            return F.rms_norm(x_BD, x_BD.shape[-1:], self.body.norm.weight, self.eps) @ self.head
+
+    def _read(self, ids_BN: Tensor, seen_B1NT: Tensor, at: int = 0) -> Tensor:
+        """The states [B,N,D] behind the last layer of N tokens that follow on `at` others."""
+        with torch.autocast(ids_BN.device.type, enabled=False):
+            return self._through(ids_BN, seen_B1NT, at)
+
+    def _through(self, ids_BN: Tensor, seen_B1NT: Tensor, at: int) -> Tensor:
+        places_N = torch.arange(at, at + ids_BN.shape[1], device=ids_BN.device)
+        places_BN = (places_N - self.pads_B[:, None]).clamp(min=0)
         turns_BN1C = self.turns_PC[places_BN][:, :, None]
         qk = self.heads + self.kv_heads
         x_BND = F.embedding(ids_BN, self.table)
@@ -69,15 +96,17 @@ class LlamaSteps:
                 torch.view_as_real(pairs * turns_BN1C).flatten(3).transpose(1, 2).split([self.heads, self.kv_heads], 1)
             )
             values = qkv[:, :, qk:].transpose(1, 2)
-            self.cache.fill(number, keys, values)
+            self.cache.fill(number, keys, values, at)
+            if at:
+                keys, values = self.cache.first(number, at + ids_BN.shape[1])
             grouped = self.heads != self.kv_heads
-            mixed = F.scaled_dot_product_attention(query, keys, values, seen_B1NN, enable_gqa=grouped)
+            mixed = F.scaled_dot_product_attention(query, keys, values, seen_B1NT, enable_gqa=grouped)
             x_BND = x_BND + F.linear(mixed.transpose(1, 2).flatten(2), layer.out.t(), layer.out_bias)
             inner_BND = F.rms_norm(x_BND, x_BND.shape[-1:], layer.mlp_norm, self.eps)
             gate, up = F.linear(inner_BND, layer.gate_up.t(), layer.gate_up_bias).chunk(2, -1)
             x_BND = x_BND + F.linear(F.silu(gate) * up, layer.down.t(), layer.down_bias)
-        self.cache.length = ids_BN.shape[1]
-        return F.rms_norm(x_BND[:, -1], x_BND.shape[-1:], self.body.norm.weight, self.eps) @ self.head
+        self.cache.length = at + ids_BN.shape[1]
+        return x_BND
 
     @torch.inference_mode()
     def step(self, tokens_B: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Writing with an M2M100 of transformers: its decoder on fused weights; keys and values of the source are computed once.
 
-Shapes: B rows, S source positions, T positions so far, D width, H heads, E width of a head, V tokens of the vocabulary.
+Shapes: B rows, S source positions, T positions so far, N positions at once, D width, H heads, E width of a head, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -49,15 +49,51 @@ class M2MSteps:
         self._views()
         return self.step(torch.full((len(prompts),), self.start_id, device=device))
 
+    def _places(self, n: int) -> Tensor:
+        """What is added to the embeddings of the next N positions [N,D]."""
+        table = self.decoder.embed_positions
+        place = table.padding_idx + 1 + self.cache.length
+        if place + n > table.weights.shape[0]:
+            table.make_weights(place + n + GROW, table.embedding_dim, table.padding_idx)
+        return table.weights[place : place + n].to(self.table.device)
+
+    @torch.inference_mode()
+    def several(self, tokens_N: Tensor) -> Tensor:
+        """Take N tokens of the only row at once: the logits [N,V] after each of them."""
+        if len(self.sources_B) != 1:
+            raise ValueError(f"several tokens at once are taken for one row, not for {len(self.sources_B)}")
+        at, n = self.cache.length, len(tokens_N)
+        self.cache.make_room(n)
+        places_T = torch.arange(at + n, device=tokens_N.device)
+        seen_NT = places_T <= places_T[at:, None]
+        with torch.autocast(tokens_N.device.type, enabled=False):
+            x_ND = self.table[tokens_N] * self.scale + self._places(n)
+            for number, layer in enumerate(self.layers):
+                qkv = F.linear(_norm(x_ND, layer.norm), layer.qkv.t(), layer.qkv_bias)
+                query, keys, values = qkv.view(n, 3, self.heads, self.width).permute(1, 2, 0, 3)[:, None]
+                self.cache.fill(number, keys, values, at)
+                keys, values = self.cache.first(number, at + n)
+                mixed = F.scaled_dot_product_attention(query, keys, values, seen_NT)
+                x_ND = x_ND + F.linear(_flat(mixed), layer.out.t(), layer.out_bias)
+                query = F.linear(_norm(x_ND, layer.cross_norm), layer.query.t(), layer.query_bias)
+                query = query.view(n, self.heads, self.width).transpose(0, 1)[None]
+                mixed = F.scaled_dot_product_attention(query, *self.source_L2BHSE[number])
+                x_ND = x_ND + F.linear(_flat(mixed), layer.cross_out.t(), layer.cross_out_bias)
+                up = F.linear(_norm(x_ND, layer.mlp_norm), layer.up.t(), layer.up_bias)
+                x_ND = x_ND + F.linear(up.relu_(), layer.down.t(), layer.down_bias)
+            self.cache.length = at + n
+            return _norm(x_ND, self.decoder.layer_norm) @ self.head
+
+    def back(self, positions: int) -> None:
+        """Forget the last so many positions."""
+        self.cache.length -= positions
+
     @torch.inference_mode()
     def step(self, tokens_B: Tensor) -> Tensor:
-        b, table = self.buffers, self.decoder.embed_positions
-        place = table.padding_idx + 1 + self.cache.length
-        if place >= table.weights.shape[0]:
-            table.make_weights(place + GROW, table.embedding_dim, table.padding_idx)
+        b, place_1D = self.buffers, self._places(1)
         slots, keys, values = self.cache.open()
         torch.index_select(self.table, 0, tokens_B, out=b.x)
-        b.x.mul_(self.scale).add_(table.weights[place].to(b.x.device))
+        b.x.mul_(self.scale).add_(place_1D)
         scale = self.width**-0.5
         for layer, slot, key, value, source in zip(
             self.layers, slots.unbind(0), keys.unbind(0), values.unbind(0), self.sources, strict=True
@@ -139,6 +175,10 @@ def _layer(layer: Any) -> _Layer:
         layer.encoder_attn_layer_norm, *fused(cross.q_proj), *fused(cross.k_proj, cross.v_proj), *fused(cross.out_proj),
         layer.final_layer_norm, *fused(layer.fc1), *fused(layer.fc2),
     )  # fmt: skip
+
+
+def _flat(mixed_1HNE: Tensor) -> Tensor:
+    return mixed_1HNE[0].transpose(0, 1).flatten(1)
 
 
 def _norm(x: Tensor, norm: Any) -> Tensor:

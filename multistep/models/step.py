@@ -37,6 +37,18 @@ class Stepper(Protocol):
         ...
 
 
+class ReadsSeveral(Stepper, Protocol):
+    """A stepper whose only row can take tokens on trial."""
+
+    def several(self, tokens_N: Tensor) -> Tensor:
+        """Take N tokens of the only row at once: the logits [N,V] after each of them."""
+        ...
+
+    def back(self, positions: int) -> None:
+        """Forget the last so many positions."""
+        ...
+
+
 def stepper_of(model: Any, start_id: int | None = None) -> Stepper:
     """The fastest stepper that fits the model. `start_id`: the first token of a target (sequence-to-sequence models)."""
     if isinstance(model, Mixture):
@@ -77,20 +89,30 @@ class CachedDecoder:
         self.mask_BT = torch.from_numpy(mask).to(device)
         positions_BT = (self.mask_BT.cumsum(1) - 1).clamp(min=0)
         self.past = None
-        return self._forward(torch.from_numpy(ids).to(device), positions_BT)
+        return self._forward(torch.from_numpy(ids).to(device), positions_BT)[:, -1]
 
     @torch.no_grad()
     def step(self, tokens_B: Tensor) -> Tensor:
         self.mask_BT = torch.cat([self.mask_BT, self.mask_BT.new_ones(len(tokens_B), 1)], 1)
-        return self._forward(tokens_B[:, None], self.mask_BT.sum(1, keepdim=True) - 1)
+        return self._forward(tokens_B[:, None], self.mask_BT.sum(1, keepdim=True) - 1)[:, -1]
 
-    def _forward(self, ids_BN: Tensor, positions_BN: Tensor) -> Tensor:
+    @torch.no_grad()
+    def several(self, tokens_N: Tensor) -> Tensor:
+        at, n = self.mask_BT.shape[1], len(tokens_N)
+        self.mask_BT = torch.cat([self.mask_BT, self.mask_BT.new_ones(1, n)], 1)
+        return self._forward(tokens_N[None], torch.arange(at, at + n, device=tokens_N.device)[None], n)[0]
+
+    def back(self, positions: int) -> None:
+        self.past.crop(-positions)  # pyright: ignore[reportOptionalMemberAccess]
+        self.mask_BT = self.mask_BT[:, : self.mask_BT.shape[1] - positions]
+
+    def _forward(self, ids_BN: Tensor, positions_BN: Tensor, last: int = 1) -> Tensor:
         found = self.model(
             input_ids=ids_BN, attention_mask=self.mask_BT, position_ids=positions_BN, past_key_values=self.past,
-            use_cache=True, logits_to_keep=1,
+            use_cache=True, logits_to_keep=last,
         )  # fmt: skip
         self.past = found.past_key_values
-        return found.logits[:, -1]
+        return found.logits
 
     def keep(self, rows: Tensor) -> None:
         self.past.batch_select_indices(rows)  # pyright: ignore[reportOptionalMemberAccess]
@@ -115,12 +137,22 @@ class CachedSeq2Seq:
 
     @torch.no_grad()
     def step(self, tokens_B: Tensor) -> Tensor:
+        return self._forward(tokens_B[:, None])[:, -1]
+
+    @torch.no_grad()
+    def several(self, tokens_N: Tensor) -> Tensor:
+        return self._forward(tokens_N[None])[0]
+
+    def back(self, positions: int) -> None:
+        self.past.crop(-positions)  # pyright: ignore[reportOptionalMemberAccess]
+
+    def _forward(self, ids_BN: Tensor) -> Tensor:
         found = self.model(
-            encoder_outputs=(self.memory_BSD,), attention_mask=self.mask_BS, decoder_input_ids=tokens_B[:, None],
+            encoder_outputs=(self.memory_BSD,), attention_mask=self.mask_BS, decoder_input_ids=ids_BN,
             past_key_values=self.past, use_cache=True,
         )  # fmt: skip
         self.past = found.past_key_values
-        return found.logits[:, -1]
+        return found.logits
 
     def keep(self, rows: Tensor) -> None:
         if self.past is not None:

@@ -77,7 +77,14 @@ class Answering:
         self, models: Models, problem: AnsweringProblem, rows: Rows, aside: Rows | None, clock: Clock, stop: Callable[[], int],
         ship: Ship, machine: Mapping[str, Any],
     ):  # fmt: skip
-        self.models, self.problem, self.rows, self.aside, self.clock, self.stop = models, problem, rows, aside, clock, stop
+        self.models, self.problem, self.rows, self.aside, self.clock, self.stop = (
+            models,
+            problem,
+            rows,
+            aside,
+            clock,
+            stop,
+        )
         self.machine = dict(machine)
         self.entries: list[Entry] = []
         self.refused: list[dict[str, str]] = []
@@ -227,13 +234,17 @@ class Answering:
             predictor, p = _PREDICTOR.validate_python(entry.predictor), self.problem
             outputs, found = self._outputs(predictor.models(), entry.engine), None
             if entry.name != self.entries[0].name and (recipe := entry.facts.get("recipe")) is not None:
-                found = prepare(Recipe.parse(recipe), p.task, outputs, self.rows.targets, self.quality.fitted_for, p.seed)
+                found = prepare(
+                    Recipe.parse(recipe), p.task, outputs, self.rows.targets, self.quality.fitted_for, p.seed
+                )
             self._scored[entry.name] = (
                 found.scored if found is not None else baseline(p.task, predictor, outputs, self.rows.targets)
             )
         return self._scored[entry.name]
 
-    def _entry(self, name: str, standing: Standing, scored: Scored, latency: Latency, facts: Mapping[str, Any]) -> Entry:
+    def _entry(
+        self, name: str, standing: Standing, scored: Scored, latency: Latency, facts: Mapping[str, Any]
+    ) -> Entry:
         self._scored[name] = scored
         return Entry(
             name=name, predictor=standing.predictor.model_dump(mode="json"), engine=standing.engine,
