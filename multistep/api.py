@@ -27,6 +27,7 @@ from multistep.language import fit_language, is_language, resume_language
 from multistep.language_bundle import LanguageBundle
 from multistep.metrics import Scored, check_metric, measure, per_class
 from multistep.models.linear import candidates
+from multistep.policy import Policy
 from multistep.report.progress import Progress
 from multistep.session import budget_so_far, check_same_data, clock_then, left, machine_facts, show, signals, versions
 from multistep.state import sweep
@@ -36,6 +37,7 @@ from multistep.tune import tune
 from multistep.tune.actions import Bench
 from multistep.tune.text import TextWorks
 from multistep.tune.workbench import Workbench
+from multistep.tuning import tune_run
 from multistep.types import Interrupted, Prediction, UserError
 
 _WARNINGS = ("leakage", "conflict", "duplicates", "empty")  # lines of the data report that a card repeats
@@ -106,14 +108,24 @@ class Run:
         return journal.read(self.out / "journal.jsonl")
 
     def explain(self) -> str:
-        """What was tried, what was decided and why, in words and a table."""
-        return report.explain(self.records())
+        """What was tried, what was decided and why, in words and a table; and how it was tuned to predict, where it was."""
+        return report.explain_run(self.out)
 
     def summary(self) -> dict[str, Any]:
         """The journal as one dictionary; "metrics" are those of the test split, once it was read."""
         found = report.summary(self.records())
         test = found["test"]["metrics"] if found["test"] else {}
         return {**found, "metrics": {k: {"value": v, "stderr": e} for k, (v, e) in test.items()}}
+
+    def tune(
+        self, *, metric: str | None = None, latency: str | None = None, budget: str | float = "1m", data: str | None = None,
+        costs: str | Path | None = None, coverage: float | None = None,
+    ) -> Policy:  # fmt: skip
+        """Find the best way to predict under a limit such as latency="p95=20ms", and predict so from now on (multistep.tuning)."""
+        self._bundle = None
+        return tune_run(
+            self.out, metric=metric, latency=latency, budget=budget, data=data, costs=costs, coverage=coverage
+        )
 
     def resume(self, budget: str | None = None) -> Run:
         """Go on where the run stopped; `budget` "+5m" adds time."""

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,12 +22,12 @@ from pydantic import Field, TypeAdapter
 from tokenizers import Tokenizer
 
 from multistep import __version__
-from multistep.engines import Runtime, prepare
-from multistep.evaluate import EncoderText, Engine
+from multistep.engines import OnnxText, Runtime, prepare
+from multistep.evaluate import EncoderText, Engine, TextModel
 from multistep.language_bundle import LanguageBundle, load_language_bundle
 from multistep.models.linear import Linear
 from multistep.models.saved import load_model, save_model
-from multistep.predictors import Predictor, predict
+from multistep.predictors import Asked, Predictor, predict
 from multistep.state import replace_folder
 from multistep.subwords import encode_ids, save_tokenizer
 from multistep.tasks import Task
@@ -61,15 +61,15 @@ class Bundle:
 
     def scored(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Logits [N,K] and decisions [N], as predictions are made."""
-        logits = {m: self.engine.logits(m, texts) for m in self.predictor.models()}
-        return self.predictor.decide(self.task, logits)
+        return self.predictor.decide(self.task, Asked(self.engine, self.predictor.models(), texts))
 
 
 def write_bundle(
     folder: Path, task: Task, predictor: Predictor, models: Mapping[str, Linear | EncoderText],
-    tokenizer: Tokenizer | None, max_length: int, extra: Mapping[str, Any],
+    tokenizer: Tokenizer | None, max_length: int, extra: Mapping[str, Any], card: str = "", runs_on: Path | None = None,
 ) -> None:  # fmt: skip
-    """Write what `predictor` needs of `models` into `folder`, in one step; an older bundle there is replaced."""
+    """Write what `predictor` needs of `models` into `folder`, in one step; an older bundle there is replaced. "encoder@32", the encoder
+    on 32 tokens of a text, needs the encoder. `card`: the README.md; `runs_on`: the folder of an engine that the encoder runs on."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -77,7 +77,7 @@ def write_bundle(
             "format": FORMAT, "multistep": __version__, "task": task.model_dump(mode="json"),
             "predictor": predictor.model_dump(mode="json"), "models": sorted(predictor.models()), **extra,
         }  # fmt: skip
-        for name in predictor.models():
+        for name in dict.fromkeys(m.partition("@")[0] for m in predictor.models()):
             model = models[name]
             if isinstance(model, Linear):
                 (temporary / "linear").mkdir()
@@ -90,6 +90,10 @@ def write_bundle(
                     "max_length": max_length, "pad_id": model.pad_id, "bf16": model.bf16,
                     "scale": model.scale, "mean": model.mean,
                 }  # fmt: skip
+        if card:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+        if runs_on is not None:
+            shutil.copytree(runs_on, temporary / "engines" / runs_on.name)
         (temporary / "multistep.json").write_text(json.dumps(info, indent=1, ensure_ascii=False))
         replace_folder(temporary, folder)
     finally:
@@ -122,17 +126,30 @@ def load_bundle(path: Path, device: str = "cpu") -> Bundle | LanguageBundle:
         models: dict[str, Any] = {}
         if "linear" in info["models"]:
             models["linear"] = Linear.load(folder / "linear")
-        if "encoder" in info["models"]:
-            models["encoder"] = load_encoder_text(folder, info["encoder"], device)
+        if "encoder" in info:
+            encoder: Any = load_encoder_text(folder, info["encoder"], device)
             if chosen.encoder is not None:
                 runtime = chosen.encoder.with_(threads=chosen.encoder.threads or chosen.threads)
-                models["encoder"] = prepare(models["encoder"], runtime, folder, make=False)
+                encoder = prepare(encoder, runtime, folder, make=False)
+            models |= {m: _reading(encoder, folder, m) for m in info["models"] if m.startswith("encoder")}
     except (ValueError, KeyError, OSError) as error:
         if isinstance(error, UserError):
             raise
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise UserError(f"{folder}: the bundle is damaged ({reason}). Make it again with: multistep fit") from None
     return Bundle(task, predictor, Engine(models, chosen.threads, chosen.batch), {**info, "path": str(folder)})
+
+
+def _reading(encoder: EncoderText | OnnxText, folder: Path, name: str) -> TextModel:
+    """The encoder, of "encoder@32" reading 32 tokens of a text."""
+    length = name.partition("@")[2]
+    return shortened(encoder, Tokenizer.from_file(str(folder / "tokenizer.json")), int(length)) if length else encoder
+
+
+def shortened(encoder: TextModel, tokenizer: Tokenizer, tokens: int) -> TextModel:
+    """The encoder reading so many tokens of a text."""
+    assert isinstance(encoder, EncoderText | OnnxText)
+    return replace(encoder, tokenize=lambda texts: encode_ids(tokenizer, texts, tokens)[0])
 
 
 def load_encoder_text(folder: Path, settings: Mapping[str, Any], device: str) -> EncoderText:

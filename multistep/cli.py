@@ -116,17 +116,16 @@ def resume(
 @app.command()
 def explain(run_dir: RunArgument, as_json: JsonOption = False) -> None:
     """Say what was tried, what was decided and why. Works while a run is still going on."""
-    from multistep import journal, report
+    from multistep import report
 
     check_run(run_dir)
-    records = journal.read(run_dir / "journal.jsonl")
     if as_json:
-        print_json(report.summary(records))
+        print_json(report.summary_of_run(run_dir))
     else:
-        typer.echo(report.explain(records), nl=False)
+        typer.echo(report.explain_run(run_dir), nl=False)
 
 
-for _verb in (verbs.evaluate, verbs.predict, verbs.chat, verbs.export, verbs.serve):
+for _verb in (verbs.evaluate, verbs.predict, verbs.chat, verbs.tune, verbs.export, verbs.serve):
     app.command()(_verb)
 
 

@@ -1,7 +1,8 @@
-"""The verbs for a model that is there: evaluate, predict, chat, export, serve. `cli.py` puts them on the command line."""
+"""The verbs for a model that is there: evaluate, predict, chat, tune, export, serve. `cli.py` puts them on the command line."""
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
+from multistep.report.progress import Progress
 from multistep.terminal import (
     JsonOption,
+    QuietOption,
     RunArgument,
     answer,
     check_bundle,
+    check_run,
     is_language,
     lines_in,
     load,
@@ -22,6 +26,7 @@ from multistep.terminal import (
     stdout_is_stderr,
     texts_of,
 )
+from multistep.types import Interrupted
 
 
 def evaluate(
@@ -110,6 +115,46 @@ def chat(
         print_json(
             {"conversations": [[{"role": t.role, "text": t.text} for t in turns] for turns in talk.conversations]}
         )
+
+
+def tune(
+    run_dir: RunArgument,
+    metric: Annotated[str | None, typer.Option(help="What decides.  [default: that of the run]")] = None,
+    latency: Annotated[str | None, typer.Option(help="What a request may take: p95=20ms, mean=5ms, p99=1s.")] = None,
+    budget: Annotated[str, typer.Option(help="How long to search: 30s, 2m.")] = "1m",
+    data: Annotated[
+        str | None, typer.Option(help="Rows to judge on.  [default: the run's own calibration half]")
+    ] = None,
+    costs: Annotated[
+        Path | None, typer.Option(help='What mistakes cost: JSON {"right label": {"label said": cost}}.')
+    ] = None,
+    coverage: Annotated[
+        float | None, typer.Option(help="Withhold answers: the right label is a candidate this often, such as 0.95.")
+    ] = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the best way to predict with a finished run, under a limit on latency, and predict so from now on."""
+    check_run(run_dir)
+    check_bundle(run_dir)
+    try:
+        with Progress(quiet=quiet) as progress, stdout_is_stderr():
+            from multistep.tuning import tune_run
+
+            policy = tune_run(
+                run_dir, metric=metric, latency=latency, budget=budget, data=data, costs=costs, coverage=coverage,
+                progress=progress,
+            )  # fmt: skip
+    except Interrupted as stop:
+        typer.echo("saved; the same command goes on", err=True)
+        if as_json:
+            print_json({"interrupted": signal.Signals(stop.signal).name, "out": str(run_dir)})
+        raise typer.Exit(128 + stop.signal) from None
+    if as_json:
+        return print_json(policy.model_dump(mode="json"))
+    from multistep.report.policy import explain_policy
+
+    return typer.echo(explain_policy(policy.model_dump(mode="json")))
 
 
 def export(

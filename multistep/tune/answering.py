@@ -131,9 +131,9 @@ class Answering:
     def families(self) -> dict[str, str]:
         return {}
 
-    def ship(self) -> None:
+    def ship(self, policy: Policy | None = None) -> None:
         now = self.incumbent
-        self._ship(Standing(_PREDICTOR.validate_python(now.predictor), now.engine), self.policy())
+        self._ship(Standing(_PREDICTOR.validate_python(now.predictor), now.engine), policy or self.policy())
 
     def policy(self, skipped: Sequence[Mapping[str, str]] = ()) -> Policy:
         """All that was found so far. `skipped`: what was not begun, and why."""

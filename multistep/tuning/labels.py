@@ -1,15 +1,13 @@
 """Tuning how a model that gives labels or numbers answers, from a run's folder to its policy: behind `multistep tune`.
 
-The journal is RUN/tuning.jsonl, as of models that write (tuning_language.py). The bundle is replaced whole at every commit and at the
+The journal is RUN/tuning.jsonl, as of models that write (language.py). The bundle is replaced whole at every commit and at the
 end; until then the old one stands.
 """
 
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,12 @@ import numpy as np
 
 from multistep import engines
 from multistep.budget import Budget, Clock
-from multistep.bundle import Bundle, write_bundle
-from multistep.config import FitConfig
+from multistep.bundle import Bundle, shortened, write_bundle
 from multistep.controllers.answering import AnsweringProblem, answering
 from multistep.controllers.script import Scripted
-from multistep.data import Columns, Dataset, Example, read_labelled
-from multistep.engines import OnnxText, Runtime
+from multistep.data import Columns, Dataset, read_labelled
+from multistep.data import load as load_data
+from multistep.engines import Runtime
 from multistep.evaluate import EncoderText, TextModel
 from multistep.metrics import check_metric
 from multistep.policy import Limit, Policy
@@ -30,16 +28,15 @@ from multistep.predictors.costs import read_costs
 from multistep.report.card import with_section
 from multistep.report.policy import explain_policy
 from multistep.report.progress import Progress
-from multistep.session import clock_then, left, machine_facts, show, signals, versions
+from multistep.session import check_same_data, clock_then, left, machine_facts, show, signals, versions
 from multistep.strategy import Trial
-from multistep.subwords import encode_ids
 from multistep.tune import tune
 from multistep.tune.actions import Bench
 from multistep.tune.answering import Answering, Rows, Standing
 from multistep.tune.text import TextWorks
 from multistep.tune.workbench import Workbench
-from multistep.tuning import FILE, LEAST, TUNED, tuning_journal
-from multistep.types import Interrupted, Outcome, UserError
+from multistep.tuning.common import FILE, LEAST, TUNED, config_of, tuning_journal
+from multistep.types import Example, Interrupted, Outcome, UserError
 
 LENGTHS = (16, 32, 64, 128)
 LONGER = 0.05  # of the texts that have to be longer than a length for it to be tried
@@ -47,8 +44,8 @@ ASIDE = 1 / 3  # of the rows, for a promise
 
 
 def tune_labels(
-    run_dir: Path, config: FitConfig, past: Sequence[Mapping[str, Any]], dataset: Dataset, bundle: Bundle, metric: str | None,
-    limit: Limit | None, budget: Budget, data: str | None, costs: Path | None, coverage: float | None, progress: Progress,
+    run_dir: Path, bundle: Bundle, metric: str | None, limit: Limit | None, budget: Budget, data: str | None, costs: Path | None,
+    coverage: float | None, progress: Progress,
 ) -> Policy:  # fmt: skip
     """Tune a run on its own calibration half, or on the labelled file `data`. The bundle and its policy are replaced.
 
@@ -62,6 +59,12 @@ def tune_labels(
         raise UserError(
             f"{'costs' if matrix is not None else 'coverage'}: for one label of several; the task is {task.kind}."
         )
+    config, past = config_of(run_dir)
+    progress.stage("data", f"reading {config.data}")
+    dataset = load_data(
+        config.data, task=config.task, text=config.text, label=config.label, seed=config.seed, test=config.test
+    )
+    check_same_data(config.data, dataset.fingerprint, past)
     models = RunModels(Workbench(config, dataset, task, run_dir), past)
     rows, aside = _judged(dataset, models.work, bundle, data, coverage, config.seed)
     settings = {
@@ -106,7 +109,7 @@ def tune_labels(
                 show(progress, record, clock, works.quality.name)
         skipped = [r["why"].partition(": ") for r in lived if r["kind"] == "Skipped"]
         policy = works.policy([{"name": name, "why": why} for name, _, why in skipped])
-        works.ship_with(policy)
+        works.ship(policy)
         book.append("Finished", clock=clock.save(), wall_s=clock.wall_s, pick=policy.pick)
         return policy
     finally:
@@ -147,18 +150,12 @@ class RunModels:
     def _make(self, name: str, engine: Mapping[str, Any]) -> TextModel:
         family, _, length = name.partition("@")
         if length:
-            return shorter(self.text_model(family, engine), self._cut(int(length)))
+            assert self.work.tokenizer is not None
+            return shortened(self.text_model(family, engine), self.work.tokenizer, int(length))
         model = self.work.text_model(family, self.states[family], self.bench.bf16)
         if not engine or not isinstance(model, EncoderText):
             return model
-        return engines.prepare(
-            self.text_model("encoder", {}), Runtime.parse(engine, "engine"), self.work.out / "tuning"
-        )  # pyright: ignore[reportArgumentType, reportCallIssue]
-
-    def _cut(self, length: int) -> Callable[[Sequence[str]], list[np.ndarray]]:
-        tokenizer = self.work.tokenizer
-        assert tokenizer is not None
-        return lambda texts: encode_ids(tokenizer, texts, length)[0]
+        return engines.prepare(model, Runtime.parse(engine, "engine"), self.work.out / "tuning")
 
     def ship_into(self, run_dir: Path, bundle: Bundle) -> Callable[[Standing, Policy], None]:
         """How a standing is put where it is served from."""
@@ -185,12 +182,6 @@ class RunModels:
             )  # fmt: skip
 
         return ship
-
-
-def shorter(model: TextModel, tokenize: Callable[[Sequence[str]], list[np.ndarray]]) -> TextModel:
-    """An encoder that reads fewer tokens of each text."""
-    assert isinstance(model, EncoderText | OnnxText)
-    return replace(model, tokenize=tokenize)
 
 
 def _replayed(work: Workbench, past: Sequence[Mapping[str, Any]]) -> Bench:
@@ -237,8 +228,3 @@ def _judged(
 def _fingerprint(rows: Rows) -> str:
     text = "\n".join(f"{t}\t{y}" for t, y in zip(rows.texts, rows.targets.tolist(), strict=True))
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
-
-
-def clear(run_dir: Path) -> None:
-    """What tuning made to try engines."""
-    shutil.rmtree(run_dir / "tuning", ignore_errors=True)

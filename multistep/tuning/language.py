@@ -16,13 +16,11 @@ import numpy as np
 from multistep import journal
 from multistep.budget import Budget, Clock
 from multistep.bundle import load_bundle
-from multistep.config import FitConfig
 from multistep.controllers.decoding import DecodingProblem, tuning
 from multistep.controllers.script import Scripted
 from multistep.data.cells import Record
 from multistep.data.records import LanguageData, load_language, read_records
 from multistep.examples import Examples
-from multistep.journal import Journal
 from multistep.language_bundle import LanguageBundle, rewrite_decoding
 from multistep.metrics.texts import check_language_metric
 from multistep.policy import Limit, Policy
@@ -34,12 +32,11 @@ from multistep.tasks.writing import LOSSES, Writing
 from multistep.tune import tune
 from multistep.tune.decoding import LanguagePrediction
 from multistep.tune.workbench import device_for
+from multistep.tuning.common import FILE, LEAST, config_of, tuning_journal
 from multistep.types import Interrupted, UserError
 from multistep.writing import Neural
 
-FILE = "tuning.jsonl"
 POOL = 500  # examples of train that prompts choose from
-LEAST = 20  # records to judge with
 
 
 def tune_language(
@@ -50,9 +47,7 @@ def tune_language(
     The bundle and its policy are replaced. Raises UserError on bad input, Interrupted after a signal: then the journal is saved, and
     the bundle is the old one or the last that was committed.
     """
-    if budget.unit != "seconds":
-        raise UserError(f"budget: {budget} is no time. Tuning measures time: give one such as 2m.")
-    config, past = _run(run_dir)
+    config, past = config_of(run_dir)
     neural, info = _model(run_dir, device_for(config.device))
     task = neural.task
     metric = _metric(metric or info["metric"], task)
@@ -66,7 +61,7 @@ def tune_language(
         "metric": metric, "limit": None if limit is None else limit.model_dump(mode="json"), "data": words,
         "fingerprint": _fingerprint(records), "states": info["states"],
     }  # fmt: skip
-    book, lived = _journal(run_dir / FILE, settings)
+    book, lived = tuning_journal(run_dir / FILE, settings)
     clock = Clock(budget)
     if lived:
         clock.restore(clock_then(lived))
@@ -114,17 +109,6 @@ def tune_language(
 
 
 # ---------------------------------------------------------------------------------------------- what is tuned
-
-
-def _run(run_dir: Path) -> tuple[FitConfig, list[dict[str, Any]]]:
-    """The run's configuration and journal."""
-    if not (run_dir / "journal.jsonl").exists() and (run_dir / "multistep.json").exists():
-        raise UserError(f"{run_dir}: a bundle alone. Tuning reads the run's data too: give the run's folder.")
-    past = journal.read(run_dir / "journal.jsonl")
-    started = next((r for r in past if r["kind"] == "Started"), None)
-    if started is None:
-        raise UserError(f"{run_dir}: its journal has no beginning. Start the run again with another --out.")
-    return FitConfig.parse({**started["config"], "out": str(run_dir)}), past
 
 
 def _model(run_dir: Path, device: str) -> tuple[Neural, dict[str, Any]]:
@@ -185,20 +169,3 @@ def _some(records: Sequence[Record], most: int, seed: int) -> list[Record]:
 
 def _fingerprint(records: Sequence[Record]) -> str:
     return hashlib.sha256("\n".join(map(repr, records)).encode("utf-8", "replace")).hexdigest()[:16]
-
-
-# ---------------------------------------------------------------------------------------------- its journal
-
-
-def _journal(path: Path, settings: Mapping[str, Any]) -> tuple[Journal, list[dict[str, Any]]]:
-    """The journal, and what it holds where a tuning with the same settings was stopped; another one is put aside."""
-    if path.exists():
-        past = journal.read(path)
-        same = bool(past) and past[-1]["kind"] != "Finished" and all(past[0].get(k) == v for k, v in settings.items())
-        if same:
-            return Journal(path), past
-        number = 1
-        while path.with_name(f"{path.stem}-{number}.jsonl").exists():
-            number += 1
-        path.rename(path.with_name(f"{path.stem}-{number}.jsonl"))
-    return Journal(path), []

@@ -1,0 +1,39 @@
+"""A run's folder in words: how it was made, from its journal, and how it was tuned to predict, from the policy of its bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from multistep import journal
+from multistep.report.explain import explain
+from multistep.report.policy import explain_policy, explain_tuning
+from multistep.report.summary import summary
+
+
+def explain_run(run_dir: Path) -> str:
+    """All that is known of a run, and of its tuning, also while it is still going on."""
+    parts = [explain(journal.read(run_dir / "journal.jsonl")).rstrip()]
+    tuning = run_dir / "tuning.jsonl"
+    if tuning.exists():
+        records = journal.read(tuning)
+        policy = policy_of(run_dir)
+        finished = bool(records) and records[-1]["kind"] == "Finished"
+        said = explain_policy(policy) if finished and policy is not None else explain_tuning(records)
+        parts.append(f"How it predicts\n\n{said.rstrip()}")
+    return "\n\n".join(parts) + "\n"
+
+
+def summary_of_run(run_dir: Path) -> dict[str, Any]:
+    """The same as one dictionary; "policy" is that of the bundle, where it was tuned."""
+    return {**summary(journal.read(run_dir / "journal.jsonl")), "policy": policy_of(run_dir)}
+
+
+def policy_of(run_dir: Path) -> dict[str, Any] | None:
+    """The policy in the run's bundle, or in the bundle itself."""
+    for folder in (run_dir / "model", run_dir):
+        path = folder / "multistep.json"
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8")).get("policy")
+    return None
