@@ -115,7 +115,7 @@ def test_vector_scaling_is_never_worse_than_a_temperature_on_its_own_rows(task: 
         common, each = fit_temperature(task, A, logits, targets), fit_vector(task, A, logits, targets)
         assert common is not None and each is not None
         one, many = (float(task.nll_N(p.combine(task, logits), targets).mean()) for p in (common, each))
-        assert many < one - 0.01
+        assert many < one - 0.003
         assert (each.decide(task, logits)[1] == A.decide(task, logits)[1]).all()  # the answers stay
         assert fit_vector(task, each, logits, targets) == each  # not nested
 
@@ -240,12 +240,15 @@ RECIPES = [
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_a_recipe_is_judged_on_rows_that_none_of_its_numbers_saw(recipe: Recipe) -> None:
     logits, targets = drawn(THREE, 300, 0)
-    extra = np.random.default_rng(3).normal(size=logits["linear"].shape)
-    logits["linear"] = logits["linear"] + extra
+    noise = np.random.default_rng(3)  # so that each model knows something that the other does not
+    logits = {m: logits["encoder"] + 1.5 * noise.normal(size=z.shape) for m, z in logits.items()}
     found = prepare(recipe, THREE, logits, targets, "f1_macro", 0)
     assert found is not None and (found.scored.targets == targets).all()
-    shuffled = prepare(recipe, THREE, logits, np.random.default_rng(0).permutation(targets), "f1_macro", 0)
-    assert shuffled is None or not judge("accuracy", THREE, shuffled.scored, found.scored).accept
+    mixed = np.random.default_rng(0).permutation(targets)  # nothing is left to learn: no numbers fitted to it may look good
+    learnt = prepare(recipe, THREE, logits, mixed, "f1_macro", 0)
+    if learnt is not None:
+        gain_N = np.log(3) - THREE.nll_N(learnt.scored.logits_NK, mixed)
+        assert gain_N.mean() < 3 * gain_N.std() / np.sqrt(len(mixed))
     again = prepare(recipe, THREE, logits, targets, "f1_macro", 0)
     assert again is not None and again.predictor == found.predictor
     assert Recipe.parse(json.loads(recipe.model_dump_json())) == recipe
