@@ -142,11 +142,13 @@ def side_by_side(
 
 
 def admit(
-    better: Verdict, compared: Comparison, candidate: Latency, incumbent: Latency, limit: Limit | None
-) -> Verdict:
+    better: Verdict, compared: Comparison, candidate: Latency, incumbent: Latency, limit: Limit | None,
+    best: Comparison | None = None,
+) -> Verdict:  # fmt: skip
     """Whether a candidate takes the incumbent's place: it has to keep the limit, and be better, or the same and cheaper. `better`: the
-    paired verdict on quality; `compared`: the paired comparison on the metric."""
-    evidence = (compared,)
+    paired verdict on quality; `compared`: the paired comparison on the metric; `best`: that with the best that has stood, so that many
+    small losses do not add up."""
+    evidence = (compared,) if best is None else (compared, best)
     if not candidate.within(limit):
         assert limit is not None
         took = getattr(candidate, limit.statistic)
@@ -160,12 +162,13 @@ def admit(
     if better.accept:
         return better
     share = candidate.mean / incumbent.mean
-    floor = compared.difference - compared.stderr
-    margin = SAME * abs(compared.incumbent)
+    worst = min(evidence, key=lambda c: c.difference - c.stderr + SAME * abs(c.incumbent))
+    floor, margin = worst.difference - worst.stderr, SAME * abs(worst.incumbent)
     said = f"{compared.metric} {compared.difference:+.4f} ± {compared.stderr:.4f}, {share:.2f} of the time"
     if share <= CHEAPER and floor >= -margin:
         rule = f"{said}: the same within {margin:.4f}, and cheaper"
         return Verdict(accept=True, rule=rule, evidence=evidence)
     if share > CHEAPER:
         return Verdict(accept=False, rule=f"{better.rule}; {share:.2f} of the time: not cheaper", evidence=evidence)
-    return Verdict(accept=False, rule=f"{said}: not the same within {margin:.4f}", evidence=evidence)
+    than = "" if worst is compared else f" as the best that stood ({worst.difference:+.4f} ± {worst.stderr:.4f})"
+    return Verdict(accept=False, rule=f"{said}: not the same within {margin:.4f}{than}", evidence=evidence)

@@ -103,9 +103,11 @@ def answering(problem: AnsweringProblem) -> Steps:
     plan = _Plan(problem)
     yield from plan.trial("measure", Profile(), "what stands, each model and each engine: outputs and latency")
     if problem.rows < FEWEST:
-        yield Skip(stage="models", why=f"{problem.rows} rows are too few to decide on (< {FEWEST})")
+        yield Skip(stage="models", why=f"all: {problem.rows} rows are too few to decide on (< {FEWEST})")
     elif plan.recipe is None:
-        yield Skip(stage="models", why="what stands is a nest of blends or cascades: its parts are not taken apart")
+        yield Skip(
+            stage="models", why="all: what stands is a nest of blends or cascades: its parts are not taken apart"
+        )
     else:
         yield from _engines(plan)
         yield from _models(plan)
@@ -146,7 +148,7 @@ def _models(plan: _Plan) -> Steps:
     if recipe is None:
         return
     plain = recipe.with_(first=None, again=0.0)
-    if len(families) > 1:
+    if len(families) > 1 and set(recipe.models) != set(families):
         yield from plan.try_("models", plain.with_(models=families), "the families make different mistakes")
     for name in sorted(plan.ms, key=lambda m: plan.ms[m]):
         if name in families:
@@ -192,7 +194,7 @@ def _cascades(plan: _Plan) -> Steps:
         least = min(plan.ms, key=lambda m: plan.ms[m])
         yield Skip(
             stage="cascade",
-            why=f"{least} ({plan.ms[least]:.3g} ms) is not much cheaper than what stands ({whole:.3g} ms)",
+            why=f"cascade: {least} ({plan.ms[least]:.3g} ms) is not much cheaper than what stands ({whole:.3g} ms)",
         )
         return
     for first in cheap[:2]:

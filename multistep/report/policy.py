@@ -56,8 +56,8 @@ def _table(metric: str, entries: Sequence[Mapping[str, Any]], policy: Mapping[st
     for e in sorted(entries, key=lambda e: e["latency"]["mean"]):
         marks = ["picked"] if e["name"] == policy["pick"] else []
         marks += ["before"] if e["name"] == policy["default"] else []
-        engine = " ".join(str(v) for v in (e.get("engine") or {}).values())
-        name = e["name"] + (f" on {engine}" if engine else "")
+        engine = "-".join(str(e["engine"][k]) for k in ("runtime", "dtype") if k in (e.get("engine") or {}))
+        name = e["name"] if not engine or engine in e["name"] else f"{e['name']} on {engine}"
         ms = [number(e["latency"][k], 3) for k in ("p50", "p95", "mean")]
         rows.append([clip(name, _NAME), plus_minus(*e["metrics"][metric]), *ms,
                      "yes" if e["name"] in policy["front"] else "no", ", ".join(marks) or "-",

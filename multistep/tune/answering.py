@@ -90,6 +90,7 @@ class Answering:
         self.refused: list[dict[str, str]] = []
         self.quality = Quality(problem)
         self._pick, self._rule = "", ""
+        self._stood: set[str] = set()
         self._ship = ship
         self._logits: dict[tuple[str, str], np.ndarray] = {}
         self._scored: dict[str, Scored] = {}
@@ -116,11 +117,18 @@ class Answering:
         if outcome.verdict is not None and not outcome.verdict.accept:
             return False
         self._pick, self._rule = self.entries[-1].name, rule
+        self._stood.add(self._pick)
         return outcome.verdict is not None
 
     @property
     def incumbent(self) -> Entry:
         return next(e for e in reversed(self.entries) if e.name == self._pick)
+
+    def _best(self) -> Entry:
+        """Of what has stood, what was best."""
+        sign = 1.0 if self.quality.higher_is_better else -1.0
+        stood = [self.entries[0], *(e for e in self.entries[1:] if e.name in self._stood)]
+        return max(stood, key=lambda e: sign * e.metrics[self.quality.name].value)
 
     def standing(self) -> dict[str, Any] | None:
         if not self.entries:
@@ -181,13 +189,17 @@ class Answering:
         if found is None:
             return Outcome(ok=False, failure=f"{action.recipe}: nothing to offer here", cost=_wall(started))
         yield "Noted", {"trial": trial.id, "what": "fitted", "facts": found.facts}
-        new = Standing(found.predictor, engine)
+        new = Standing(found.predictor, engine if _encodes(action.recipe) else {})
         old = Standing(_PREDICTOR.validate_python(now.predictor), now.engine)
         latency, now_takes = side_by_side(self._answer(new), self._answer(old), self._requests(), self._seconds())
         better, compared = self.quality.judged(found.scored, self._known(now), action.alpha)
-        verdict = admit(better, compared, latency, now_takes, p.limit)
+        best = self._best()
+        anchor = (
+            None if best.name == now.name else self.quality.judged(found.scored, self._known(best), action.alpha)[1]
+        )
+        verdict = admit(better, compared, latency, now_takes, p.limit, anchor)
         made = {**found.facts, "recipe": action.recipe.model_dump(mode="json")}
-        entry = self._entry(_name(action.recipe, engine), new, found.scored, latency, made)
+        entry = self._entry(_name(action.recipe, new.engine), new, found.scored, latency, made)
         facts = {"entry": entry.model_dump(mode="json"), "beside_ms": now_takes.mean}
         return Outcome(state=entry.name, metrics=entry.metrics, verdict=verdict, cost=_wall(started), facts=facts)
 
@@ -303,10 +315,12 @@ class Quality:
         return Verdict(accept=accept, rule=rule, evidence=(compared,)), compared
 
 
+def _encodes(recipe: Recipe) -> bool:
+    return any(m.startswith("encoder") for m in recipe.names())
+
+
 def _name(recipe: Recipe, engine: Mapping[str, Any]) -> str:
-    if not engine or not any(m.startswith("encoder") for m in recipe.names()):
-        return str(recipe)
-    return f"{recipe} on {engine['runtime']} {engine['dtype']}"
+    return f"{recipe} on {engine['runtime']}-{engine['dtype']}" if engine else str(recipe)
 
 
 def _wall(started: float) -> Cost:
