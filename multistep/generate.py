@@ -50,9 +50,9 @@ def generate(
         part = order[start : start + size]
         these = [prompts[i] for i in part]
         if isinstance(decoding, Beam):
-            done = _beam(stepper, these, decoding, end_ids, decode)
+            done = beam_search(stepper, these, decoding, end_ids, decode)
         else:
-            for _ in (done := _OneByOne(stepper, these, decoding, end_ids, decode, [int(i) for i in part])):
+            for _ in (done := OneByOne(stepper, these, decoding, end_ids, decode, [int(i) for i in part])):
                 pass
             done = done.written
         for i, written in zip(part, done, strict=True):
@@ -66,13 +66,14 @@ def stream(
     model: Any, prompt: np.ndarray, decoding: Greedy | Sample, end_ids: Sequence[int], decode: Decode | None = None
 ) -> Iterator[int]:
     """The tokens of one text as they are written, the end token left out."""
-    writing = _OneByOne(stepper_of(model), [prompt], decoding, end_ids, decode, [0])
+    writing = OneByOne(stepper_of(model), [prompt], decoding, end_ids, decode, [0])
     for token in writing:
         yield token[0]
 
 
-class _OneByOne:
-    """Greedy and sampled writing. Iterating makes a step at a time and gives the new tokens of the rows that go on, by row."""
+class OneByOne:
+    """Greedy and sampled writing. Iterating makes a step at a time and gives the new tokens of the rows that go on, by row. A row
+    that is put into `leaving` between two steps is written no further."""
 
     def __init__(
         self, stepper: Stepper, prompts: Sequence[np.ndarray], decoding: Greedy | Sample, end_ids: Sequence[int],
@@ -80,6 +81,7 @@ class _OneByOne:
     ):  # fmt: skip
         self.stepper, self.prompts, self.decoding, self.decode = stepper, prompts, decoding, decode
         self.ends = set(end_ids)
+        self.leaving: set[int] = set()
         self.written = [Written() for _ in prompts]
         self._requests = requests
 
@@ -104,6 +106,7 @@ class _OneByOne:
                 going.append(slot)
             if new:
                 yield new
+            going = [slot for slot in going if alive[slot] not in self.leaving]
             if not going or place + 1 == decoding.max_new_tokens:
                 break
             if len(going) < len(alive):
@@ -204,7 +207,7 @@ def narrowed(logits_BV: Tensor, decoding: Sample) -> Tensor:
 # ---------------------------------------------------------------------------------------------- beams
 
 
-def _beam(
+def beam_search(
     stepper: Stepper, prompts: Sequence[np.ndarray], decoding: Beam, end_ids: Sequence[int], decode: Decode | None
 ) -> list[Written]:
     """Beam search. A row is done when its K best finished texts cannot be beaten by what its beams could still become."""

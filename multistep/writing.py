@@ -147,7 +147,7 @@ class Neural:
 
     def write(self, records: Sequence[Record]) -> list[Prediction]:
         self.model.eval()
-        ends, decoding = self._ends(self.decoding)
+        ends, decoding = self.endings()
         # On a CPU one token at a time is memory traffic, and autocast would cast every weight for every token.
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16 and self.device == "cuda"):
             found = generate(
@@ -155,8 +155,9 @@ class Neural:
             )
         return [self.said(w) for w in found]
 
-    def _ends(self, decoding: Decoding) -> tuple[list[int], Decoding]:
-        """The tokens that end a text; and the decoding, with the texts that do."""
+    def endings(self, decoding: Decoding | None = None) -> tuple[list[int], Decoding]:
+        """The tokens that end a text; and the decoding (None: the tuned one), with the texts that do."""
+        decoding = self.decoding if decoding is None else decoding
         if self.reads != "prompts":
             return [self.codec.eos], decoding
         ends = dialogue.endings(self.codec.tokenizer)
@@ -170,7 +171,7 @@ class Neural:
         """The answer to a conversation, in pieces of whole characters."""
         self.model.eval()
         room = max(1, self.context - decoding.max_new_tokens)
-        ends, ending = self._ends(decoding)
+        ends, ending = self.endings(decoding)
         assert isinstance(ending, Greedy | Sample)
         asked = dialogue.prompt(self.codec.tokenizer, turns, room).ids
         ids: list[int] = []

@@ -1,0 +1,187 @@
+"""A bundle that writes, behind the server: texts and conversations in, texts out, many requests at once.
+
+`predict` gives what `LanguageBundle.predict` gives for the same texts. `begin` writes for /v1: the decoding that was tuned, changed
+where a request asks for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+
+from multistep import dialogue
+from multistep.data.cells import Record, Turn
+from multistep.language_bundle import LanguageBundle
+from multistep.models.mixed import Mixture
+from multistep.predictors.decoding import Beam, Decoding, Greedy, Sample
+from multistep.serve.limits import Refused, Settings
+from multistep.serve.numbers import Numbers
+from multistep.serve.openai import Wanted
+from multistep.serve.queue import Batcher, Waits, plainly
+from multistep.serve.writer import Asking, Writer, Writing
+from multistep.types import Prediction, UserError
+from multistep.writing import Counted, Mixed, Neural
+
+T = TypeVar("T")
+
+
+class Language:
+    """`writes`: whether it writes token by token, so that /v1 can be answered; `converses`: whether it takes turns."""
+
+    def __init__(self, bundle: LanguageBundle, settings: Settings, numbers: Numbers):
+        self._bundle, self._settings, self._numbers = bundle, settings, numbers
+        speaker = bundle.speaker
+        self._neural = speaker.neural if isinstance(speaker, Mixed) else speaker if isinstance(speaker, Neural) else None
+        self.writes = self._neural is not None
+        self.converses = self._neural is not None and self._neural.reads == "prompts"
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")  # tokenizes
+        if self._neural is None:
+            most = 1 if isinstance(speaker, Counted) else settings.batch  # its random numbers are those of a place in a batch
+            self._batcher = Batcher[Record, Prediction](bundle.answer, most, settings.queue, numbers)
+            self._queue: Batcher[Record, Prediction] | Writer = self._batcher
+            return
+        self._neural.model.eval()
+        model = Mixture(self._neural.model, speaker.counted.ngram, self._neural.codec.tokenizer, speaker.share) if isinstance(speaker, Mixed) else self._neural.model  # fmt: skip
+        self._ends, self._tuned = self._neural.endings() if isinstance(speaker, Neural) else ([self._neural.codec.eos], self._neural.decoding)  # fmt: skip
+        self._writer = Writer(model, self._neural.codec.text, settings.batch, settings.queue, numbers)
+        self._queue = self._writer
+
+    @property
+    def waiting(self) -> int:
+        return self._queue.waiting
+
+    def arrives(self, change: int) -> None:
+        self._queue.arriving += change
+
+    def close(self) -> None:
+        self._queue.close()
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+    async def _read(self, function: Callable[[], T]) -> T:
+        """Run what tokenizes in a thread of its own. What a text may not be becomes a 422."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._reader, function)
+        except UserError as error:
+            raise Refused(422, str(error)) from None
+
+    # ------------------------------------------------------------------ /predict
+
+    async def predict(self, texts: Sequence[str], seconds: float, waits: Waits = plainly) -> list[Prediction]:
+        records = await self._read(lambda: self._bundle.records(texts))
+        neural = self._neural
+        if neural is None:
+            return await self._batcher.ask(records, seconds, waits)
+        prompts = await self._read(lambda: neural.prompts(records))
+        strip = neural.task.writes
+        askings = [Asking(p, self._tuned, tuple(self._ends), n, (), strip) for n, p in enumerate(prompts)]
+        self._check(askings)
+        found = await finished(self._writer.ask(askings), seconds, waits)
+        self._count(askings, sum(len(said.written.ids) for said in found))
+        return [neural.said(said.written) for said in found]
+
+    def _check(self, askings: Sequence[Asking]) -> None:
+        if any(len(a.prompt) == 0 for a in askings):
+            raise Refused(422, "a text has no token that the model knows; send another.")
+
+    def _count(self, askings: Sequence[Asking], written: int) -> None:
+        self._numbers.tokens(sum(len(a.prompt) for a in askings), written)
+
+    # ------------------------------------------------------------------ /v1
+
+    async def begin(self, asked: Wanted) -> tuple[Writing, int]:
+        """Begin to write what a request asks for; how many tokens were read. Raises Refused."""
+        neural = self._neural
+        if neural is None:
+            raise Refused(422, "this bundle does not write token by token; use POST /predict.", code="unsupported_model")
+        if asked.turns and not self.converses:
+            message = "this bundle does not take turns; use POST /v1/completions, or fit one with --task chat."
+            raise Refused(422, message, code="unsupported_model")
+        decoding = _obeyed(self._tuned, asked, self._settings.max_tokens)
+        prompts = [await self._read(lambda: self._conversation(asked, decoding))] if asked.turns else await self._read(lambda: self._continued(asked))  # fmt: skip
+        first = secrets.randbelow(2**31 - asked.n) if asked.seed is None else 0
+        strip = neural.task.writes and (bool(asked.turns) or neural.reads == "pairs")
+        askings = [
+            Asking(prompt, decoding, tuple(self._ends), first + choice, asked.stops, strip)
+            for prompt in prompts
+            for choice in range(asked.n)
+        ]
+        self._check(askings)
+        read = sum(len(p) for p in prompts)
+        return self._writer.ask(askings, asked.stream), read
+
+    def _conversation(self, asked: Wanted, decoding: Decoding) -> np.ndarray:
+        """The oldest exchanges go, as in `multistep chat`; the last one is never cut."""
+        neural = self._neural
+        assert neural is not None
+        room = neural.context - decoding.max_new_tokens
+        if room < 1:
+            raise _too_long(f"an answer of {decoding.max_new_tokens} tokens leaves no room", neural.context, "max_tokens")
+        found = dialogue.prompt(neural.codec.tokenizer, [Turn(role, text) for role, text in asked.turns], room)
+        if found.cut:
+            has = f"the last turn has {len(found.ids) + found.cut} tokens, {room} are left for it"
+            raise _too_long(has, neural.context, "messages")
+        return found.ids
+
+    def _continued(self, asked: Wanted) -> list[np.ndarray]:
+        neural = self._neural
+        assert neural is not None
+        records = [Record(text, ()) for text in asked.prompts]
+        if neural.reads != "prompts":
+            cut = [len(p) for p in neural.codec.whole([neural.task.reads(r) for r in records])] if neural.reads == "pairs" else [
+                1 + len(p) for p in neural.codec.pieces(asked.prompts)]  # fmt: skip
+            if max(cut) > neural.context:
+                raise _too_long(f"a prompt has {max(cut)} tokens", neural.context, "prompt")
+            return neural.prompts(records)
+        found = [np.append([neural.codec.bos], p) for p in neural.codec.pieces(asked.prompts)]  # the text as it is, no turns
+        if max(map(len, found)) > neural.context:
+            raise _too_long(f"a prompt has {max(map(len, found))} tokens", neural.context, "prompt")
+        return found
+
+
+def _too_long(what: str, context: int, param: str) -> Refused:
+    return Refused(422, f"{what}; the model reads {context}.", param=param, code="context_length_exceeded")
+
+
+async def finished(writing: Writing, seconds: float, waits: Waits = plainly) -> list[Any]:
+    """What was written, when it is whole. Raises Refused: 503 where the time ran out in the queue, 504 while it was written."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await waits(writing.future)
+    except TimeoutError:
+        raise late(writing, seconds) from None
+    finally:
+        writing.leave()
+
+
+def late(writing: Writing, seconds: float) -> Refused:
+    if writing.begun:
+        return Refused(504, f"the answer was not whole within {seconds:g} s; ask for fewer tokens.")
+    return Refused(503, f"the request waited in the queue for {seconds:g} s.", after_s=seconds)
+
+
+def _obeyed(tuned: Decoding, asked: Wanted, most: int) -> Decoding:
+    """The tuned decoding with what the request asks for."""
+    changes: dict[str, Any] = {"max_new_tokens": asked.max_tokens or min(tuned.max_new_tokens, most)}
+    changes["min_new_tokens"] = min(tuned.min_new_tokens, changes["max_new_tokens"])
+    if asked.repetition_penalty is not None:
+        changes["repetition_penalty"] = asked.repetition_penalty
+    common = {k: getattr(tuned, k) for k in ("min_new_tokens", "repetition_penalty", "no_repeat_ngram", "stop")}
+    drawing = {
+        "temperature": asked.temperature, "top_p": asked.top_p, "top_k": None if asked.top_k is None else max(0, asked.top_k),
+        "min_p": asked.min_p, "seed": asked.seed,
+    }  # fmt: skip
+    drawing = {k: v for k, v in drawing.items() if v is not None}
+    if asked.temperature == 0 or asked.top_p == 0:
+        return Greedy(**{**common, **changes})
+    if isinstance(tuned, Sample):
+        return tuned.with_(**changes, **drawing)
+    if asked.temperature is not None:
+        return Sample(**{**common, **changes, **drawing})
+    if isinstance(tuned, Beam):
+        return tuned.with_(**changes)
+    return Greedy(**{**common, **changes})
