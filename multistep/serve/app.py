@@ -131,7 +131,7 @@ def create_app(
         answerer.close()
 
     app = FastAPI(title="multistep", docs_url=None, redoc_url=None, lifespan=life)
-    app.state.numbers = numbers
+    app.state.numbers, app.state.close = numbers, answerer.close
 
     # The routes take the raw request: FastAPI would read a body of any size before it checks it.
     async def answer(request: Request) -> Response:
@@ -226,7 +226,7 @@ class _Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        path, begun, status = scope["path"], time.perf_counter(), 500
+        path, begun, status = scope["path"], time.perf_counter(), 0
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -236,14 +236,16 @@ class _Gate:
 
         try:
             if self.token and path not in _OPEN and not self._may(scope):
-                await self._turn_away(path, scope, receive, noted)
+                error = Refused(401, "no or wrong token; send the header Authorization: Bearer <token>.", code="invalid_api_key")
+                await self._refuse(path, error, scope, receive, noted)
             else:
                 await self.app(scope, receive, noted)
         except asyncio.CancelledError:  # the time to drain is over
             self.numbers.cut += 1
-            raise
+            if not status:
+                await self._refuse(path, Refused(503, "the server stops."), scope, receive, noted)
         finally:
-            self.numbers.request(path if path in ROUTES else "other", status, time.perf_counter() - begun)
+            self.numbers.request(path if path in ROUTES else "other", status or 500, time.perf_counter() - begun)
         return None
 
     def _may(self, scope: Scope) -> bool:
@@ -251,12 +253,12 @@ class _Gate:
 
         return holds(self.token, Headers(scope=scope))
 
-    async def _turn_away(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _refuse(self, path: str, error: Refused, scope: Scope, receive: Receive, send: Send) -> None:
         from starlette.responses import JSONResponse
 
-        error = Refused(401, "no or wrong token; send the header Authorization: Bearer <token>.", code="invalid_api_key")
-        response = JSONResponse(_error(path, error), 401, {"www-authenticate": "Bearer", "connection": "close"})
-        await response(scope, receive, send)
+        asks = {"www-authenticate": "Bearer"} if error.status == 401 else {}
+        headers = {**error.headers, **asks, "connection": "close"}
+        await JSONResponse(_error(path, error), error.status, headers)(scope, receive, send)
 
 
 # ---------------------------------------------------------------------------------------------- requests

@@ -45,7 +45,7 @@ def serve(
         settings = _as_tuned(settings or Settings(), bundle.info.get("engine") or {})
         app = _app(Path(path), bundle, info, settings, token)
         if not token and not is_loopback(host):
-            logging.getLogger("uvicorn.error").warning(
+            logging.getLogger("multistep").warning(
                 "%s can be reached from other machines and there is no token: give --token-file, or set MULTISTEP_TOKEN.", host
             )
         if announce is not None:
@@ -91,7 +91,7 @@ def _run(app: Any, listening: socket.socket, settings: Settings) -> bool:
     patience = _Patience()
     server = uvicorn.Server(
         uvicorn.Config(
-            app, log_level="warning", access_log=False, ws="none", timeout_keep_alive=_KEEP_ALIVE_S, backlog=512,
+            app, log_level="warning", access_log=False, ws="none", lifespan="off", timeout_keep_alive=_KEEP_ALIVE_S, backlog=512,
             timeout_graceful_shutdown=max(1, round(settings.time_out)), limit_concurrency=_connections(),
             callback_notify=patience.look, timeout_notify=1, server_header=False,
         )
@@ -103,6 +103,7 @@ def _run(app: Any, listening: socket.socket, settings: Settings) -> bool:
     try:
         server.run(sockets=[listening])
     finally:
+        app.state.close()
         for number, handler in before.items():
             signal.signal(number, handler)
     return app.state.numbers.cut == 0
