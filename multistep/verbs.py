@@ -120,7 +120,9 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     token_file: Annotated[
         Path | None,
-        typer.Option(help="File with the token that clients must send; without it MULTISTEP_TOKEN.  [default: no token]"),
+        typer.Option(
+            help="File with the token that clients must send; without it MULTISTEP_TOKEN.  [default: no token]"
+        ),
     ] = None,
     queue: Annotated[int, typer.Option(min=1, max=100_000, help="Texts that may wait; more get 429.")] = 256,
     time_out: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds a request may take.")] = 30.0,
@@ -140,7 +142,9 @@ def serve(
         if as_json:
             print_json({"address": address, "info": info})
         else:
-            typer.echo(f"Serving {run_dir} on {address}: a page to try it, POST /predict, /v1, GET /health. Ctrl-C stops.")
+            typer.echo(
+                f"Serving {run_dir} on {address}: a page to try it, POST /predict, /v1, GET /health. Ctrl-C stops."
+            )
         sys.stdout.flush()
 
     settings = Settings(queue=queue, time_out=time_out, max_tokens=max_tokens)

@@ -193,6 +193,7 @@ def test_serving_does_not_import_training() -> None:
         "multistep.types",
         "multistep.serve",
         "multistep.serve.app",
+        "multistep.serve.gate",
         "multistep.serve.limits",
         "multistep.serve.server",
     }

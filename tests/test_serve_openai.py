@@ -58,7 +58,11 @@ def test_the_client_gets_a_chat_whole(client: Any, talk: Path) -> None:
 
 
 def test_the_client_streams_what_it_gets_whole(client: Any) -> None:
-    for options in ({"temperature": 1.0, "seed": 5}, {"temperature": 0}, {"temperature": 1.5, "top_p": 0.9, "seed": 11}):
+    for options in (
+        {"temperature": 1.0, "seed": 5},
+        {"temperature": 0},
+        {"temperature": 1.5, "top_p": 0.9, "seed": 11},
+    ):
         asked = {"model": "talk", "messages": USER, "max_tokens": 40, **options}
         whole = client.chat.completions.create(**asked)
         chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
@@ -264,7 +268,9 @@ def test_the_time_out_ends_the_writing(talk: Path, monkeypatch: pytest.MonkeyPat
         answer = httpx.post(f"{address}/v1/chat/completions", json=body)
         assert answer.status_code == 504 and answer.json()["error"]["type"] == "server_error"
         streamed = httpx.post(f"{address}/v1/chat/completions", json={**body, "stream": True})
-        assert streamed.status_code == 200 and "not whole within 0.5 s" in streamed.text and "[DONE]" not in streamed.text
+        assert (
+            streamed.status_code == 200 and "not whole within 0.5 s" in streamed.text and "[DONE]" not in streamed.text
+        )
         time.sleep(0.2)
         then = steps[0]
         time.sleep(0.2)

@@ -97,7 +97,15 @@ def test_a_text_is_typed_and_its_answer_read(width: int, browser: Any, labels: P
         answer = page.inner_text("#answer")
         assert re.search(r"confidence \d+\.\d %", answer) and re.search(r"server \d+\.\d ms", answer)
         story = page.inner_text("#story")
-        for words in ("Scores on the test data", "accuracy", "±", "Why this is served", "cascade was picked", "front", "p95 ms"):
+        for words in (
+            "Scores on the test data",
+            "accuracy",
+            "±",
+            "Why this is served",
+            "cascade was picked",
+            "front",
+            "p95 ms",
+        ):
             assert words in story, words
         assert page.locator("ol.steps > li").count() >= 2 and page.locator("figure svg circle").count() >= 4
         assert not too_wide(page) and not wrong
@@ -157,7 +165,9 @@ def test_a_conversation_is_streamed(width: int, browser: Any, tmp_path: Path) ->
             page.get_by_label("Message").fill(f"Say {n}")
             page.keyboard.press("Enter")
             page.wait_for_selector("#answer .chip")
-            page.wait_for_function(f"document.querySelectorAll('.turn').length == {2 * n} && !document.querySelector('.going')")
+            page.wait_for_function(
+                f"document.querySelectorAll('.turn').length == {2 * n} && !document.querySelector('.going')"
+            )
         assert page.inner_text(".turn.user >> nth=1") == "Say 2" and page.inner_text(".turn.assistant >> nth=1")
         assert "tokens/s" in page.inner_text("#answer") and not too_wide(page) and not wrong
         assert sum(url.endswith("/v1/chat/completions") for url in asked) == 2

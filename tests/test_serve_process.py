@@ -58,7 +58,9 @@ def test_what_is_served_is_what_was_evaluated_in_any_company(labels: Path) -> No
     """The bound of docs/serving.md: 1e-5 of a probability in float32; the linear model does not know its company at all."""
     bundle = load_bundle(labels)
     rng = random.Random(0)
-    texts = [" ".join(rng.choices(["up", "down", "left", "river", "stone", "好"], k=rng.randint(0, 20))) for _ in range(60)]
+    texts = [
+        " ".join(rng.choices(["up", "down", "left", "river", "stone", "好"], k=rng.randint(0, 20))) for _ in range(60)
+    ]
     expected = dict(zip(texts, bundle.predict(texts), strict=True))
     with served(serve_folder(labels)) as address, httpx.Client() as client:
 
@@ -159,14 +161,18 @@ def test_overload_is_429_with_a_time_and_passes() -> None:
 
     app = serve.create_app(answer, INFO, serve.Settings(queue=4, batch=2))
     with served(app) as address, concurrent.futures.ThreadPoolExecutor(40) as pool:
-        found = [f.result() for f in [pool.submit(httpx.post, f"{address}/predict", json={"text": "x"}) for _ in range(40)]]
+        found = [
+            f.result() for f in [pool.submit(httpx.post, f"{address}/predict", json={"text": "x"}) for _ in range(40)]
+        ]
         refused = [r for r in found if r.status_code == 429]
         assert {r.status_code for r in found} == {200, 429} and len(refused) >= 10
         assert all(int(r.headers["retry-after"]) >= 1 for r in refused) and "waiting" in refused[0].json()["error"]
         begun = time.perf_counter()
         assert httpx.post(f"{address}/predict", json={"text": "x"}).status_code == 200
         assert time.perf_counter() - begun < 1
-        assert httpx.post(f"{address}/predict", json={"text": ["x"] * 9}).status_code == 200  # more than the queue, but it is empty
+        assert (
+            httpx.post(f"{address}/predict", json={"text": ["x"] * 9}).status_code == 200
+        )  # more than the queue, but it is empty
         assert numbers(address)["multistep_requests_total{route=/predict,status=429}"] == len(refused)
 
 
@@ -216,7 +222,20 @@ def test_a_queued_request_whose_client_left_is_dropped() -> None:
 def _fuzzed(rng: random.Random) -> bytes:
     """A body: noise, JSON of any shape, or a good one with a few bytes changed."""
     leaf = [None, True, 0, -1, 1e308, 10**400, "x", "", "\u0000", "好" * 50, "\ud800", [], {}]
-    keys = ["text", "messages", "prompt", "model", "stream", "n", "stop", "max_tokens", "temperature", "role", "content", "seed"]
+    keys = [
+        "text",
+        "messages",
+        "prompt",
+        "model",
+        "stream",
+        "n",
+        "stop",
+        "max_tokens",
+        "temperature",
+        "role",
+        "content",
+        "seed",
+    ]
 
     def value(depth: int) -> Any:
         kind = rng.random()
@@ -226,7 +245,13 @@ def _fuzzed(rng: random.Random) -> bytes:
             return [value(depth + 1) for _ in range(rng.randint(0, 4))]
         return {rng.choice(keys): value(depth + 1) for _ in range(rng.randint(0, 5))}
 
-    good = rng.choice([{"text": "a b"}, {"prompt": "a", "max_tokens": 2}, {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}])
+    good = rng.choice(
+        [
+            {"text": "a b"},
+            {"prompt": "a", "max_tokens": 2},
+            {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2},
+        ]
+    )
     match rng.randrange(4):
         case 0:
             return rng.randbytes(rng.randint(0, 300))
@@ -244,7 +269,10 @@ def _fuzzed(rng: random.Random) -> bytes:
 def test_a_thousand_fuzzed_bodies_are_4xx_and_never_5xx(which: str, labels: Path, talk: Path) -> None:
     rng = random.Random(7)
     statuses: dict[int, int] = {}
-    with served(serve_folder(labels if which == "labels" else talk, max_tokens=8)) as address, httpx.Client(timeout=20) as client:
+    with (
+        served(serve_folder(labels if which == "labels" else talk, max_tokens=8)) as address,
+        httpx.Client(timeout=20) as client,
+    ):
         for _ in range(1000):
             answer = client.post(address + rng.choice(ROUTES), content=_fuzzed(rng))
             statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
@@ -387,8 +415,14 @@ def test_explain_gives_the_decisions_and_no_folder(labels: Path) -> None:
 def test_paths_are_shortened() -> None:
     from multistep.serve.story import _plain
 
-    assert _plain({"a": "read /home/me/data/x.csv, then C:\\Users\\me\\y.csv", "path": "/home/me"}) == {"a": "read x.csv, then y.csv"}
-    assert _plain(["1/2 of org/name", "http://x.org/a/b", float("nan")]) == ["1/2 of org/name", "http://x.org/a/b", None]
+    assert _plain({"a": "read /home/me/data/x.csv, then C:\\Users\\me\\y.csv", "path": "/home/me"}) == {
+        "a": "read x.csv, then y.csv"
+    }
+    assert _plain(["1/2 of org/name", "http://x.org/a/b", float("nan")]) == [
+        "1/2 of org/name",
+        "http://x.org/a/b",
+        None,
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- the process
@@ -435,7 +469,9 @@ def test_what_cannot_be_drained_in_time_is_cut_and_said(labels: Path) -> None:
         "bundle.Bundle.predict = lambda self, texts: time.sleep(3)\nsys.exit(cli.run(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-c", program, "serve", str(labels), "--port", "0", "--json"]
-    process = subprocess.Popen([*command, "--time-out", "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--time-out", "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     address = json.loads(process.stdout.readline())["address"]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -449,7 +485,9 @@ def test_what_cannot_be_drained_in_time_is_cut_and_said(labels: Path) -> None:
     assert process.returncode == 1 and "before everything was answered" in errors and "Traceback" not in errors
 
 
-def test_a_warning_where_others_can_reach_it_without_a_token(labels: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_warning_where_others_can_reach_it_without_a_token(
+    labels: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from multistep.serve import server
 
     monkeypatch.setattr(server, "_run", lambda app, listening, settings: True)

@@ -23,6 +23,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from multistep.serve.gate import ROUTES, Gate, error_of
 from multistep.serve.limits import (
     MAX_CHARACTERS,
     MAX_TEXTS,
@@ -38,7 +39,6 @@ from multistep.types import Prediction, UserError
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
     from starlette.responses import Response
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from multistep.language_bundle import LanguageBundle
     from multistep.serve.language import Language
@@ -48,8 +48,6 @@ if TYPE_CHECKING:
 
 _TOP = 5
 _WATCH_S = 0.25  # before which nobody looks whether the client is still there
-_OPEN = {"/", "/health"}  # without a token
-ROUTES = ("/predict", "/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/explain", "/")
 _PAGE = Path(__file__).parent / "page" / "index.html"
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
@@ -71,6 +69,10 @@ _BODY = {
             "example": {"text": "great film"},
         }
     },
+}
+_EXAMPLES = {
+    "chat": '{"model": "...", "messages": [{"role": "user", "content": "..."}]}',
+    "completion": '{"model": "...", "prompt": "..."}',
 }
 _OBJECT = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
 
@@ -146,10 +148,11 @@ def create_app(
         return JSONResponse({**head, "model": model, "took_ms": took_ms})
 
     async def written(request: Request, kind: Kind) -> Response:
-        example = '{"model": "...", "messages": [{"role": "user", "content": "..."}]}' if kind == "chat" else '{"model": "...", "prompt": "..."}'  # fmt: skip
-        data = read_json(await _arrived(request, answerer), example)
+        data = read_json(await _arrived(request, answerer), _EXAMPLES[kind])
         if isinstance(answerer, _Labels):
-            raise Refused(422, "this bundle does not write token by token; use POST /predict.", code="unsupported_model")
+            raise Refused(
+                422, "this bundle does not write token by token; use POST /predict.", code="unsupported_model"
+            )
         asked = openai.wanted(data, kind, model, settings.max_tokens)
         shape = openai.Shape.new(kind, model)
         return await _write(request, answerer, asked, shape, settings.time_out, numbers)
@@ -179,35 +182,50 @@ def create_app(
         return Response(told, media_type="application/json")
 
     async def shown_page() -> Response:
-        headers = {"content-security-policy": _POLICY, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
+        headers = {
+            "content-security-policy": _POLICY,
+            "x-content-type-options": "nosniff",
+            "referrer-policy": "no-referrer",
+        }
         return HTMLResponse(page, headers=headers)
 
     async def refused(request: Request, error: Exception) -> Response:
         known = error if isinstance(error, Refused) else Refused(422, str(error))
-        return JSONResponse(_error(request.url.path, known), status_code=known.status, headers=known.headers)
+        return JSONResponse(error_of(request.url.path, known), status_code=known.status, headers=known.headers)
 
     async def not_here(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         message = f"{error.detail}. There are POST /predict, /v1/completions, /v1/chat/completions and GET {', '.join(ROUTES[3:])}."
-        content = _error(request.url.path, Refused(error.status_code, message))
+        content = error_of(request.url.path, Refused(error.status_code, message))
         return JSONResponse(content, status_code=error.status_code, headers=error.headers)
 
     async def broken(request: Request, error: Exception) -> Response:
-        return JSONResponse(_error(request.url.path, Refused(500, "something is broken here; see the server's log.")), 500)
+        return JSONResponse(
+            error_of(request.url.path, Refused(500, "something is broken here; see the server's log.")), 500
+        )
 
     for route in (answer, completions, chat, health):
         route.__annotations__ = {"request": Request}  # FastAPI resolves names in the module, and Request is not there
-    for path, route, body in (("/predict", answer, _BODY), ("/v1/completions", completions, _OBJECT), ("/v1/chat/completions", chat, _OBJECT)):  # fmt: skip
+    for path, route, body in (
+        ("/predict", answer, _BODY),
+        ("/v1/completions", completions, _OBJECT),
+        ("/v1/chat/completions", chat, _OBJECT),
+    ):
         app.add_api_route(path, route, methods=["POST"], openapi_extra={"requestBody": body}, response_model=None)
-    for path, route in (("/v1/models", models), ("/v1/models/{name:path}", one_model), ("/health", health),
-                        ("/metrics", metrics), ("/explain", explained)):  # fmt: skip
+    for path, route in (
+        ("/v1/models", models),
+        ("/v1/models/{name:path}", one_model),
+        ("/health", health),
+        ("/metrics", metrics),
+        ("/explain", explained),
+    ):
         app.add_api_route(path, route, methods=["GET"], response_model=None)
     app.add_api_route("/", shown_page, methods=["GET", "HEAD"], response_model=None, include_in_schema=False)
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(UserError, refused)
     app.add_exception_handler(HTTPException, not_here)
     app.add_exception_handler(Exception, broken)
-    app.add_middleware(_Gate, token=token, numbers=numbers)
+    app.add_middleware(Gate, token=token, numbers=numbers)
     return app
 
 
@@ -215,50 +233,6 @@ def _language(bundle: LanguageBundle, settings: Settings, numbers: Numbers) -> L
     from multistep.serve.language import Language
 
     return Language(bundle, settings, numbers)
-
-
-class _Gate:
-    """Around every request: who may come in, and how long it took."""
-
-    def __init__(self, app: ASGIApp, token: str, numbers: Numbers):
-        self.app, self.token, self.numbers = app, token, numbers
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        path, begun, status = scope["path"], time.perf_counter(), 0
-
-        async def noted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            if self.token and path not in _OPEN and not self._may(scope):
-                error = Refused(401, "no or wrong token; send the header Authorization: Bearer <token>.", code="invalid_api_key")
-                await self._refuse(path, error, scope, receive, noted)
-            else:
-                await self.app(scope, receive, noted)
-        except asyncio.CancelledError:  # the time to drain is over
-            self.numbers.cut += 1
-            if not status:
-                await self._refuse(path, Refused(503, "the server stops."), scope, receive, noted)
-        finally:
-            self.numbers.request(path if path in ROUTES else "other", status or 500, time.perf_counter() - begun)
-        return None
-
-    def _may(self, scope: Scope) -> bool:
-        from starlette.datastructures import Headers
-
-        return holds(self.token, Headers(scope=scope))
-
-    async def _refuse(self, path: str, error: Refused, scope: Scope, receive: Receive, send: Send) -> None:
-        from starlette.responses import JSONResponse
-
-        asks = {"www-authenticate": "Bearer"} if error.status == 401 else {}
-        headers = {**error.headers, **asks, "connection": "close"}
-        await JSONResponse(_error(path, error), error.status, headers)(scope, receive, send)
 
 
 # ---------------------------------------------------------------------------------------------- requests
@@ -312,20 +286,22 @@ async def _write(
         numbers.answered("", len(said))
         return JSONResponse(shape.whole([(s.text, s.finish) for s in said], usage(said)))
 
+    until = asyncio.get_running_loop().time() + seconds
+
     async def events() -> AsyncIterator[bytes]:
         try:
-            async with asyncio.timeout(seconds):
-                for chunk in shape.begins(len(writing.said)):
-                    yield openai.event(chunk)
-                ended = 0
-                while ended < len(writing.said):
+            for chunk in shape.begins(len(writing.said)):
+                yield openai.event(chunk)
+            ended = 0
+            while ended < len(writing.said):
+                async with asyncio.timeout_at(until):
                     found = await writing.pieces.get()
-                    if isinstance(found, Exception):
-                        raise found
-                    number, text, said = found
-                    ended += said is not None
-                    for chunk in shape.piece(number, text, said.finish if said else None):
-                        yield openai.event(chunk)
+                if isinstance(found, Exception):
+                    raise found
+                number, text, said = found
+                ended += said is not None
+                for chunk in shape.piece(number, text, said.finish if said else None):
+                    yield openai.event(chunk)
             total = usage(writing.said)
             numbers.answered("", ended)
             if asked.usage:
@@ -337,14 +313,6 @@ async def _write(
             writing.leave()
 
     return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-store"})
-
-
-def _error(path: str, error: Refused) -> dict[str, Any]:
-    if path.startswith("/v1/"):
-        from multistep.serve import openai
-
-        return openai.error(error)
-    return {"error": str(error)}
 
 
 def _shown(p: Prediction) -> dict[str, Any]:

@@ -36,19 +36,27 @@ class Language:
     def __init__(self, bundle: LanguageBundle, settings: Settings, numbers: Numbers):
         self._bundle, self._settings, self._numbers = bundle, settings, numbers
         speaker = bundle.speaker
-        self._neural = speaker.neural if isinstance(speaker, Mixed) else speaker if isinstance(speaker, Neural) else None
+        self._neural = (
+            speaker.neural if isinstance(speaker, Mixed) else speaker if isinstance(speaker, Neural) else None
+        )
         self.writes = self._neural is not None
         self.converses = self._neural is not None and self._neural.reads == "prompts"
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")  # tokenizes
         if self._neural is None:
-            most = 1 if isinstance(speaker, Counted) else settings.batch  # its random numbers are those of a place in a batch
+            # What counts draws the random numbers of a place in a batch: each text is alone in its own.
+            most = 1 if isinstance(speaker, Counted) else settings.batch
             self._batcher = Batcher[Record, Prediction](bundle.answer, most, settings.queue, numbers)
             self._queue: Batcher[Record, Prediction] | Writer = self._batcher
             return
-        self._neural.model.eval()
-        model = Mixture(self._neural.model, speaker.counted.ngram, self._neural.codec.tokenizer, speaker.share) if isinstance(speaker, Mixed) else self._neural.model  # fmt: skip
-        self._ends, self._tuned = self._neural.endings() if isinstance(speaker, Neural) else ([self._neural.codec.eos], self._neural.decoding)  # fmt: skip
-        self._writer = Writer(model, self._neural.codec.text, settings.batch, settings.queue, numbers)
+        neural = self._neural
+        neural.model.eval()
+        model, self._ends, self._tuned = neural.model, (neural.codec.eos,), neural.decoding
+        if isinstance(speaker, Mixed):
+            model = Mixture(neural.model, speaker.counted.ngram, neural.codec.tokenizer, speaker.share)
+        else:
+            ends, self._tuned = neural.endings()
+            self._ends = tuple(ends)
+        self._writer = Writer(model, neural.codec.text, settings.batch, settings.queue, numbers)
         self._queue = self._writer
 
     @property
@@ -78,7 +86,7 @@ class Language:
             return await self._batcher.ask(records, seconds, waits)
         prompts = await self._read(lambda: neural.prompts(records))
         strip = neural.task.writes
-        askings = [Asking(p, self._tuned, tuple(self._ends), n, (), strip) for n, p in enumerate(prompts)]
+        askings = [Asking(p, self._tuned, self._ends, n, (), strip) for n, p in enumerate(prompts)]
         self._check(askings)
         found = await finished(self._writer.ask(askings), seconds, waits)
         self._count(askings, sum(len(said.written.ids) for said in found))
@@ -97,16 +105,18 @@ class Language:
         """Begin to write what a request asks for; how many tokens were read. Raises Refused."""
         neural = self._neural
         if neural is None:
-            raise Refused(422, "this bundle does not write token by token; use POST /predict.", code="unsupported_model")
+            raise Refused(
+                422, "this bundle does not write token by token; use POST /predict.", code="unsupported_model"
+            )
         if asked.turns and not self.converses:
             message = "this bundle does not take turns; use POST /v1/completions, or fit one with --task chat."
             raise Refused(422, message, code="unsupported_model")
         decoding = _obeyed(self._tuned, asked, self._settings.max_tokens)
-        prompts = [await self._read(lambda: self._conversation(asked, decoding))] if asked.turns else await self._read(lambda: self._continued(asked))  # fmt: skip
+        prompts = await self._read(lambda: self._prompts(neural, asked, decoding))
         first = secrets.randbelow(2**31 - asked.n) if asked.seed is None else 0
         strip = neural.task.writes and (bool(asked.turns) or neural.reads == "pairs")
         askings = [
-            Asking(prompt, decoding, tuple(self._ends), first + choice, asked.stops, strip)
+            Asking(prompt, decoding, self._ends, first + choice, asked.stops, strip)
             for prompt in prompts
             for choice in range(asked.n)
         ]
@@ -114,33 +124,26 @@ class Language:
         read = sum(len(p) for p in prompts)
         return self._writer.ask(askings, asked.stream), read
 
-    def _conversation(self, asked: Wanted, decoding: Decoding) -> np.ndarray:
-        """The oldest exchanges go, as in `multistep chat`; the last one is never cut."""
-        neural = self._neural
-        assert neural is not None
-        room = neural.context - decoding.max_new_tokens
-        if room < 1:
-            raise _too_long(f"an answer of {decoding.max_new_tokens} tokens leaves no room", neural.context, "max_tokens")
-        found = dialogue.prompt(neural.codec.tokenizer, [Turn(role, text) for role, text in asked.turns], room)
-        if found.cut:
-            has = f"the last turn has {len(found.ids) + found.cut} tokens, {room} are left for it"
-            raise _too_long(has, neural.context, "messages")
-        return found.ids
-
-    def _continued(self, asked: Wanted) -> list[np.ndarray]:
-        neural = self._neural
-        assert neural is not None
-        records = [Record(text, ()) for text in asked.prompts]
-        if neural.reads != "prompts":
-            cut = [len(p) for p in neural.codec.whole([neural.task.reads(r) for r in records])] if neural.reads == "pairs" else [
-                1 + len(p) for p in neural.codec.pieces(asked.prompts)]  # fmt: skip
-            if max(cut) > neural.context:
-                raise _too_long(f"a prompt has {max(cut)} tokens", neural.context, "prompt")
-            return neural.prompts(records)
-        found = [np.append([neural.codec.bos], p) for p in neural.codec.pieces(asked.prompts)]  # the text as it is, no turns
-        if max(map(len, found)) > neural.context:
-            raise _too_long(f"a prompt has {max(map(len, found))} tokens", neural.context, "prompt")
-        return found
+    def _prompts(self, neural: Neural, asked: Wanted, decoding: Decoding) -> list[np.ndarray]:
+        """A conversation loses its oldest exchanges, as in `multistep chat`, never the last; a prompt is never cut."""
+        context, codec = neural.context, neural.codec
+        if asked.turns:
+            room = context - decoding.max_new_tokens
+            if room < 1:
+                what = f"an answer of {decoding.max_new_tokens} tokens leaves no room"
+                raise _too_long(what, context, "max_tokens")
+            found = dialogue.prompt(codec.tokenizer, [Turn(role, text) for role, text in asked.turns], room)
+            if found.cut:
+                has = f"the last turn has {len(found.ids) + found.cut} tokens, {room} are left for it"
+                raise _too_long(has, context, "messages")
+            return [found.ids]
+        if neural.reads == "pairs":
+            prompts = codec.whole([neural.task.reads(Record(text, ())) for text in asked.prompts])
+        else:  # of a model that takes turns too: the text as it is
+            prompts = [np.append([codec.bos], p) for p in codec.pieces(asked.prompts)]
+        if (longest := max(map(len, prompts))) > context:
+            raise _too_long(f"a prompt has {longest} tokens", context, "prompt")
+        return prompts
 
 
 def _too_long(what: str, context: int, param: str) -> Refused:

@@ -42,7 +42,9 @@ class Settings(Spec):
 class Refused(Exception):
     """A request that is answered with `status` and one line. `param`: what of the request is meant; `code`: for programs."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None, after_s: float = 0):
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, after_s: float = 0
+    ):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
         self.headers = {"retry-after": str(max(1, math.ceil(after_s)))} if status in (429, 503) else {}
@@ -61,7 +63,9 @@ def token_of(file: Path | None) -> str:
         if not token:
             return ""
     if len(token) < _LEAST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
-        raise UserError(f"{where}: a token is at least {_LEAST_TOKEN} ASCII characters without spaces. Write one into it.")
+        raise UserError(
+            f"{where}: a token is at least {_LEAST_TOKEN} ASCII characters without spaces. Write one into it."
+        )
     return token
 
 

@@ -1,8 +1,8 @@
 """What a server counts, in Prometheus' words: GET /metrics.
 
-    multistep_requests_total{route,status}     multistep_request_seconds{route}     multistep_queue_depth
-    multistep_batch_texts                      multistep_batch_seconds              multistep_tokens_total{kind}
-    multistep_answers_total{stage}             process_resident_memory_bytes ... (Linux)
+multistep_requests_total{route,status}     multistep_request_seconds{route}     multistep_queue_depth
+multistep_batch_texts                      multistep_batch_seconds              multistep_tokens_total{kind}
+multistep_answers_total{stage}             process_resident_memory_bytes ... (Linux)
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class Numbers:
         self._seconds = Histogram(
             "multistep_request_seconds", "From head to end.", ["route"], buckets=_SECONDS, registry=self.registry
         )
-        self._texts = Histogram("multistep_batch_texts", "Texts answered together.", buckets=_TEXTS, registry=self.registry)
+        self._texts = Histogram(
+            "multistep_batch_texts", "Texts answered together.", buckets=_TEXTS, registry=self.registry
+        )
         self._batch_s = Histogram("multistep_batch_seconds", "Of a batch.", buckets=_SECONDS, registry=self.registry)
         self._depth = Gauge("multistep_queue_depth", "Texts that wait.", registry=self.registry)
         self._tokens = Counter("multistep_tokens", "Read and written.", ["kind"], registry=self.registry)

@@ -75,10 +75,14 @@ def wanted(data: Mapping[str, Any], kind: Kind, model: str, most_tokens: int) ->
     asked = data.get("model")
     if asked is not None and asked != model:
         name = repr(asked)[:60]
-        raise Refused(404, f"there is no model {name}; this server has {model!r}.", param="model", code="model_not_found")
+        raise Refused(
+            404, f"there is no model {name}; this server has {model!r}.", param="model", code="model_not_found"
+        )
     limit = "max_completion_tokens" if data.get("max_completion_tokens") is not None else "max_tokens"
     options = data.get("stream_options")
-    if options is not None and not (isinstance(options, dict) and set(options) <= {"include_usage", "include_obfuscation"}):
+    if options is not None and not (
+        isinstance(options, dict) and set(options) <= {"include_usage", "include_obfuscation"}
+    ):
         raise Refused(422, '"stream_options" is not {"include_usage": true or false}.', param="stream_options")
     found = Wanted(
         prompts=_prompts(data) if kind == "completion" else (),
@@ -96,7 +100,9 @@ def wanted(data: Mapping[str, Any], kind: Kind, model: str, most_tokens: int) ->
         usage=isinstance(options, dict) and options.get("include_usage") is True,
     )
     if found.n * max(1, len(found.prompts)) > MAX_CHOICES:
-        raise Refused(422, f"{found.n} texts for {len(found.prompts)} prompts; at most {MAX_CHOICES} in all.", param="n")
+        raise Refused(
+            422, f"{found.n} texts for {len(found.prompts)} prompts; at most {MAX_CHOICES} in all.", param="n"
+        )
     return found
 
 
@@ -172,7 +178,7 @@ def _whole(data: Mapping[str, Any], key: str, low: int, high: int) -> int | None
 
 def _yes(data: Mapping[str, Any], key: str) -> bool:
     value = data.get(key)
-    if value not in (None, True, False) or isinstance(value, int) and not isinstance(value, bool):
+    if value not in (None, True, False) or (isinstance(value, int) and not isinstance(value, bool)):
         raise Refused(422, f"{key!r} is neither true nor false.", param=key)
     return bool(value)
 
@@ -203,13 +209,18 @@ class Shape:
         """`texts`: (text, finish reason) in the order of the choices."""
         choices = []
         for index, (text, finish) in enumerate(texts):
-            said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.kind == "chat" else {"text": text}
+            said: dict[str, Any] = (
+                {"message": {"role": "assistant", "content": text}} if self.kind == "chat" else {"text": text}
+            )
             choices.append({"index": index, **said, "logprobs": None, "finish_reason": finish})
         return {**self._head(False), "choices": choices, "usage": usage.json()}
 
     def begins(self, choices: int) -> list[dict[str, Any]]:
         """A chat's first chunks: who speaks."""
-        return [self._chunk(i, {"role": "assistant", "content": ""}, None) for i in range(choices if self.kind == "chat" else 0)]
+        return [
+            self._chunk(i, {"role": "assistant", "content": ""}, None)
+            for i in range(choices if self.kind == "chat" else 0)
+        ]
 
     def piece(self, index: int, text: str, finish: str | None) -> list[dict[str, Any]]:
         """Chunks for a new piece of a text, and for its end."""

@@ -22,7 +22,9 @@ _SLOW = 0.9  # weight of the past in the mean time of a text
 
 T = TypeVar("T")
 R = TypeVar("R")
-Waits = Callable[[asyncio.Future[Any]], Awaitable[Any]]  # how a request waits for its answer; raises where its client left
+Waits = Callable[
+    [asyncio.Future[Any]], Awaitable[Any]
+]  # how a request waits for its answer; raises where its client left
 
 
 async def plainly(future: asyncio.Future[Any]) -> Any:
@@ -80,7 +82,9 @@ class Batcher(Generic[T, R]):
             queued = job.taken == 0
             words = "waited in the queue" if queued else "was being answered"
             status = 503 if queued else 504
-            job.future.set_exception(Refused(status, f"the request {words} for {seconds:g} s.", after_s=self._backlog_s()))
+            job.future.set_exception(
+                Refused(status, f"the request {words} for {seconds:g} s.", after_s=self._backlog_s())
+            )
 
     def _forget(self, job: _Job[T, R]) -> None:
         """Drop what of a job is still queued."""
@@ -112,7 +116,9 @@ class Batcher(Generic[T, R]):
                 else:
                     took = time.perf_counter() - begun
                     self._numbers.batch(len(items), took)
-                    self._text_s = _SLOW * self._text_s + (1 - _SLOW) * took / len(items) if self._text_s else took / len(items)
+                    self._text_s = (
+                        _SLOW * self._text_s + (1 - _SLOW) * took / len(items) if self._text_s else took / len(items)
+                    )
                     place = 0
                     for job, start, end in parts:
                         self._give(job, answers[place : place + end - start])

@@ -46,7 +46,8 @@ def serve(
         app = _app(Path(path), bundle, info, settings, token)
         if not token and not is_loopback(host):
             logging.getLogger("multistep").warning(
-                "%s can be reached from other machines and there is no token: give --token-file, or set MULTISTEP_TOKEN.", host
+                "%s can be reached from other machines and there is no token: give --token-file, or set MULTISTEP_TOKEN.",
+                host,
             )
         if announce is not None:
             announce(_address(listening, host), info)
@@ -110,7 +111,8 @@ def _run(app: Any, listening: socket.socket, settings: Settings) -> bool:
 
 
 class _Patience:
-    """Closes connections whose next request's head has begun, or never began, and did not arrive in time."""
+    """Closes connections on which a head of a request has begun, or never began, and did not arrive in time, and those whose client
+    does not read its answer."""
 
     def __init__(self) -> None:
         self.server: Any = None
@@ -118,11 +120,11 @@ class _Patience:
 
     async def look(self) -> None:
         now = time.monotonic()
-        silent = [c for c in self.server.server_state.connections if _no_head(c)]
-        self._since = {c: self._since.get(c, now) for c in silent}
+        stuck = [c for c in self.server.server_state.connections if _no_head(c) or c.flow.write_paused]
+        self._since = {c: self._since.get(c, now) for c in stuck}
         for connection, since in self._since.items():
             if now - since > BODY_S:
-                connection.transport.close()
+                connection.transport.abort()
 
 
 def _no_head(connection: Any) -> bool:

@@ -189,7 +189,9 @@ class Writer:
                 waiting = [line for line in waiting if line not in lines]
                 self._queued.difference_update(lines)
                 try:
-                    groups.append(_Group(self._idle.pop() if self._idle else stepper_of(self._model), lines, self._text))
+                    groups.append(
+                        _Group(self._idle.pop() if self._idle else stepper_of(self._model), lines, self._text)
+                    )
                 except Exception as error:  # no memory for another stepper
                     self._fail(lines, error)
             for group in list(groups):
