@@ -78,6 +78,21 @@ def test_health_says_what_is_served(client: TestClient) -> None:
     assert client.get("/health").json() == {"status": "ok", **INFO}
 
 
+def test_the_interface_is_described(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {
+        "/predict",
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/models",
+        "/health",
+        "/metrics",
+        "/explain",
+    } <= set(paths)
+    text = paths["/predict"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]["text"]
+    assert text["oneOf"][0]["maxLength"] == 100_000
+
+
 BAD: dict[str, tuple[bytes, int, str]] = {
     "nothing": (b"", 400, "not JSON"),
     "half": (b'{"text": "a', 400, "not JSON"),

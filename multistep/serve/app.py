@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
 import json
 import math
 import time
@@ -204,14 +205,15 @@ def create_app(
             error_of(request.url.path, Refused(500, "something is broken here; see the server's log.")), 500
         )
 
-    for route in (answer, completions, chat, health):
-        route.__annotations__ = {"request": Request}  # FastAPI resolves names in the module, and Request is not there
-    for path, route, body in (
-        ("/predict", answer, _BODY),
-        ("/v1/completions", completions, _OBJECT),
-        ("/v1/chat/completions", chat, _OBJECT),
-    ):
-        app.add_api_route(path, route, methods=["POST"], openapi_extra={"requestBody": body}, response_model=None)
+    # Straight to the function: what FastAPI does before it calls one takes a quarter of a request's time here.
+    bodies = {
+        "/predict": (answer, _BODY),
+        "/v1/completions": (completions, _OBJECT),
+        "/v1/chat/completions": (chat, _OBJECT),
+    }
+    for path, (route, _) in bodies.items():
+        app.router.add_route(path, route, methods=["POST"])
+    health.__annotations__ = {"request": Request}  # FastAPI resolves names in the module, and Request is not there
     for path, route in (
         ("/v1/models", models),
         ("/v1/models/{name:path}", one_model),
@@ -226,7 +228,19 @@ def create_app(
     app.add_exception_handler(HTTPException, not_here)
     app.add_exception_handler(Exception, broken)
     app.add_middleware(Gate, token=token, numbers=numbers)
+    app.openapi = lambda: _described(app, {path: body for path, (_, body) in bodies.items()})
     return app
+
+
+def _described(app: FastAPI, bodies: Mapping[str, Any]) -> dict[str, Any]:
+    """The interface as OpenAPI, with the routes that FastAPI does not know."""
+    from fastapi.openapi.utils import get_openapi
+
+    found = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    for path, body in bodies.items():
+        answers = {"200": {"description": "Answered."}, "4XX": {"description": "Refused, in a line."}}
+        found["paths"][path] = {"post": {"summary": path, "requestBody": body, "responses": answers}}
+    return found
 
 
 def _language(bundle: LanguageBundle, settings: Settings, numbers: Numbers) -> Language:
@@ -317,8 +331,8 @@ async def _write(
 
 def _shown(p: Prediction) -> dict[str, Any]:
     value = list(p.value) if isinstance(p.value, tuple) else _finite(p.value)
-    top = sorted(p.scores.items(), key=lambda item: -item[1])[:_TOP]
-    scores = {label: _finite(score) for label, score in top}
+    top = heapq.nlargest(_TOP, p.scores, key=p.scores.__getitem__)
+    scores = {label: _finite(p.scores[label]) for label in top}
     shown = {"value": value, "confidence": _finite(p.confidence), "scores": scores, "stage": p.stage}
     if p.candidates is not None:
         shown |= {"candidates": list(p.candidates), "abstains": p.abstains}

@@ -92,9 +92,9 @@ def _run(app: Any, listening: socket.socket, settings: Settings) -> bool:
     patience = _Patience()
     server = uvicorn.Server(
         uvicorn.Config(
-            app, log_level="warning", access_log=False, ws="none", lifespan="off", timeout_keep_alive=_KEEP_ALIVE_S, backlog=512,
-            timeout_graceful_shutdown=max(1, round(settings.time_out)), limit_concurrency=_connections(),
-            callback_notify=patience.look, timeout_notify=1, server_header=False,
+            app, log_level="warning", access_log=False, ws="none", lifespan="off", proxy_headers=False, server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S, backlog=512, timeout_graceful_shutdown=max(1, round(settings.time_out)),
+            limit_concurrency=_connections(), callback_notify=patience.look, timeout_notify=1,
         )
     )  # fmt: skip
     patience.server = server
