@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import random
@@ -19,12 +20,14 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from serving import chat_bundle, label_bundle, raw, serve_folder, served
 
 from multistep import serve
 from multistep.bundle import load_bundle
 from multistep.serve import limits
+from multistep.serve import server as process
 from multistep.types import Prediction, UserError
 
 INFO = {"model": "m", "labels": ["a"]}
@@ -329,33 +332,49 @@ def test_a_body_that_trickles_is_timed_out(monkeypatch: pytest.MonkeyPatch) -> N
         assert httpx.post(f"{address}/predict", json={"text": "x"}).status_code == 200
 
 
-def test_a_head_that_never_ends_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two such: one from the beginning, one after a good request on the same connection."""
-    import uvicorn
-
-    from multistep.serve import server as process
-
+@contextlib.contextmanager
+def impatient(app: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
+    """The server that `serve` runs, with half a second of patience in place of ten."""
     monkeypatch.setattr(process, "BODY_S", 0.5)
-    app = serve.create_app(lambda texts: [Prediction(t) for t in texts], INFO)
     started: list[uvicorn.Server] = []
     plain = uvicorn.Server.run
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: (started.append(self), plain(self, sockets)))
     listening = socket.create_server(("127.0.0.1", 0))
+    address = listening.getsockname()
     thread = threading.Thread(target=process._run, args=(app, listening, serve.Settings()), daemon=True)
     thread.start()
-    address = listening.getsockname()
-    good = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
-    for first in (b"", good):
-        with socket.create_connection(address, timeout=6) as connection:
-            if first:
-                connection.sendall(first)
-                assert b"200 OK" in connection.recv(4096)
-            connection.sendall(b"GET /health HTTP/1.1\r\nx-a: ")
-            begun = time.perf_counter()
-            assert connection.recv(4096) == b"" and time.perf_counter() - begun < 5
+    yield address
     started[0].should_exit = True
-    thread.join(5)
+    thread.join(10)
     assert not thread.is_alive()
+
+
+def test_a_head_that_never_ends_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two such: one from the beginning, one after a good request on the same connection."""
+    good = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    with impatient(serve.create_app(lambda texts: [Prediction(t) for t in texts], INFO), monkeypatch) as address:
+        for first in (b"", good):
+            with socket.create_connection(address, timeout=6) as connection:
+                if first:
+                    connection.sendall(first)
+                    assert b"200 OK" in connection.recv(4096)
+                connection.sendall(b"GET /health HTTP/1.1\r\nx-a: ")
+                with contextlib.suppress(ConnectionResetError):
+                    assert connection.recv(4096) == b""
+
+
+def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = serve.create_app(lambda texts: [], INFO, story={"long": "x" * 30_000_000})
+    with impatient(app, monkeypatch) as address:
+        with socket.create_connection(address, timeout=6) as connection:
+            connection.sendall(b"GET /explain HTTP/1.1\r\nhost: x\r\n\r\n")
+            time.sleep(3)
+            got = 0
+            with contextlib.suppress(ConnectionResetError):
+                while part := connection.recv(1 << 20):
+                    got += len(part)
+            assert got < 30_000_000
+        assert httpx.get(f"http://127.0.0.1:{address[1]}/health").status_code == 200
 
 
 # ---------------------------------------------------------------------------------------------- token, numbers, reasons
