@@ -3,7 +3,7 @@
 One server is measured at a time; it and this generator share the cores. Closed loop: so many clients, each asks again when it is
 answered; the systems take turns, a round is a seed. Open loop: requests come at 80 % of ours' best rate at random times (a Poisson
 process), whether or not the last were answered; a latency counts from when a request was due. Overload: far more clients than the
-queue has room for; then how soon a lone request is answered again. Fuzz: bodies of noise and of broken JSON; the memory before and
+queue has room for, who wait as long as a refusal says; then how soon a lone request is answered again. Fuzz: bodies of noise and of broken JSON; the memory before and
 after.
 """
 
@@ -79,6 +79,7 @@ class Client:
     def __init__(self, port: int):
         self._port = port
         self._reader: asyncio.StreamReader | None = None
+        self.after_s = 1.0  # what the last refusal asked to wait
 
     async def ask(self, sent: bytes) -> int:
         """The status of the answer; 0 where the connection broke."""
@@ -90,6 +91,8 @@ class Client:
             lower = head.lower()
             at = lower.index(b"content-length:") + 15
             await self._reader.readexactly(int(lower[at : lower.index(b"\r\n", at)]))
+            if b"retry-after: " in lower:
+                self.after_s = float(lower.split(b"retry-after: ")[1].split(b"\r\n")[0])
             if b"connection: close" in lower:
                 self.close()
             return int(head[9:12])
@@ -136,7 +139,7 @@ async def closed(port: int, sent: Sequence[bytes], clients: int, seconds: float,
             if begun + WARM_S <= end < begun + WARM_S + seconds:
                 seen.note(status, end - start)
             if status in (0, 429):
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(client.after_s)
         client.close()
 
     await asyncio.gather(*(one(n) for n in range(clients)))

@@ -21,7 +21,7 @@ from multistep.serve.limits import BODY_S, Settings
 from multistep.types import UserError
 
 _KEEP_ALIVE_S = 30
-_CONNECTIONS = 1000  # at once, or what the process may open
+_CONNECTIONS = 2000  # at once, or what the process may open; requests that were just answered count too
 
 Announce = Callable[[str, Mapping[str, Any]], None]
 
@@ -92,7 +92,7 @@ def _run(app: Any, listening: socket.socket, settings: Settings) -> bool:
     patience = _Patience()
     server = uvicorn.Server(
         uvicorn.Config(
-            app, log_level="warning", access_log=False, ws="none", lifespan="off", proxy_headers=False, server_header=False,
+            app, log_level="error", access_log=False, ws="none", lifespan="off", proxy_headers=False, server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_S, backlog=512, timeout_graceful_shutdown=max(1, round(settings.time_out)),
             limit_concurrency=_connections(), callback_notify=patience.look, timeout_notify=1,
         )
