@@ -32,7 +32,9 @@ _PACKAGES = (
     "numpy",
     "pydantic",
 )
-_EXTRAS = {"serve": ("fastapi", "uvicorn")}  # when the package's own metadata cannot be read
+_EXTRAS = {
+    "serve": ("fastapi", "uvicorn", "prometheus-client", "httptools")
+}  # when the package's own metadata cannot be read
 _IMPORTED_AS = {"scikit-learn": "sklearn", "prometheus-client": "prometheus_client"}
 _HUB = "https://huggingface.co"
 

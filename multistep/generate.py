@@ -77,10 +77,10 @@ def several(
         part = order[start : start + size]
         these = [prompts[i] for i in part]
         if isinstance(decoding, Beam):
-            done = [row[:n] for row in _beam(stepper, these, decoding, end_ids, decode)]
+            done = [row[:n] for row in beam_search(stepper, these, decoding, end_ids, decode)]
         else:
             numbers = [int(i) if requests is None else requests[i] for i in part]
-            for _ in (writing := _OneByOne(stepper, these, decoding, end_ids, decode, numbers, n)):
+            for _ in (writing := OneByOne(stepper, these, decoding, end_ids, decode, numbers, n)):
                 pass
             done = [writing.written[row * n : (row + 1) * n] for row in range(len(these))]
         for i, row in zip(part, done, strict=True):
@@ -95,14 +95,14 @@ def stream(
     request: int = 0,
 ) -> Iterator[int]:  # fmt: skip
     """The tokens of one text as they are written, the end token left out. `request`: what its draws depend on."""
-    writing = _OneByOne(stepper_of(model), [prompt], decoding, end_ids, decode, [request])
+    writing = OneByOne(stepper_of(model), [prompt], decoding, end_ids, decode, [request])
     for token in writing:
         yield token[0]
 
 
-class _OneByOne:
+class OneByOne:
     """Greedy and sampled writing, `n` texts a prompt. Iterating makes a step at a time and gives the new tokens of the rows that go on,
-    by row."""
+    by row. A row that is put into `leaving` between two steps is written no further."""
 
     def __init__(
         self, stepper: Stepper, prompts: Sequence[np.ndarray], decoding: Greedy | Sample, end_ids: Sequence[int],
@@ -110,6 +110,7 @@ class _OneByOne:
     ):  # fmt: skip
         self.stepper, self.prompts, self.decoding, self.decode = stepper, prompts, decoding, decode
         self.ends = set(end_ids)
+        self.leaving: set[int] = set()
         self.written = [Written() for _ in range(len(prompts) * n)]
         self._requests, self._n = requests, n
 
@@ -138,6 +139,7 @@ class _OneByOne:
                 going.append(slot)
             if new:
                 yield new
+            going = [slot for slot in going if alive[slot] not in self.leaving]
             if not going or place + 1 == decoding.max_new_tokens:
                 break
             if len(going) < len(alive):
@@ -245,7 +247,7 @@ def narrowed(logits_BV: Tensor, decoding: Sample) -> Tensor:
 # ---------------------------------------------------------------------------------------------- beams
 
 
-def _beam(
+def beam_search(
     stepper: Stepper, prompts: Sequence[np.ndarray], decoding: Beam, end_ids: Sequence[int], decode: Decode | None
 ) -> list[list[Written]]:
     """Beam search: the best texts of each prompt, the best first. A row is done when its K best finished texts cannot be beaten by

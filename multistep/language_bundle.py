@@ -60,10 +60,14 @@ class LanguageBundle:
 
     def predict(self, texts: Sequence[str]) -> list[Prediction]:
         """One answer a text, in order."""
+        return self.answer(self.records(texts))
+
+    def records(self, texts: Sequence[str]) -> list[Record]:
+        """What `answer` reads of bare texts. Raises UserError."""
         if any(not text.strip() for text in texts):
             raise UserError("text: no text in it. Give at least one text.")
         records = bare(texts, self.layout, "the text")
-        return self.answer([Record("".join(r.targets), ()) for r in records] if self.task.kind == "lm" else records)
+        return [Record("".join(r.targets), ()) for r in records] if self.task.kind == "lm" else records
 
     def answer(self, records: Sequence[Record]) -> list[Prediction]:
         return self.speaker.write(list(records))

@@ -180,17 +180,36 @@ def serve(
         str, typer.Option(help="Address to listen on; the default is reached from this machine only.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the token that clients must send; without it MULTISTEP_TOKEN.  [default: no token]"
+        ),
+    ] = None,
+    queue: Annotated[int, typer.Option(min=1, max=100_000, help="Texts that may wait; more get 429.")] = 256,
+    time_out: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds a request may take.")] = 30.0,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, max=100_000, help="Tokens that one answer may have, where texts are written.")
+    ] = 1024,
     as_json: JsonOption = False,
 ) -> None:
-    """Serve the model over HTTP: POST /predict {"text": "..."}, GET /health."""
+    """Serve the model over HTTP: a page to try it, POST /predict, OpenAI's /v1, /metrics, /explain, /health."""
     check_bundle(run_dir)
+    from multistep.serve import Settings, token_of
     from multistep.serve import serve as serve_bundle
+
+    token = token_of(token_file)
 
     def announce(address: str, info: Mapping[str, Any]) -> None:
         if as_json:
             print_json({"address": address, "info": info})
         else:
-            typer.echo(f"Serving {run_dir} on {address}: POST /predict, GET /health. Ctrl-C stops.")
+            typer.echo(
+                f"Serving {run_dir} on {address}: a page to try it, POST /predict, /v1, GET /health. Ctrl-C stops."
+            )
         sys.stdout.flush()
 
-    serve_bundle(run_dir, host, port, announce)
+    settings = Settings(queue=queue, time_out=time_out, max_tokens=max_tokens)
+    if not serve_bundle(run_dir, host, port, announce, settings, token):
+        typer.echo("stopped before everything was answered", err=True)
+        raise typer.Exit(1)

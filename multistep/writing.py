@@ -157,7 +157,7 @@ class Neural:
     def candidates(self, records: Sequence[Record], decoding: Decoding, n: int) -> list[list[Written]]:
         """What every way to write is made of. A draw depends on its request's tokens, not on its place among others."""
         self.model.eval()
-        ends, decoding = self._ends(decoding)
+        ends, decoding = self.endings(decoding)
         prompts = self.prompts(records)
         if (
             self.pen is not None and n == 1 and not isinstance(decoding, Sample)
@@ -183,8 +183,9 @@ class Neural:
         spans = self.codec.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets
         return text if len(spans) <= tokens else text[: spans[tokens - 1][1]].rstrip()
 
-    def _ends(self, decoding: Decoding) -> tuple[list[int], Decoding]:
-        """The tokens that end a text; and the decoding, with the texts that do."""
+    def endings(self, decoding: Decoding | None = None) -> tuple[list[int], Decoding]:
+        """The tokens that end a text; and the decoding (None: the tuned one), with the texts that do."""
+        decoding = plain(self.decoding) if decoding is None else decoding
         if self.reads != "prompts":
             return [self.codec.eos], decoding
         ends = dialogue.endings(self.codec.tokenizer)
@@ -198,7 +199,7 @@ class Neural:
         """The answer to a conversation, in pieces of whole characters."""
         self.model.eval()
         room = max(1, self.context - decoding.max_new_tokens)
-        ends, ending = self._ends(decoding)
+        ends, ending = self.endings(decoding)
         assert isinstance(ending, Greedy | Sample)
         asked = dialogue.prompt(self.codec.tokenizer, turns, room).ids
         ids: list[int] = []

@@ -189,13 +189,34 @@ def test_predict_other_tasks(
 
 
 def test_serve(say: Callable[..., Said], run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def serve(path: Path, host: str, port: int, announce: Callable[..., None]) -> None:
+    given: list[Any] = []
+
+    def serve(path: Path, host: str, port: int, announce: Callable[..., None], settings: Any, token: str) -> bool:
         announce(f"http://{host}:{port}", {"model": "m"})
+        given[:] = [settings, token]
+        return settings.queue > 1
 
     monkeypatch.setattr("multistep.serve.serve", serve)
     assert "http://127.0.0.1:8000" in say("serve", str(run_dir)).out
     said = say("serve", str(run_dir), "--port", "9", "--json")
     assert json.loads(said.out) == {"address": "http://127.0.0.1:9", "info": {"model": "m"}}
+    assert given[1] == ""
+    monkeypatch.setenv("MULTISTEP_TOKEN", "of the environment".replace(" ", "-"))
+    settings = ["--queue", "7", "--time-out", "2.5", "--max-tokens", "9"]
+    said = say("serve", str(run_dir), *settings)
+    assert (given[0].queue, given[0].time_out, given[0].max_tokens, given[1]) == (7, 2.5, 9, "of-the-environment")
+    assert "of-the-environment" not in said.out
+    (run_dir / "token").write_text("of a file\n".replace(" ", "-"))
+    say("serve", str(run_dir), "--token-file", str(run_dir / "token"))
+    assert given[1] == "of-a-file"
+    (run_dir / "token").write_text("short")
+    for words, code, line in (
+        (["--token-file", str(run_dir / "token")], 2, "at least 8"),
+        (["--token-file", str(run_dir / "none")], 2, "cannot be read"),
+        (["--queue", "1"], 1, "before everything was answered"),
+    ):
+        said = say("serve", str(run_dir), *words)
+        assert said.code == code and line in said.err
 
 
 def test_doctor(say: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ import pytest
 from fastapi.testclient import TestClient
 
 from multistep import serve
-from multistep.serve import app as serve_app
 from multistep.types import Prediction, UserError
 
 INFO = {"model": "reviews", "task": "classify", "labels": ["neg", "pos"]}
@@ -60,9 +59,14 @@ def test_a_list_gets_a_list_in_its_order(client: TestClient) -> None:
     [
         (
             Prediction(("a", "b"), 0.6, {"a": 0.6, "b": 0.7}),
-            {"value": ["a", "b"], "confidence": 0.6, "scores": {"b": 0.7, "a": 0.6}},
+            {"value": ["a", "b"], "confidence": 0.6, "scores": {"b": 0.7, "a": 0.6}, "stage": ""},
         ),
-        (Prediction(2.5), {"value": 2.5, "confidence": None, "scores": {}}),
+        (Prediction(2.5), {"value": 2.5, "confidence": None, "scores": {}, "stage": ""}),
+        (Prediction(float("nan")), {"value": None, "confidence": None, "scores": {}, "stage": ""}),
+        (
+            Prediction("a", 0.6, {"a": 0.6}, "linear", ("a", "b")),
+            {"value": "a", "confidence": 0.6, "scores": {"a": 0.6}, "stage": "linear", "candidates": ["a", "b"], "abstains": True},
+        ),
     ],
 )  # fmt: skip
 def test_other_tasks(prediction: Prediction, shown: dict[str, Any]) -> None:
@@ -72,6 +76,21 @@ def test_other_tasks(prediction: Prediction, shown: dict[str, Any]) -> None:
 
 def test_health_says_what_is_served(client: TestClient) -> None:
     assert client.get("/health").json() == {"status": "ok", **INFO}
+
+
+def test_the_interface_is_described(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {
+        "/predict",
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/models",
+        "/health",
+        "/metrics",
+        "/explain",
+    } <= set(paths)
+    text = paths["/predict"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]["text"]
+    assert text["oneOf"][0]["maxLength"] == 100_000
 
 
 BAD: dict[str, tuple[bytes, int, str]] = {
@@ -111,7 +130,7 @@ def test_a_body_of_unknown_size_is_cut_at_the_limit(client: TestClient) -> None:
 
 
 def test_other_addresses_and_methods(client: TestClient) -> None:
-    for answer, status in ((client.get("/"), 404), (client.get("/predict"), 405), (client.post("/health"), 405)):
+    for answer, status in ((client.get("/nothing"), 404), (client.get("/predict"), 405), (client.post("/health"), 405)):
         assert answer.status_code == status and "POST /predict" in answer.json()["error"]
 
 
@@ -178,7 +197,7 @@ def test_a_real_server_answers_on_loopback(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_without_the_extra_the_command_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(UserError, match=r'uvicorn is not installed. Run: pip install "multistep\[serve\]"'):
-        serve_app.serve(tmp_path)
+        serve.serve(tmp_path)
 
 
 def test_serving_does_not_import_training() -> None:
@@ -189,4 +208,7 @@ def test_serving_does_not_import_training() -> None:
         "multistep.types",
         "multistep.serve",
         "multistep.serve.app",
+        "multistep.serve.gate",
+        "multistep.serve.limits",
+        "multistep.serve.server",
     }

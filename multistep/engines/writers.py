@@ -20,6 +20,7 @@ from multistep.generate import BATCH, Decode, Written, generate, stopped
 from multistep.lookup import look_up
 from multistep.models.step import stepper_of
 from multistep.predictors.decoding import Beam, Decoding, Greedy, Sample
+from multistep.predictors.ways import plain
 from multistep.types import UserError
 from multistep.writing import Neural
 
@@ -29,9 +30,9 @@ GUESSES = 6  # tokens of a lookup
 def writer_variants(model: Neural) -> list[Runtime]:
     """What this model could write with here, under its decoding."""
     found = [Runtime()]
-    if isinstance(model.decoding, Greedy):
+    if isinstance(plain(model.decoding), Greedy):
         found.append(Runtime(lookup=GUESSES))
-    if model.device == "cpu" and not lacks(Runtime(runtime="ctranslate2")) and not refusal(model.decoding):
+    if model.device == "cpu" and not lacks(Runtime(runtime="ctranslate2")) and not refusal(plain(model.decoding)):
         found += [Runtime(runtime="ctranslate2"), Runtime(runtime="ctranslate2", dtype="int8")]
     return found
 
@@ -39,12 +40,12 @@ def writer_variants(model: Neural) -> list[Runtime]:
 def prepare_writer(model: Neural, runtime: Runtime, folder: Path, make: bool) -> Neural:
     match runtime.runtime, runtime.dtype:
         case "torch", "fp32":
-            if runtime.lookup and not isinstance(model.decoding, Greedy):
-                raise UserError(f"{runtime.name}: lookup is for greedy writing, not for {model.decoding.kind}.")
+            if runtime.lookup and not isinstance(plain(model.decoding), Greedy):
+                raise UserError(f"{runtime.name}: lookup is for greedy writing, not for {plain(model.decoding).kind}.")
             return replace(model, pen=OwnPen(model.model, runtime), cut={})
         case "ctranslate2", "fp32" | "int8":
             check_installed(runtime)
-            check_decoding(model.decoding)
+            check_decoding(plain(model.decoding))
             if runtime.lookup:
                 raise UserError(f"{runtime.name}: lookup is a part of the runtime torch. Leave it out.")
             return replace(model, pen=_ctranslate2(model, runtime, folder, make), cut={})
