@@ -1,9 +1,9 @@
 """Greedy writing against the way that tuning picks, within the same limit on the latency of a request, on multi30k's test.
 
-The run is one that lies there (--run, a folder of `multistep fit` on multi30k_en_de; it is copied, not touched) or is fitted first (--fit 300s). Its
-model is set to write greedily; then it is tuned on its calibration half for limits that are multiples of greedy's own p95 (--limits),
-each time from greedy. Both ways write the whole test, which tuning never sees; BLEU and chrF are compared row by row, single
-requests are timed on the test too. A row holds what was picked, and whether it keeps the limit on the test.
+The run is one that lies there (--run, a folder of `multistep fit` on multi30k_en_de; it is copied, not touched) or is fitted first (--fit
+300s). Its model is set to write greedily; then it is tuned on its calibration half for limits that are multiples of greedy's own p95
+(--limits), each time from greedy. Both ways write the whole test, which tuning never sees; BLEU and chrF are compared row by row,
+single requests are timed on the test too. A row holds what was picked, and whether it keeps the limit on the test.
 """
 
 from __future__ import annotations

@@ -170,6 +170,21 @@ def test_a_stopped_tuning_leaves_a_whole_bundle_and_goes_on(
     assert policy.default == words(WILD) and policy.pick != policy.default
 
 
+def test_a_killed_tuning_believes_its_journal(wild: Path) -> None:
+    """Killed between what came of a trial and its decision, in the middle of a line."""
+    tuned(wild, budget=parse_budget("3s"))
+    speaker: Any = load(wild).language.speaker
+    rewrite_decoding(wild / "model", speaker, WILD, {}, "badly")
+    lines = (wild / "tuning.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    told = [n for n, line in enumerate(lines) if json.loads(line)["kind"] == "Told"][1]  # the first candidate: greedy
+    entry = json.loads(lines[told])["outcome"]["facts"]["entry"]
+    (wild / "tuning.jsonl").write_text("".join(lines[: told + 1]) + lines[told + 1][:30], encoding="utf-8")
+    policy = tuned(wild, budget=parse_budget("3s"))
+    assert policy.entry("greedy").latency.model_dump() == entry["latency"]  # not measured again
+    kinds = [r["kind"] for r in journal.read(wild / "tuning.jsonl")]
+    assert kinds.count("Started") == kinds.count("Resumed") == kinds.count("Finished") == 1 and "Committed" in kinds
+
+
 def test_other_settings_begin_anew_where_a_tuning_was_stopped(wild: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(tuning_language, "signals", lambda: stopping(3))
