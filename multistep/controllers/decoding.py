@@ -67,7 +67,8 @@ class _Plan(BasePlan):
         self.sign = 1.0 if LANGUAGE_METRICS[problem.metric].higher_is_better else -1.0
         self.known: dict[str, float | None] = {}  # name -> quality, higher is better; None: refused
         self.alpha = ALPHA / (len(ladder(problem)) + len(PENALTIES) + SEARCHED)
-        self._text_s, self._factor = 0.0, 1.0
+        self._text_s = 0.0  # what stands takes for a trial, as if it followed one text
+        self._factor: dict[bool, float] = {}  # what the last draws and what the last others took, of what was thought
 
     def told(self, action: Action, outcome: Outcome) -> None:
         if isinstance(action, Profile):
@@ -75,7 +76,8 @@ class _Plan(BasePlan):
             self.known[words(self.problem.default)] = self._quality(outcome)
         elif isinstance(action, TryWay):
             if "refused" not in outcome.facts:
-                self._factor = outcome.cost.wall_s / max(1e-9, self._text_s * _work(action.way))
+                thought_s = max(1e-9, self._text_s * _work(action.way))
+                self._factor[_drawn(action.way)] = outcome.cost.wall_s / thought_s
             self.known[words(action.way)] = self._quality(outcome)
 
     def _quality(self, outcome: Outcome) -> float | None:
@@ -83,8 +85,8 @@ class _Plan(BasePlan):
         return None if found is None else self.sign * found.value
 
     def needs_s(self, way: Way) -> float:
-        """What trying it takes, as the last one cost."""
-        return MARGIN * self._text_s * _work(way) * max(1.0, self._factor)
+        """What trying it takes, as the last one of its kind did."""
+        return MARGIN * self._text_s * _work(way) * self._factor.get(_drawn(way), 1.0)
 
     def try_(self, stage: str, way: Way, why: str) -> Try:
         """None where it was tried already, or what is left cannot pay for it."""
@@ -95,6 +97,10 @@ class _Plan(BasePlan):
             yield Skip(stage=stage, why=f"{words(way)}: {self.remaining:.0f} s are left, it takes about {needed:.0f} s")
             return None
         return (yield from self.trial(stage, TryWay(way=way, alpha=self.alpha), f"{words(way)}: {why}"))
+
+
+def _drawn(way: Way) -> bool:
+    return isinstance(plain(way), Sample)
 
 
 def _work(way: Way) -> float:

@@ -27,7 +27,7 @@ from multistep.writing import Neural
 FIRST = 3  # requests, after which a way that is clearly too slow is stopped
 CLEARLY = 1.5  # times the limit, by the fastest of them
 LATENCY_SHARE = 0.01  # of the budget: timing single requests ends after it, with 20 at least
-PASS_SHARE = 1 / 30  # of the budget: writing all judged records as what stands does
+PASS_SHARE = 1 / 60  # of the budget: writing all judged records as what stands does
 JUDGED = (50, 2000)  # records
 _SAMPLE = 32  # records, by which a pass is estimated
 
