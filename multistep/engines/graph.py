@@ -76,9 +76,7 @@ def write_graph(model: TextEncoder, path: Path, scale: float = 1.0, shift: float
         program.save(str(path))
     except torch.onnx.OnnxExporterError as error:
         reason = str(error).strip().splitlines()[0][:160]
-        raise UserError(
-            f"onnx: this model has no graph ({reason}). Use the runtime torch."
-        ) from None
+        raise UserError(f"onnx: this model has no graph ({reason}). Use the runtime torch.") from None
     finally:
         log.setLevel(before)
 
