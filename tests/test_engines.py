@@ -236,6 +236,23 @@ def test_ctranslate2_writes_what_our_engine_writes(tmp_path: Path, kind: str) ->
     assert any(ended) and not all(ended)
 
 
+def test_a_model_of_another_class_goes_through_the_converter(tmp_path: Path) -> None:
+    needs("ctranslate2")
+    from transformers import CTRLConfig, CTRLLMHeadModel, GPT2Config, GPT2LMHeadModel
+
+    neural = writer(tmp_path, "decoder")
+    config = GPT2Config(vocab_size=305, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
+    gpt2 = replace(neural, model=GPT2LMHeadModel(config).eval())
+    pen = prepare(gpt2, Runtime(runtime="ctranslate2"), tmp_path).pen
+    assert pen is not None
+    expected = generate(gpt2.model, PROMPTS, neural.decoding, [2])
+    assert [w.ids for w in pen.write(PROMPTS, neural.decoding, [2])] == [w.ids for w in expected]
+    ctrl = CTRLLMHeadModel(CTRLConfig(vocab_size=305, n_positions=64, n_embd=32, dff=32, n_layer=1, n_head=2))
+    with pytest.raises(UserError, match="no conversion of a CTRLLMHeadModel .*Use the runtime torch"):
+        prepare(replace(neural, model=ctrl), Runtime(runtime="ctranslate2"), tmp_path / "other")
+    assert not list((tmp_path / "other" / "engines").iterdir())
+
+
 @pytest.mark.parametrize("kind", ["decoder", "seq2seq"])
 def test_ctranslate2_minds_stop_texts_and_repetitions(tmp_path: Path, kind: str) -> None:
     needs("ctranslate2")

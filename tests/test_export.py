@@ -114,7 +114,7 @@ def test_a_keras_model_gives_the_logits(tmp_path: Path, kind: str) -> None:
 
 def test_keras_has_no_twin_of_every_encoder(tmp_path: Path) -> None:
     needs("keras")
-    with pytest.raises(UserError, match="no twin of a distilbert. Use --to onnx"):
+    with pytest.raises(UserError, match=r"no twin of a distilbert\. Use --to onnx"):
         export(label_bundle(tmp_path, "distilbert"), "keras", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*tmp"))
 

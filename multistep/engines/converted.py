@@ -93,7 +93,9 @@ def _through_folder(model: Any, codec: Codec, folder: Path, quantization: str) -
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="multistep-") as temporary:
         model.save_pretrained(temporary)
-        codec.tokenizer.save_pretrained(temporary)
+        tokenizer = copy.deepcopy(codec.tokenizer)  # a token an id, where the model has more ids than there are tokens
+        tokenizer.add_tokens([f"<none{i}>" for i in range(len(tokenizer), model.config.vocab_size)])
+        tokenizer.save_pretrained(temporary)
         try:
             TransformersConverter(temporary).convert(str(folder), quantization=quantization, force=True)
         except (ValueError, NotImplementedError, AttributeError, KeyError) as error:

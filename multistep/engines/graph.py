@@ -74,11 +74,9 @@ def write_graph(model: TextEncoder, path: Path, scale: float = 1.0, shift: float
             )  # fmt: skip
         assert program is not None
         program.save(str(path))
-    except (torch.onnx.errors.OnnxExporterError, torch.onnx.ExportError) as error:
+    except torch.onnx.OnnxExporterError as error:
         reason = str(error).strip().splitlines()[0][:160]
-        raise UserError(
-            f"onnx: this {model.config.model_type} has no graph ({reason}). Use the runtime torch."
-        ) from None
+        raise UserError(f"onnx: this model has no graph ({reason}). Use the runtime torch.") from None
     finally:
         log.setLevel(before)
 
@@ -98,4 +96,4 @@ def quantize_graph(path: Path, out: Path) -> None:
         quantizer.process()
     finally:
         log.setLevel(before)
-    quantizer.model.save_model_to_file(str(out))
+    quantizer.model.save_model_to_file(str(out))  # pyright: ignore[reportAttributeAccessIssue]

@@ -15,7 +15,7 @@ import numpy as np
 
 from multistep.data.batches import by_length
 from multistep.engines.graph import quantize_graph, write_graph
-from multistep.engines.runtime import Runtime, check_installed, fingerprint, lacks, made
+from multistep.engines.runtime import Runtime, check_installed, fingerprint, found, lacks, made
 from multistep.evaluate import EncoderText, TextModel
 from multistep.models.encoder import Encoder, pad
 from multistep.models.recurrence import has_bf16
@@ -26,17 +26,17 @@ _GRAPH = "model.onnx"
 
 def encoder_variants(model: EncoderText) -> list[Runtime]:
     """What this encoder could run on here. torch has no int8 for a CPU: its quantize_dynamic is given up by its makers."""
-    found = [Runtime()]
+    known = [Runtime()]
     cpu = model.model.head.weight.device.type == "cpu"
     if model.model.in_bf16 and (has_bf16() or not cpu):
-        found.append(Runtime(dtype="bf16"))
+        known.append(Runtime(dtype="bf16"))
     if cpu and not lacks(Runtime(runtime="onnx")):
-        found += [Runtime(runtime="onnx")]
+        known += [Runtime(runtime="onnx")]
         if isinstance(
             model.model, Encoder
         ):  # of an LSTM the products are inside of an operation that has no such weights
-            found.append(Runtime(runtime="onnx", dtype="int8"))
-    return found
+            known.append(Runtime(runtime="onnx", dtype="int8"))
+    return known
 
 
 def prepare_encoder(model: EncoderText, runtime: Runtime, folder: Path, make: bool) -> TextModel:
@@ -68,13 +68,21 @@ def _in_bf16(model: EncoderText) -> EncoderText:
 def _on_onnx(model: EncoderText, runtime: Runtime, folder: Path, make: bool) -> OnnxText:
     check_installed(runtime, making=make)
 
-    def write(into: Path) -> None:
-        write_graph(model.model, into / _GRAPH)
-        if runtime.dtype == "int8":
-            quantize_graph(into / _GRAPH, into / "int8.onnx")
-            (into / "int8.onnx").replace(into / _GRAPH)
+    mark = fingerprint(model.model)
 
-    place = made(folder, runtime, fingerprint(model.model), write if make else None)
+    def write(into: Path) -> None:
+        if runtime.dtype == "fp32":
+            return write_graph(model.model, into / _GRAPH)
+        whole = found(folder, runtime.with_(dtype="fp32"), mark)  # to make a graph takes seconds, to quantize it little
+        if whole is None:
+            write_graph(model.model, whole := into / "whole.onnx")
+        else:
+            whole = whole / _GRAPH
+        quantize_graph(whole, into / _GRAPH)
+        (into / "whole.onnx").unlink(missing_ok=True)
+        return None
+
+    place = made(folder, runtime, mark, write if make else None)
     return OnnxText(
         session_of(place / _GRAPH, runtime.n_threads), model.tokenize, model.pad_id, model.model.head.out_features,
         model.model.encode_tokens, runtime.batch, model.scale, model.mean,

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from importlib import metadata, util
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -29,9 +29,7 @@ class Runtime(Spec):
     dtype: Literal["fp32", "bf16", "int8"] = "fp32"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0  # 0: as many as torch has
     batch: Annotated[int, Field(ge=0, le=65_536)] = 0  # rows at once at most; 0: what the model does by itself
-    lookup: Annotated[int, Field(ge=0, le=64)] = (
-        0  # tokens that greedy writing guesses at once (multistep/lookup.py); torch alone
-    )
+    lookup: Annotated[int, Field(ge=0, le=64)] = 0  # tokens guessed at once (multistep/lookup.py): torch, greedy
 
     @property
     def name(self) -> str:
@@ -62,26 +60,37 @@ def check_installed(runtime: Runtime, making: bool = True) -> None:
 
 def fingerprint(*modules: torch.nn.Module) -> str:
     """Of all weights, by their names and bytes."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            found.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
-    return found.hexdigest()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _facts(target: Path) -> dict[str, Any] | None:
+    try:
+        facts = json.loads((target / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) else None
+
+
+def found(folder: Path, runtime: Runtime, mark: str) -> Path | None:
+    """The folder `engines/<name>` of a bundle, if it is there and of the weights that `mark` says."""
+    target = folder / "engines" / runtime.name
+    facts = _facts(target) or {}
+    return target if facts.get("format") == FORMAT and facts.get("fingerprint") == mark else None
 
 
 def made(folder: Path, runtime: Runtime, mark: str, write: Callable[[Path], None] | None) -> Path:
     """The folder `engines/<name>` of a bundle with the files of this runtime. Where it is not there or of other weights than `mark`
     says, `write` fills a new one, which takes its place in one step; without `write` that is a UserError."""
+    if (there := found(folder, runtime, mark)) is not None:
+        return there
     target = folder / "engines" / runtime.name
-    try:
-        facts = json.loads((target / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        facts = None
-    if facts is not None and facts.get("format") == FORMAT and facts.get("fingerprint") == mark:
-        return target
     if write is None:
-        why = "is not there" if facts is None else "was made of other weights"
+        why = "is not there" if _facts(target) is None else "was made of other weights"
         raise UserError(f"{target}: what {runtime.name} runs {why}. {_MAKE}")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:

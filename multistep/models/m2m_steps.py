@@ -77,7 +77,8 @@ class M2MSteps:
                 x_ND = x_ND + F.linear(_flat(mixed), layer.out.t(), layer.out_bias)
                 query = F.linear(_norm(x_ND, layer.cross_norm), layer.query.t(), layer.query_bias)
                 query = query.view(n, self.heads, self.width).transpose(0, 1)[None]
-                mixed = F.scaled_dot_product_attention(query, *self.source_L2BHSE[number])
+                keys, values = self.source_L2BHSE[number].unbind(0)
+                mixed = F.scaled_dot_product_attention(query, keys, values)
                 x_ND = x_ND + F.linear(_flat(mixed), layer.cross_out.t(), layer.cross_out_bias)
                 up = F.linear(_norm(x_ND, layer.mlp_norm), layer.up.t(), layer.up_bias)
                 x_ND = x_ND + F.linear(up.relu_(), layer.down.t(), layer.down_bias)
