@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from multistep.tuning_language import tune_language
+
 from _common import Results, Row, data_folder, load_average, markdown, multistep, parser, seconds, select
 from multistep import load
 from multistep.budget import parse_budget
@@ -24,7 +26,6 @@ from multistep.policy import Limit, one_by_one
 from multistep.predictors.decoding import Greedy
 from multistep.predictors.ways import Way, plain, read_way
 from multistep.report.progress import Progress
-from multistep.tuning_language import tune_language
 
 BENCH = "decoding"
 DATASET = "multi30k_en_de"

@@ -19,6 +19,7 @@ from multistep.export.labels import write_readme
 from multistep.generate import generate
 from multistep.language_bundle import LanguageBundle, in_transformers_words, save_neural
 from multistep.predictors.decoding import Decoding, Greedy
+from multistep.predictors.ways import plain
 from multistep.types import UserError
 from multistep.writing import Neural
 
@@ -53,7 +54,7 @@ def to_folder(bundle: LanguageBundle, into: Path) -> str:
     how = json.dumps(in_transformers_words(neural.decoding, neural))
     write_readme(into, "A model that writes", _FOLDER.format(auto=auto.__name__, how=how, reads=_READS[neural.reads]))
     loaded: Any = auto.from_pretrained(into, dtype=torch.float32).eval()
-    decoding = _plain(neural.decoding)
+    decoding = _short(plain(neural.decoding))
     prompts = _prompts(bundle)
     theirs = []
     with torch.no_grad():
@@ -78,9 +79,8 @@ def to_ctranslate2(bundle: LanguageBundle, into: Path) -> str:
     check_installed(runtime)
     convert(neural.model, neural.codec, into, int8=False)
     neural.codec.tokenizer.save_pretrained(into / "tokenizer")
-    decoding = (
-        neural.decoding if not refusal(neural.decoding) else Greedy(max_new_tokens=neural.decoding.max_new_tokens)
-    )
+    tuned = plain(neural.decoding)
+    decoding = tuned if not refusal(tuned) else Greedy(max_new_tokens=tuned.max_new_tokens)
     how: dict[str, Any] = {"beam_size": getattr(decoding, "beams", 1)}
     lines = _TRANSLATOR if neural.model.config.is_encoder_decoder else _GENERATOR
     longest = "max_decoding_length" if neural.model.config.is_encoder_decoder else "max_length"
@@ -93,10 +93,10 @@ def to_ctranslate2(bundle: LanguageBundle, into: Path) -> str:
     said = ", ".join(f"{k}={v!r}" for k, v in how.items())
     bos = neural.codec.tokenizer.convert_ids_to_tokens(neural.codec.bos)
     write_readme(into, "A model that writes, for CTranslate2", lines.format(how=said, bos=bos))
-    prompts, plain = _prompts(bundle), _plain(neural.decoding)
+    prompts, short = _prompts(bundle), _short(tuned)
     pen = open_pen(into, neural.codec, neural.model.config, runtime)
-    theirs = [w.ids for w in pen.write(prompts, plain, [neural.codec.eos])]
-    ours = [w.ids for w in generate(neural.model, prompts, plain, [neural.codec.eos])]
+    theirs = [w.ids for w in pen.write(prompts, short, [neural.codec.eos])]
+    ours = [w.ids for w in generate(neural.model, prompts, short, [neural.codec.eos])]
     return check_texts(theirs, ours, "ctranslate2") + ", greedily"
 
 
@@ -106,7 +106,7 @@ def to_onnx(bundle: LanguageBundle, into: Path) -> str:
     )
 
 
-def _plain(decoding: Decoding) -> Greedy:
+def _short(decoding: Decoding) -> Greedy:
     return Greedy(max_new_tokens=min(_NEW, decoding.max_new_tokens))
 
 

@@ -244,7 +244,9 @@ def test_a_recipe_is_judged_on_rows_that_none_of_its_numbers_saw(recipe: Recipe)
     logits = {m: logits["encoder"] + 1.5 * noise.normal(size=z.shape) for m, z in logits.items()}
     found = prepare(recipe, THREE, logits, targets, "f1_macro", 0)
     assert found is not None and (found.scored.targets == targets).all()
-    mixed = np.random.default_rng(0).permutation(targets)  # nothing is left to learn: no numbers fitted to it may look good
+    mixed = np.random.default_rng(0).permutation(
+        targets
+    )  # nothing is left to learn: no numbers fitted to it may look good
     learnt = prepare(recipe, THREE, logits, mixed, "f1_macro", 0)
     if learnt is not None:
         gain_N = np.log(3) - THREE.nll_N(learnt.scored.logits_NK, mixed)
