@@ -3,8 +3,8 @@
 One server is measured at a time; it and this generator share the cores. Closed loop: so many clients, each asks again when it is
 answered; the systems take turns, a round is a seed. Open loop: requests come at 80 % of ours' best rate at random times (a Poisson
 process), whether or not the last were answered; a latency counts from when a request was due. Overload: far more clients than the
-queue has room for, who wait as long as a refusal says; then how soon a lone request is answered again. Fuzz: bodies of noise and of broken JSON; the memory before and
-after.
+queue has room for, who wait as long as a refusal says; then how soon a lone request is answered again. Fuzz: bodies of noise and of
+broken JSON; the memory before and after.
 """
 
 from __future__ import annotations
