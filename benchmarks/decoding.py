@@ -13,8 +13,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from multistep.tuning_language import tune_language
-
 from _common import Results, Row, data_folder, load_average, markdown, multistep, parser, seconds, select
 from multistep import load
 from multistep.budget import parse_budget
@@ -26,6 +24,8 @@ from multistep.policy import Limit, one_by_one
 from multistep.predictors.decoding import Greedy
 from multistep.predictors.ways import Way, plain, read_way
 from multistep.report.progress import Progress
+from multistep.tuning.language import tune_language
+from multistep.writing import Neural
 
 BENCH = "decoding"
 DATASET = "multi30k_en_de"
@@ -69,6 +69,8 @@ def run(out: Path, factors: list[float], budget: str, seed: int, rows: int | Non
         started["data"], task="translate", text=started["text"], label=started["label"], seed=started["seed"]
     )
     speaker: Any = load(out).language.speaker
+    if not isinstance(speaker, Neural):
+        raise SystemExit("benchmarks: a cheap writer stands in that run, no trained model. Give --fit more time.")
     greedy = Greedy(max_new_tokens=plain(speaker.decoding).max_new_tokens)
     test = list(data.test)[:rows]
     base = measured(speaker, greedy, test)

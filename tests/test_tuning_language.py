@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from multistep.tuning_language import tune_language
 from runs import run
 from test_language import config, corpus, pairs, talks, tiny_llama
 
@@ -26,6 +25,7 @@ from multistep.predictors.ways import Way, plain, read_way, words
 from multistep.report.policy import explain_policy, explain_tuning
 from multistep.report.progress import Progress
 from multistep.tune.decoding import LanguagePrediction
+from multistep.tuning.language import tune_language
 from multistep.types import Interrupted, UserError
 from multistep.voting import shown
 from multistep.writing import Neural

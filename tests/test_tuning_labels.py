@@ -1,0 +1,290 @@
+"""multistep tune for labels: a run is measured, better or cheaper ways are taken, what is served obeys; stopped runs go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import LABELS, config, run, tiny_encoder, write_rows
+
+from multistep import api, journal
+from multistep.cli import run as command
+from multistep.controllers.answering import AnsweringProblem, answering
+from multistep.controllers.script import Scripted, Skip
+from multistep.policy import Policy
+from multistep.predictors import Single
+from multistep.strategy import Profile, Promise, Trial, TryRecipe
+from multistep.tasks import Classify, Regress
+from multistep.tuning import tune_run
+from multistep.types import Outcome, UserError, Verdict
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a linear model and a tiny encoder. Copy it before you change it."""
+    place = tmp_path_factory.mktemp("run")
+    rows = write_rows(place / "rows.csv", rows=900)
+    return run(config(rows, place / "run", tiny_encoder(place / "encoder"))).out
+
+
+@pytest.fixture
+def run_dir(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def info(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "model" / "multistep.json").read_text(encoding="utf-8"))
+
+
+TEXTS = (
+    [f"river up stone {i}" for i in range(6)] + [f"down paper {i}" for i in range(6)] + ["", "left", "fire left cloud"]
+)
+
+
+def test_a_run_is_tuned_and_served_as_it_was_judged(run_dir: Path) -> None:
+    before = (run_dir / "model" / "README.md").read_text(encoding="utf-8")
+    policy = tune_run(run_dir, budget="10s")
+    names = [e.name for e in policy.entries]
+    assert names[0] == "as it stands" == policy.default and policy.pick in names
+    assert any(e.facts.get("recipe", {}).get("first") == "linear" for e in policy.entries), "no cascade was tried"
+    assert {"linear (temperature)", "encoder (temperature)"} <= {n.partition(" on ")[0] for n in names}
+    assert set(policy.front) <= set(names) and policy.rows > 50
+    assert Policy.parse(info(run_dir)["policy"]) == policy
+    bundle = api.load(run_dir).labels
+    assert bundle.predictor.model_dump(mode="json") == policy.entry(policy.pick).predictor
+    together = bundle.predict(TEXTS)
+    for one, text in zip(together, TEXTS, strict=True):
+        alone = bundle.predict([text])[0]
+        assert (alone.value, alone.stage) == (one.value, one.stage)
+        assert alone.scores == pytest.approx(dict(one.scores), abs=1e-4)
+        assert one.value in LABELS and one.stage
+    after = (run_dir / "model" / "README.md").read_text(encoding="utf-8")
+    assert after.startswith(before.rstrip()) and "## How it predicts" in after
+    said = api.load(run_dir).explain()
+    assert "How it predicts" in said and "why taken or not" in said
+
+
+def test_what_is_tuned_again_starts_from_what_stands(run_dir: Path) -> None:
+    first = tune_run(run_dir, budget="10s")
+    second = tune_run(run_dir, budget="10s", metric="f1_macro")
+    assert second.metric == "f1_macro" and second.entries[0].predictor == first.entry(first.pick).predictor
+    assert second.entries[0].engine == first.entry(first.pick).engine
+    kept = journal.read(run_dir / "tuning-1.jsonl")
+    assert kept[-1]["kind"] == "Finished" and kept[-1]["pick"] == first.pick
+    assert (run_dir / "model" / "README.md").read_text(encoding="utf-8").count("## How it predicts") == 1
+
+
+def test_the_test_split_is_not_read(run_dir: Path) -> None:
+    before = sum(r["kind"] == "TestRead" for r in journal.read(run_dir / "journal.jsonl"))
+    tune_run(run_dir, budget="5s")
+    assert sum(r["kind"] == "TestRead" for r in journal.read(run_dir / "journal.jsonl")) == before
+    assert all(r["kind"] != "TestRead" for r in journal.read(run_dir / "tuning.jsonl"))
+
+
+def test_a_limit_that_nothing_keeps_leaves_what_stands(run_dir: Path) -> None:
+    before = info(run_dir)["predictor"]
+    policy = tune_run(run_dir, budget="5s", latency="p50=0.000001ms")
+    assert policy.pick == policy.default and info(run_dir)["predictor"] == before
+    assert all("too slow" in e.rule for e in policy.entries[1:])
+    from multistep.report.policy import explain_policy
+
+    assert "does not keep the limit" in explain_policy(policy.model_dump(mode="json"))
+
+
+def test_costs_decide(run_dir: Path, tmp_path: Path) -> None:
+    costs = tmp_path / "costs.json"
+    costs.write_text(json.dumps({"north": {"south": 30.0, "west": 30.0}}))
+    policy = tune_run(run_dir, budget="10s", costs=costs)
+    taken = policy.entry(policy.pick)
+    assert policy.metric == "cost" and taken.facts["recipe"]["decision"] == "costs", policy.rule
+    assert taken.metrics["cost"].value < policy.entries[0].metrics["cost"].value
+    likeliest = policy.entries[0]
+    assert taken.metrics["accuracy"].value <= likeliest.metrics["accuracy"].value
+    bundle = api.load(run_dir).labels
+    unsure = [p for p in bundle.predict([f"stone river {i}" for i in range(40)]) if p.confidence is not None]
+    assert all(p.value == "north" for p in unsure if p.scores["north"] > 0.1)
+
+
+def test_a_promise_rests_on_rows_of_its_own(run_dir: Path) -> None:
+    policy = tune_run(run_dir, budget="10s", coverage=0.9)
+    taken = policy.entry(policy.pick)
+    assert taken.predictor["kind"] == "conformal" and taken.predictor["coverage"] == 0.9
+    whole = tune_run(run_dir, budget="5s")
+    assert taken.predictor["rows"] + policy.rows == whole.rows
+    assert whole.entries[0].predictor["kind"] == "conformal"  # what stands is what was promised
+
+
+def test_answers_are_withheld_in_what_is_served(run_dir: Path) -> None:
+    tune_run(run_dir, budget="5s", coverage=0.97)
+    found = api.load(run_dir).predict(TEXTS)
+    assert all(p.candidates is not None for p in found)
+    assert any(p.abstains for p in found) and any(not p.abstains for p in found)
+
+
+def test_other_rows_may_judge(run_dir: Path, tmp_path: Path) -> None:
+    policy = tune_run(run_dir, budget="5s", data=str(write_rows(tmp_path / "other.csv", rows=200, seed=9)))
+    assert policy.rows == 200 and policy.data == "other.csv, neither train nor test"
+    source = json.loads((run_dir / "journal.jsonl").read_text().splitlines()[0])["config"]["data"]
+    with pytest.raises(UserError, match="neither train nor test"):
+        tune_run(run_dir, budget="5s", data=str(_train_of(Path(source), tmp_path / "train.csv", run_dir)))
+
+
+def _train_of(source: Path, out: Path, run_dir: Path) -> Path:
+    """The rows of train and test alone."""
+    from multistep.data import load
+
+    seed = json.loads((run_dir / "journal.jsonl").read_text().splitlines()[0])["config"]["seed"]
+    data = load(source, task=None, text=(), label=None, seed=seed)
+    rows = "".join(f'"{e.text}",{e.label}\n' for e in (*data.train, *data.test))
+    out.write_text("text,label\n" + rows, encoding="utf-8")
+    return out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--latency", "20ms"], "p95=20ms"),
+        (["--budget", "5 updates"], "is no time"),
+        (["--metric", "acuracy"], "Did you mean 'accuracy'"),
+        (["--coverage", "1.5"], "is no probability"),
+        (["--coverage", "0.9999"], "Give more data or promise less"),
+        (["--costs", "nothing.json"], "no such file"),
+        (["--data", "nothing.csv"], "nothing.csv"),
+    ],
+)
+def test_what_a_user_can_mend_is_said_in_a_line(
+    run_dir: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = info(run_dir)
+    assert command(["tune", str(run_dir), "--budget", "4s", *arguments, "--quiet"]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and said in last
+    assert info(run_dir)["predictor"] == before["predictor"] or "coverage" in said or "promise" in said
+
+
+def test_a_folder_without_a_run_is_refused(run_dir: Path, tmp_path: Path) -> None:
+    assert command(["tune", str(tmp_path / "none")]) == 2
+    with pytest.raises(UserError, match="a bundle alone"):
+        tune_run(run_dir / "model", budget="4s")
+
+
+def test_the_command_prints_the_policy(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["tune", str(run_dir), "--budget", "4s", "--json", "--quiet"]) == 0
+    assert Policy.parse(json.loads(capsys.readouterr().out)).entries
+
+
+def test_a_stopped_tuning_goes_on(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from multistep.tune import answering as works
+
+    tried, real = [0], works.prepare
+
+    def interrupting(*arguments: Any) -> Any:
+        tried[0] += 1
+        if tried[0] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(works, "prepare", interrupting)
+    assert command(["tune", str(run_dir), "--budget", "20s", "--quiet"]) == 128 + signal.SIGTERM
+    past = journal.read(run_dir / "tuning.jsonl")
+    assert past[-1]["kind"] == "Interrupted" and api.load(run_dir).predict(["up"])
+    monkeypatch.setattr(works, "prepare", real)
+    policy = tune_run(run_dir, budget="20s")
+    whole = journal.read(run_dir / "tuning.jsonl")
+    assert [r["n"] for r in whole[: len(past)]] == [r["n"] for r in past]
+    asked = [r["trial"]["id"] for r in whole if r["kind"] == "Asked"]
+    assert len(asked) == len(set(asked)) and whole[-1]["kind"] == "Finished"
+    assert len(policy.entries) >= len([r for r in past if r["kind"] == "Told"])
+
+
+# ---------------------------------------------------------------------------------------------- the script alone
+
+
+def problem(**changes: Any) -> AnsweringProblem:
+    given: dict[str, Any] = {
+        "task": Classify(labels=("a", "b", "c")), "metric": "accuracy", "models": ("linear", "encoder"),
+        "default": Single(model="encoder"), "engine": {}, "limit": None, "budget": 60.0, "rows": 300,
+    }  # fmt: skip
+    return AnsweringProblem(**{**given, **changes})
+
+
+def driven(
+    p: AnsweringProblem, ms: dict[str, float], takes: Any = lambda recipe: False, remaining: float = 50.0
+) -> list[Any]:
+    """What the script asks for, told that every recipe for which `takes` says so is taken."""
+    from multistep.predictors.recipe import recipe_of
+
+    controller, asked = Scripted(answering(p)), []
+    recipe = recipe_of(p.default)
+    standing: dict[str, Any] = {"engine": p.engine, "recipe": recipe and recipe.model_dump(mode="json")}
+    while (ask := controller.ask()) is not None:
+        asked.append(ask)
+        if not isinstance(ask, Trial):
+            continue
+        facts: dict[str, Any] = {"models": ms, "engines": []}
+        verdict = None
+        if isinstance(ask.action, TryRecipe):
+            verdict = Verdict(accept=bool(takes(ask.action.recipe)), rule="told so")
+            if verdict.accept:
+                standing = {**standing, "recipe": ask.action.recipe.model_dump(mode="json")}
+        controller.tell(ask, Outcome(verdict=verdict, facts=facts, remaining=remaining, incumbent=standing))
+    return asked
+
+
+def recipes(asked: list[Any]) -> list[Any]:
+    return [a.action.recipe for a in asked if isinstance(a, Trial) and isinstance(a.action, TryRecipe)]
+
+
+def test_shares_of_a_cascade_go_up_until_one_is_taken() -> None:
+    asked = recipes(driven(problem(), {"linear": 1.0, "encoder": 10.0}, lambda r: r.again == 0.3))
+    assert [r.again for r in asked if r.first] == [0.1, 0.2, 0.3]
+
+
+def test_no_cascade_where_the_cheap_model_is_not_cheap() -> None:
+    asked = driven(problem(), {"linear": 6.0, "encoder": 10.0})
+    assert not any(r.first for r in recipes(asked))
+    assert any(isinstance(a, Skip) and a.stage == "cascade" for a in asked)
+
+
+def test_all_that_could_be_better_share_one_chance_of_error() -> None:
+    for metric, more in (("accuracy", 0), ("f1_macro", 1)):
+        tried = [
+            a.action.alpha
+            for a in driven(problem(metric=metric), {"linear": 1.0, "encoder": 10.0})
+            if isinstance(a, Trial) and isinstance(a.action, TryRecipe)
+        ]
+        assert set(tried) == {0.1 / (2 + 1 + 2 + more)}
+
+
+def test_thresholds_are_tried_for_metrics_that_want_them() -> None:
+    def decisions(metric: str) -> set[str]:
+        asked = driven(problem(metric=metric), {"linear": 1.0, "encoder": 10.0})
+        return {r.decision for r in recipes(asked)}
+
+    assert decisions("accuracy") == {"likeliest"} and decisions("f1_macro") == {"likeliest", "thresholds"}
+
+
+def test_regression_has_lines_and_no_cascades() -> None:
+    asked = recipes(driven(problem(task=Regress(), metric="mse"), {"linear": 1.0, "encoder": 10.0}))
+    assert {r.calibration for r in asked} == {"none", "affine"} and not any(r.first for r in asked)
+
+
+def test_few_rows_decide_nothing() -> None:
+    asked = driven(problem(rows=19), {"linear": 1.0, "encoder": 10.0})
+    assert [type(a.action) for a in asked if isinstance(a, Trial)] == [Profile]
+
+
+def test_a_promise_comes_last() -> None:
+    asked = [a for a in driven(problem(coverage=0.9), {"linear": 1.0, "encoder": 10.0}) if isinstance(a, Trial)]
+    assert isinstance(asked[-1].action, Promise) and sum(isinstance(a.action, Promise) for a in asked) == 1
+
+
+def test_nothing_is_tried_that_the_clock_cannot_pay_for() -> None:
+    asked = driven(problem(), {"linear": 1.0, "encoder": 10.0}, remaining=-1.0)
+    assert not recipes(asked)
