@@ -127,16 +127,18 @@ class Seen:
         return row | {"refused": self.statuses[429], "statuses": {str(k): n for k, n in sorted(self.statuses.items())}}
 
 
-async def closed(port: int, sent: Sequence[bytes], clients: int, seconds: float, seed: int) -> Seen:
-    """So many clients, each asks again when it is answered. The first second is not counted."""
+async def closed(
+    port: int, sent: Sequence[bytes], clients: int, seconds: float, seed: int, warm_s: float = WARM_S
+) -> Seen:
+    """So many clients, each asks again when it is answered. The first `warm_s` are not counted."""
     seen, begun = Seen(), time.perf_counter()
 
     async def one(number: int) -> None:
         rng, client = random.Random(seed * 1000 + number), Client(port)
-        while (start := time.perf_counter()) < begun + WARM_S + seconds:
+        while (start := time.perf_counter()) < begun + warm_s + seconds:
             status = await client.ask(rng.choice(sent))
             end = time.perf_counter()
-            if begun + WARM_S <= end < begun + WARM_S + seconds:
+            if begun + warm_s <= end < begun + warm_s + seconds:
                 seen.note(status, end - start)
             if status in (0, 429):
                 await asyncio.sleep(client.after_s)
@@ -172,7 +174,7 @@ async def opened(port: int, sent: Sequence[bytes], rate: float, seconds: float, 
 
 async def overloaded(port: int, sent: Sequence[bytes], seconds: float, seed: int) -> tuple[Seen, float]:
     """What far too many clients see; and after how many seconds a lone request is answered with 200 within a second."""
-    seen = await closed(port, sent, OVERLOAD, seconds, seed)
+    seen = await closed(port, sent, OVERLOAD, seconds, seed, 0.0)
     begun = time.perf_counter()
     while True:
         client, start = Client(port), time.perf_counter()
