@@ -248,7 +248,7 @@ def test_a_model_of_another_class_goes_through_the_converter(tmp_path: Path) -> 
     expected = generate(gpt2.model, PROMPTS, neural.decoding, [2])
     assert [w.ids for w in pen.write(PROMPTS, neural.decoding, [2])] == [w.ids for w in expected]
     ctrl = CTRLLMHeadModel(CTRLConfig(vocab_size=305, n_positions=64, n_embd=32, dff=32, n_layer=1, n_head=2))
-    with pytest.raises(UserError, match="no conversion of a CTRLLMHeadModel .*Use the runtime torch"):
+    with pytest.raises(UserError, match=r"no conversion of a CTRLLMHeadModel .*Use the runtime torch"):
         prepare(replace(neural, model=ctrl), Runtime(runtime="ctranslate2"), tmp_path / "other")
     assert not list((tmp_path / "other" / "engines").iterdir())
 
