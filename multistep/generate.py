@@ -46,6 +46,10 @@ class Pen(Protocol):
         """A text for every prompt, in order, as `generate` gives them."""
         ...
 
+    def can(self, decoding: Decoding) -> bool:
+        """Whether it writes so."""
+        ...
+
 
 def generate(
     model: Any, prompts: Sequence[np.ndarray], decoding: Decoding, end_ids: Sequence[int], *,

@@ -158,9 +158,13 @@ def save_neural(neural: Neural, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def rewrite_decoding(folder: Path, neural: Neural, way: Way, policy: Mapping[str, Any], said: str) -> None:
+def rewrite_decoding(
+    folder: Path, neural: Neural, way: Way, policy: Mapping[str, Any], said: str, engine: Mapping[str, Any] | None = None,
+    runs_on: Path | None = None,
+) -> None:  # fmt: skip
     """Replace how a bundle's model writes, in one step: the weights stay as they are. `neural`: what the bundle was loaded as; its
-    examples are kept where the way asks for some. `policy`: why, for multistep.json; `said`: the same in words, for the card."""
+    examples are kept where the way asks for some. `policy`: why, for multistep.json; `said`: the same in words, for the card.
+    `engine`: what writes, none of it our own; `runs_on`: the folder of its files, where it has some."""
     from transformers import GenerationConfig
 
     info = json.loads((folder / "multistep.json").read_text(encoding="utf-8"))
@@ -175,6 +179,12 @@ def rewrite_decoding(folder: Path, neural: Neural, way: Way, policy: Mapping[str
         info["standing"] = {**info["standing"], "decoding": way.model_dump(mode="json")}
         info["neural"] = {**info["neural"], "not_in_generation_config": list(not_in_transformers_words(way))}
         info["policy"] = dict(policy)
+        info.pop("engine", None)
+        shutil.rmtree(temporary / "engines", ignore_errors=True)
+        if engine:
+            info["engine"] = dict(engine)
+        if runs_on is not None:
+            shutil.copytree(runs_on, temporary / "engines" / runs_on.name)
         card = temporary / "README.md"
         if card.exists():
             card.write_text(with_section(card.read_text(encoding="utf-8"), TUNED, said), encoding="utf-8")

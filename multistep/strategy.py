@@ -212,11 +212,12 @@ class Decode(Spec):
 
 
 class TryWay(Spec):
-    """Measure a way to write with a finished model: its latency, then its texts against those of what stands. `alpha`: its share of the
-    chance of an error that all ways together may have."""
+    """Measure a way to write with a finished model: its latency, then its texts against those of what stands. `engine`: what writes, as
+    JSON; empty: our own. `alpha`: its share of the chance of an error that all ways together may have."""
 
     kind: Literal["try_way"] = "try_way"
     way: Way
+    engine: dict[str, Any] = Field(default_factory=dict)
     alpha: Annotated[float, Field(gt=0, lt=1)]
 
 

@@ -159,9 +159,8 @@ class Neural:
         self.model.eval()
         ends, decoding = self.endings(decoding)
         prompts = self.prompts(records)
-        if (
-            self.pen is not None and n == 1 and not isinstance(decoding, Sample)
-        ):  # draws and several texts are our own engine's
+        # Several texts, and draws whose numbers belong to their request, are our own engine's.
+        if self.pen is not None and n == 1 and not isinstance(decoding, Sample) and self.pen.can(decoding):
             return [[w] for w in self.pen.write(prompts, decoding, ends, self.codec.text, self.watch)]
         # On a CPU one token at a time is memory traffic, and autocast would cast every weight for every token.
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16 and self.device == "cuda"):

@@ -68,7 +68,7 @@ def test_votes_win_where_right_answers_agree(tmp_path: Path) -> None:
     )
     clock, shipped = Clock(parse_budget("5m")), []
     works = LanguagePrediction(
-        Guesses(), problem, records, "sums", clock, lambda: 0, lambda way, policy: shipped.append(way)  # pyright: ignore[reportArgumentType]
+        Guesses(), problem, records, "sums", clock, lambda: 0, lambda way, engine, policy: shipped.append(way)  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
     list(tune(works, Scripted(tuning(problem)), Journal(tmp_path / "tuning.jsonl"), []))
     policy = works.policy()

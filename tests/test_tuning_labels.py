@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,19 @@ import pytest
 from runs import LABELS, config, run, tiny_encoder, write_rows
 
 from multistep import api, journal
+from multistep.budget import parse_budget
 from multistep.cli import run as command
+from multistep.controllers import answering as script
 from multistep.controllers.answering import AnsweringProblem, answering
 from multistep.controllers.script import Scripted, Skip
+from multistep.engines import Runtime
 from multistep.policy import Policy
 from multistep.predictors import Single
+from multistep.report.progress import Progress
 from multistep.strategy import Profile, Promise, Trial, TryRecipe
 from multistep.tasks import Classify, Regress
-from multistep.tuning import tune_run
+from multistep.tune import answering as works
+from multistep.tuning import labels, tune_run
 from multistep.types import Outcome, UserError, Verdict
 
 
@@ -38,6 +44,24 @@ def run_dir(finished: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Rows enough to decide on; a run of 900 keeps 45."""
+    return str(write_rows(tmp_path_factory.mktemp("data") / "judged.csv", rows=600, seed=5, noise=0.2))
+
+
+@pytest.fixture(autouse=True)
+def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making graphs for other engines takes seconds: one test does."""
+    monkeypatch.setattr(labels.RunModels, "runtimes", lambda self: [])
+
+
+@pytest.fixture
+def cascades(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny encoder is hardly dearer than the linear model: cascades are tried nevertheless."""
+    monkeypatch.setattr(script, "WORTH", 0.0)
+
+
 def info(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "model" / "multistep.json").read_text(encoding="utf-8"))
 
@@ -47,14 +71,15 @@ TEXTS = (
 )
 
 
-def test_a_run_is_tuned_and_served_as_it_was_judged(run_dir: Path) -> None:
+def test_a_run_is_tuned_and_served_as_it_was_judged(run_dir: Path, judged: str, cascades: None) -> None:
     before = (run_dir / "model" / "README.md").read_text(encoding="utf-8")
-    policy = tune_run(run_dir, budget="10s")
+    policy = tune_run(run_dir, budget="10s", data=judged)
     names = [e.name for e in policy.entries]
     assert names[0] == "as it stands" == policy.default and policy.pick in names
     assert any(e.facts.get("recipe", {}).get("first") == "linear" for e in policy.entries), "no cascade was tried"
-    assert {"linear (temperature)", "encoder (temperature)"} <= {n.partition(" on ")[0] for n in names}
-    assert set(policy.front) <= set(names) and policy.rows > 50
+    alone = {tuple(e.facts["recipe"]["models"]) for e in policy.entries if e.facts["recipe"]["first"] is None}
+    assert {("linear",), ("encoder",)} <= alone
+    assert set(policy.front) <= set(names) and policy.rows == 600
     assert Policy.parse(info(run_dir)["policy"]) == policy
     bundle = api.load(run_dir).labels
     assert bundle.predictor.model_dump(mode="json") == policy.entry(policy.pick).predictor
@@ -68,6 +93,29 @@ def test_a_run_is_tuned_and_served_as_it_was_judged(run_dir: Path) -> None:
     assert after.startswith(before.rstrip()) and "## How it predicts" in after
     said = api.load(run_dir).explain()
     assert "How it predicts" in said and "why taken or not" in said
+
+
+def test_an_engine_is_taken_where_it_agrees(run_dir: Path, judged: str) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    onnx = Runtime(runtime="onnx").model_dump(mode="json")
+    bundle = replace(api.load(run_dir).labels, predictor=Single(model="encoder"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(labels.RunModels, "runtimes", lambda self: [("onnx-fp32", onnx)])
+        patch.setattr(script, "FASTER", 100.0)
+        patch.setattr(works, "admit", lambda *arguments: Verdict(accept=True, rule="told so"))
+        quiet = Progress(quiet=True)
+        policy = labels.tune_labels(run_dir, bundle, None, None, parse_budget("40s"), judged, None, None, quiet)
+    first = policy.entries[1]
+    assert first.name == "encoder on onnx-fp32" and first.engine == onnx
+    assert first.metrics["accuracy"] == pytest.approx(policy.entries[0].metrics["accuracy"], abs=0.01)
+    folder, picked = run_dir / "model", policy.entry(policy.pick)
+    assert (
+        (info(run_dir).get("engine") == {"encoder": onnx})
+        == bool(picked.engine)
+        == (folder / "engines" / "onnx-fp32").is_dir()
+    )
+    assert api.load(run_dir).predict(TEXTS)
 
 
 def test_what_is_tuned_again_starts_from_what_stands(run_dir: Path) -> None:
@@ -97,10 +145,10 @@ def test_a_limit_that_nothing_keeps_leaves_what_stands(run_dir: Path) -> None:
     assert "does not keep the limit" in explain_policy(policy.model_dump(mode="json"))
 
 
-def test_costs_decide(run_dir: Path, tmp_path: Path) -> None:
+def test_costs_decide(run_dir: Path, judged: str, tmp_path: Path) -> None:
     costs = tmp_path / "costs.json"
     costs.write_text(json.dumps({"north": {"south": 30.0, "west": 30.0}}))
-    policy = tune_run(run_dir, budget="10s", costs=costs)
+    policy = tune_run(run_dir, budget="10s", costs=costs, data=judged)
     taken = policy.entry(policy.pick)
     assert policy.metric == "cost" and taken.facts["recipe"]["decision"] == "costs", policy.rule
     assert taken.metrics["cost"].value < policy.entries[0].metrics["cost"].value
@@ -111,17 +159,17 @@ def test_costs_decide(run_dir: Path, tmp_path: Path) -> None:
     assert all(p.value == "north" for p in unsure if p.scores["north"] > 0.1)
 
 
-def test_a_promise_rests_on_rows_of_its_own(run_dir: Path) -> None:
-    policy = tune_run(run_dir, budget="10s", coverage=0.9)
+def test_a_promise_rests_on_rows_of_its_own(run_dir: Path, judged: str) -> None:
+    policy = tune_run(run_dir, budget="10s", coverage=0.9, data=judged)
     taken = policy.entry(policy.pick)
     assert taken.predictor["kind"] == "conformal" and taken.predictor["coverage"] == 0.9
-    whole = tune_run(run_dir, budget="5s")
+    whole = tune_run(run_dir, budget="5s", data=judged)
     assert taken.predictor["rows"] + policy.rows == whole.rows
     assert whole.entries[0].predictor["kind"] == "conformal"  # what stands is what was promised
 
 
-def test_answers_are_withheld_in_what_is_served(run_dir: Path) -> None:
-    tune_run(run_dir, budget="5s", coverage=0.97)
+def test_answers_are_withheld_in_what_is_served(run_dir: Path, judged: str) -> None:
+    tune_run(run_dir, budget="5s", coverage=0.97, data=judged)
     found = api.load(run_dir).predict(TEXTS)
     assert all(p.candidates is not None for p in found)
     assert any(p.abstains for p in found) and any(not p.abstains for p in found)
@@ -140,7 +188,7 @@ def _train_of(source: Path, out: Path, run_dir: Path) -> Path:
     from multistep.data import load
 
     seed = json.loads((run_dir / "journal.jsonl").read_text().splitlines()[0])["config"]["seed"]
-    data = load(source, task=None, text=(), label=None, seed=seed)
+    data = load(str(source), seed=seed)
     rows = "".join(f'"{e.text}",{e.label}\n' for e in (*data.train, *data.test))
     out.write_text("text,label\n" + rows, encoding="utf-8")
     return out
@@ -180,8 +228,6 @@ def test_the_command_prints_the_policy(run_dir: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_stopped_tuning_goes_on(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from multistep.tune import answering as works
-
     tried, real = [0], works.prepare
 
     def interrupting(*arguments: Any) -> Any:

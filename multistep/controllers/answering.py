@@ -88,7 +88,7 @@ class _Plan(BasePlan):
         """None where it was tried already, or what is left cannot pay for it."""
         action = TryRecipe(recipe=recipe, engine=engine or {}, alpha=self.alpha)
         key = f"{recipe} {engine or self.standing.get('engine')}"
-        if key in self._known:
+        if key in self._known or (recipe == self.recipe and engine is None):
             return None
         self._known.add(key)
         needed = MARGIN * self._trial_s

@@ -3,13 +3,15 @@ Optuna proposes, as long as the budget lasts.
 
 Every candidate is compared with what stands then, on the same records. All of them together may err as often as one alone
 (`policy.ALPHA`, shared evenly among all that could be tried: Bonferroni). A candidate whose cost what is left cannot pay is skipped.
-What the models run on joins here: further candidates after the ladder, the winner's way on another engine.
+Engines come first, since what is faster makes all that follows cheaper: those that write what our own writes, or nearly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from typing import Any
+
+from pydantic import Field
 
 from multistep.controllers.script import Ask, BasePlan, Skip, Steps
 from multistep.controllers.ways import Family, Space, WaySearch, limits_of
@@ -51,6 +53,7 @@ class DecodingProblem(Spec):
     task: Writing
     metric: str
     default: Way  # that stands
+    engine: dict[str, Any] = Field(default_factory=dict)  # that writes as it stands; empty: our own
     prompts: bool  # whether the model reads prompts
     examples: int  # records of train that prompts could show
     limit: Limit | None
@@ -71,7 +74,9 @@ class _Plan(BasePlan):
         self._factor: dict[bool, float] = {}  # what the last draws and what the last others took, of what was thought
 
     def told(self, action: Action, outcome: Outcome) -> None:
+        self.engine = (outcome.incumbent or {}).get("engine") or {}
         if isinstance(action, Profile):
+            self.engines, self.differ = outcome.facts.get("engines", []), outcome.facts.get("differ", [])
             self._text_s = outcome.cost.wall_s / _work(self.problem.default)
             self.known[words(self.problem.default)] = self._quality(outcome)
         elif isinstance(action, TryWay):
@@ -88,15 +93,21 @@ class _Plan(BasePlan):
         """What trying it takes, as the last one of its kind did."""
         return MARGIN * self._text_s * _work(way) * self._factor.get(_drawn(way), 1.0)
 
-    def try_(self, stage: str, way: Way, why: str) -> Try:
-        """None where it was tried already, or what is left cannot pay for it."""
-        if words(way) in self.known:
+    def try_(self, stage: str, way: Way, why: str, engine: dict[str, Any] | None = None) -> Try:
+        """None where it was tried already, or what is left cannot pay for it. `engine`: another one than writes by now."""
+        if words(way) in self.known and engine is None:
             return None
         needed = self.needs_s(way)
         if self.remaining < needed:
             yield Skip(stage=stage, why=f"{words(way)}: {self.remaining:.0f} s are left, it takes about {needed:.0f} s")
             return None
-        return (yield from self.trial(stage, TryWay(way=way, alpha=self.alpha), f"{words(way)}: {why}"))
+        return (
+            yield from self.trial(
+                stage,
+                TryWay(way=way, engine=self.engine if engine is None else engine, alpha=self.alpha),
+                f"{words(way)}: {why}",
+            )
+        )
 
 
 def _drawn(way: Way) -> bool:
@@ -160,10 +171,19 @@ def tuning(problem: DecodingProblem) -> Steps:
     """The whole script."""
     plan = _Plan(problem)
     yield from plan.trial("measure", Profile(), "what stands: its metric and the latency of a request")
+    yield from _engines(plan)
     for way, why in ladder(problem):
         yield from plan.try_("ladder", way, why)
     yield from _penalties(plan)
     yield from _searched(plan)
+
+
+def _engines(plan: _Plan) -> Steps:
+    """What stands on each engine that agrees; what does not is said."""
+    for engine in plan.differ:
+        yield Skip(stage="engine", why=f"{engine['name']}: {engine['why']}")
+    for engine in plan.engines:
+        yield from plan.try_("engine", plan.problem.default, f"on {engine['name']}", engine["runtime"])
 
 
 def _penalties(plan: _Plan) -> Steps:

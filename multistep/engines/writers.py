@@ -45,7 +45,8 @@ def prepare_writer(model: Neural, runtime: Runtime, folder: Path, make: bool) ->
             return replace(model, pen=OwnPen(model.model, runtime), cut={})
         case "ctranslate2", "fp32" | "int8":
             check_installed(runtime)
-            check_decoding(plain(model.decoding))
+            if model.decoding == (decoding := plain(model.decoding)):
+                check_decoding(decoding)
             if runtime.lookup:
                 raise UserError(f"{runtime.name}: lookup is a part of the runtime torch. Leave it out.")
             return replace(model, pen=_ctranslate2(model, runtime, folder, make), cut={})
@@ -76,6 +77,9 @@ class OwnPen:
                 if watch is not None:
                     watch(len(found) / len(prompts))
             return found
+
+    def can(self, decoding: Decoding) -> bool:
+        return not self.runtime.lookup or isinstance(decoding, Greedy)
 
 
 # ---------------------------------------------------------------------------------------------- CTranslate2
@@ -139,6 +143,9 @@ class CTranslate2Pen:
 
     def __post_init__(self) -> None:
         self._ids = {token: i for i, token in enumerate(self.tokens)}
+
+    def can(self, decoding: Decoding) -> bool:
+        return not refusal(decoding)
 
     def write(
         self, prompts: Sequence[np.ndarray], decoding: Decoding, end_ids: Sequence[int], decode: Decode | None = None,

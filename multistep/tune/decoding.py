@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from multistep.budget import Clock
 from multistep.controllers.decoding import DecodingProblem
 from multistep.data.cells import Record
+from multistep.engines import Agreement, agree_texts
 from multistep.metrics.texts import LANGUAGE_METRICS, compare_rows, judge_rows, measure_rows, statistics
 from multistep.policy import Entry, Latency, Policy, admit, front, one_by_one
-from multistep.predictors.ways import Way, read_way, words
+from multistep.predictors.decoding import Beam, Greedy
+from multistep.predictors.mbr import Mbr
+from multistep.predictors.ways import Way, plain, read_way, words
 from multistep.strategy import Profile, Trial, TryWay
 from multistep.tune.segment import Record as JournalRecord
 from multistep.types import Cost, Outcome, Verdict
@@ -31,8 +34,35 @@ PASS_SHARE = 1 / 60  # of the budget: writing all judged records as what stands 
 JUDGED = (50, 2000)  # records
 _SAMPLE = 32  # records, by which a pass is estimated
 
+AGREED = 64  # records on which an engine has to agree
+
 Run = Generator[JournalRecord, None, Outcome]
-Ship = Callable[[Way, Policy], None]
+Ship = Callable[[Way, dict[str, Any], Policy], None]
+
+
+class Engines(Protocol):
+    """What the model could write with, beside our own engine."""
+
+    def runtimes(self) -> list[tuple[str, dict[str, Any]]]:
+        """By name."""
+        ...
+
+    def writer(self, engine: Mapping[str, Any]) -> Neural:
+        """The model on this engine; empty: on our own. Raises UserError."""
+        ...
+
+
+class OurOwn:
+    """No engine but ours."""
+
+    def __init__(self, neural: Neural):
+        self._neural = neural
+
+    def runtimes(self) -> list[tuple[str, dict[str, Any]]]:
+        return []
+
+    def writer(self, engine: Mapping[str, Any]) -> Neural:
+        return self._neural
 
 
 class LanguagePrediction:
@@ -40,8 +70,9 @@ class LanguagePrediction:
 
     def __init__(
         self, neural: Neural, problem: DecodingProblem, records: Sequence[Record], data: str, clock: Clock,
-        stop: Callable[[], int], ship: Ship, machine: Mapping[str, Any] | None = None,
+        stop: Callable[[], int], ship: Ship, machine: Mapping[str, Any] | None = None, engines: Engines | None = None,
     ):  # fmt: skip
+        self.engines = engines or OurOwn(neural)
         self.neural, self.problem, self.records, self.clock, self.stop = neural, problem, list(records), clock, stop
         self.data, self.machine = data, dict(machine or {})
         self.entries: list[Entry] = []
@@ -82,13 +113,15 @@ class LanguagePrediction:
         return next(e for e in self.entries if e.name == self._pick)
 
     def standing(self) -> dict[str, Any] | None:
-        return {"name": self._pick, "decoding": self.incumbent.predictor} if self.entries else None
+        if not self.entries:
+            return None
+        return {"name": self._pick, "decoding": self.incumbent.predictor, "engine": self.incumbent.engine}
 
     def families(self) -> dict[str, str]:
         return {}
 
     def ship(self) -> None:
-        self._ship(read_way(self.incumbent.predictor), self.policy())
+        self._ship(read_way(self.incumbent.predictor), self.incumbent.engine, self.policy())
 
     def policy(self, skipped: Sequence[Mapping[str, str]] = ()) -> Policy:
         """All that was found so far. `skipped`: what was not begun, and why."""
@@ -103,84 +136,114 @@ class LanguagePrediction:
     # ------------------------------------------------------------------ trials
 
     def _measure(self, trial: Trial) -> Run:
-        started, way = time.monotonic(), self.problem.default
-        latency = self._latency(way)
+        started, way, engine = time.monotonic(), self.problem.default, self.problem.engine
+        latency = self._latency(way, engine)
         begun = time.perf_counter()
         sample = self.records[:_SAMPLE]
-        self._write(way, sample)
+        self._write(way, engine, sample)
         row_s = (time.perf_counter() - begun) / len(sample)
         affordable = int(PASS_SHARE * self.problem.budget / max(1e-9, row_s))
         self.judged = min(len(self.records), JUDGED[1], max(JUDGED[0], affordable))
         yield "Noted", {"trial": trial.id, "what": "timed", "facts": {"ms": latency.mean, "judged": self.judged}}
-        return self._outcome(way, latency, None, started).with_(
-            facts={"entry": self._entry(way, latency), "judged": self.judged, "ms": latency.mean}
-        )
+        agreed, differ = [], []
+        for name, runtime in self.engines.runtimes():
+            if runtime != engine:
+                agreement = self._agreement(way, runtime)
+                yield (
+                    "Noted",
+                    {"trial": trial.id, "what": "agreement", "facts": {"engine": name, **agreement.model_dump()}},
+                )
+                (agreed if agreement.ok else differ).append({"name": name, "runtime": runtime, "why": agreement.words})
+        outcome = self._outcome(way, engine, latency, None, started)
+        return outcome.with_(facts={**outcome.facts, "judged": self.judged, "engines": agreed, "differ": differ})
+
+    def _agreement(self, way: Way, engine: dict[str, Any]) -> Agreement:
+        """With our own engine, by the way that stands."""
+        own, other = self.engines.writer({}), self.engines.writer(engine)
+        own.decoding = other.decoding = way
+        metric = self.problem.metric
+        return agree_texts(own, other, self.records[:AGREED], metric if any(r.targets for r in self.records) else None)
 
     def _try(self, trial: Trial, action: TryWay) -> Run:
-        started, limit, way = time.monotonic(), self.problem.limit, action.way
-        yield "Noted", {"trial": trial.id, "what": "decoding", "facts": way.model_dump(mode="json")}
-        if limit is not None and (first := self._first(way)) > CLEARLY * limit.ms:
+        started, limit, way, engine = time.monotonic(), self.problem.limit, action.way, _kept(action)
+        yield (
+            "Noted",
+            {"trial": trial.id, "what": "decoding", "facts": {**way.model_dump(mode="json"), "engine": engine}},
+        )
+        if limit is not None and (first := self._first(way, engine)) > CLEARLY * limit.ms:
             rule = f"the fastest of the first {FIRST} requests took {first:.3g} ms, more than {CLEARLY:g} x {limit.ms:g} ms"
-            return self._refused(way, rule, first, started)
-        latency = self._latency(way)
+            return self._refused(way, engine, rule, first, started)
+        latency = self._latency(way, engine)
         if limit is not None and not latency.within(limit):
             took = getattr(latency, limit.statistic)
             rule = f"{limit.statistic} {took:.3g} ms > {limit.ms:g} ms, over {latency.n} requests: too slow"
-            return self._refused(way, rule, latency.mean, started)
-        verdict = self._verdict(way, latency, action.alpha)
-        return self._outcome(way, latency, verdict, started)
+            return self._refused(way, engine, rule, latency.mean, started)
+        verdict = self._verdict(way, engine, latency, action.alpha)
+        return self._outcome(way, engine, latency, verdict, started)
 
-    def _verdict(self, way: Way, latency: Latency, alpha: float) -> Verdict:
+    def _verdict(self, way: Way, engine: dict[str, Any], latency: Latency, alpha: float) -> Verdict:
         metric, seed, now = self.problem.metric, self.problem.seed, self.incumbent
-        new_NS, old_NS = self._statistics(way), self._statistics(read_way(now.predictor))
+        new_NS, old_NS = self._statistics(way, engine), self._statistics(read_way(now.predictor), now.engine)
         better = judge_rows(metric, new_NS, old_NS, seed, alpha)
         return admit(better, compare_rows(metric, new_NS, old_NS, seed), latency, now.latency, self.problem.limit)
 
-    def _outcome(self, way: Way, latency: Latency, verdict: Verdict | None, started: float) -> Outcome:
-        entry = self._entry(way, latency)
+    def _outcome(
+        self, way: Way, engine: dict[str, Any], latency: Latency, verdict: Verdict | None, started: float
+    ) -> Outcome:
+        entry = self._entry(way, engine, latency)
         return Outcome(
             state=entry["name"], metrics=entry["metrics"], verdict=verdict,
             cost=Cost(wall_s=time.monotonic() - started), facts={"entry": entry, "ms": latency.mean},
         )  # fmt: skip
 
-    def _refused(self, way: Way, rule: str, ms: float, started: float) -> Outcome:
+    def _refused(self, way: Way, engine: dict[str, Any], rule: str, ms: float, started: float) -> Outcome:
         verdict = Verdict(accept=False, rule=rule)
         cost = Cost(wall_s=time.monotonic() - started)
-        return Outcome(verdict=verdict, cost=cost, facts={"refused": words(way), "ms": ms})
+        return Outcome(verdict=verdict, cost=cost, facts={"refused": named(way, engine), "ms": ms})
 
-    def _entry(self, way: Way, latency: Latency) -> dict[str, Any]:
-        value = measure_rows(self.problem.metric, self._statistics(way), self.problem.seed)
+    def _entry(self, way: Way, engine: dict[str, Any], latency: Latency) -> dict[str, Any]:
+        value = measure_rows(self.problem.metric, self._statistics(way, engine), self.problem.seed)
         entry = Entry(
-            name=words(way),
-            predictor=way.model_dump(mode="json"),
-            metrics={self.problem.metric: value},
-            latency=latency,
-        )
+            name=named(way, engine), predictor=way.model_dump(mode="json"), engine=engine,
+            metrics={self.problem.metric: value}, latency=latency,
+        )  # fmt: skip
         return entry.model_dump(mode="json")
 
     # ------------------------------------------------------------------ writing
 
-    def _write(self, way: Way, records: Sequence[Record]) -> list[str]:
-        self.neural.decoding = way
-        return [str(p.value) for p in self.neural.write(records)]
+    def _write(self, way: Way, engine: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
+        writer = self.engines.writer(engine)
+        writer.decoding = way
+        return [str(p.value) for p in writer.write(records)]
 
-    def _statistics(self, way: Way) -> np.ndarray:
+    def _statistics(self, way: Way, engine: dict[str, Any]) -> np.ndarray:
         """[N,S], made once in a process for each way."""
-        name = words(way)
+        name = named(way, engine)
         if name not in self._rows:
             records = self.records[: self.judged]
-            texts = self._write(way, records)
+            texts = self._write(way, engine, records)
             self._rows[name] = statistics(self.problem.metric, texts, [r.targets for r in records])
         return self._rows[name]
 
-    def _first(self, way: Way) -> float:
+    def _first(self, way: Way, engine: Mapping[str, Any]) -> float:
         """Milliseconds of the fastest of the first few requests, each alone."""
         took = []
         for record in self.records[:FIRST]:
             start = time.perf_counter()
-            self._write(way, [record])
+            self._write(way, engine, [record])
             took.append(1000 * (time.perf_counter() - start))
         return min(took)
 
-    def _latency(self, way: Way) -> Latency:
-        return one_by_one(lambda r: self._write(way, [r]), self.records, LATENCY_SHARE * self.problem.budget)
+    def _latency(self, way: Way, engine: Mapping[str, Any]) -> Latency:
+        return one_by_one(lambda r: self._write(way, engine, [r]), self.records, LATENCY_SHARE * self.problem.budget)
+
+
+def named(way: Way, engine: Mapping[str, Any]) -> str:
+    """'4 beams on ctranslate2-fp32'."""
+    return f"{words(way)} on {engine['runtime']}-{engine['dtype']}" if engine else words(way)
+
+
+def _kept(action: TryWay) -> dict[str, Any]:
+    """The engine, where the way makes use of it: draws and several texts of a request are our own engine's."""
+    way = action.way
+    return dict(action.engine) if isinstance(plain(way), Greedy | Beam) and not isinstance(way, Mbr) else {}

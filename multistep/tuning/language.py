@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from multistep import journal
+from multistep import engines, journal
 from multistep.budget import Budget, Clock
 from multistep.bundle import load_bundle
 from multistep.controllers.decoding import DecodingProblem, tuning
 from multistep.controllers.script import Scripted
 from multistep.data.cells import Record
 from multistep.data.records import LanguageData, load_language, read_records
+from multistep.engines import Runtime
 from multistep.examples import Examples
 from multistep.language_bundle import LanguageBundle, rewrite_decoding
 from multistep.metrics.texts import check_language_metric
 from multistep.policy import Limit, Policy
+from multistep.predictors.decoding import Greedy
 from multistep.predictors.ways import Way, read_way
 from multistep.report.policy import explain_policy
 from multistep.report.progress import Progress
@@ -69,7 +72,8 @@ def tune_language(
     else:
         lived = [
             book.append(
-                "Started", clock=clock.save(), budget=budget, versions=versions(), default=neural.decoding, **settings,
+                "Started", clock=clock.save(), budget=budget, versions=versions(), default=neural.decoding,
+                engine=info.get("engine") or {}, **settings,
                 machine=machine_facts(neural.device),
             )
         ]  # fmt: skip
@@ -77,15 +81,16 @@ def tune_language(
     default = read_way(started["default"])
     examples = len(neural.examples)
     problem = DecodingProblem(
-        task=task, metric=metric, default=default, prompts=neural.reads == "prompts", examples=examples, limit=limit,
+        task=task, metric=metric, default=default, engine=started["engine"], prompts=neural.reads == "prompts", examples=examples, limit=limit,
         budget=budget.amount, seed=config.seed,
     )  # fmt: skip
     folder = run_dir / "model"
+    writers = RunWriters(neural, default, run_dir / "tuning")
 
-    def ship(way: Way, policy: Policy) -> None:
-        rewrite_decoding(
-            folder, neural, way, policy.model_dump(mode="json"), explain_policy(policy.model_dump(mode="json"))
-        )
+    def ship(way: Way, engine: dict[str, Any], policy: Policy) -> None:
+        said = policy.model_dump(mode="json")
+        runs_on = writers.files(engine)
+        rewrite_decoding(folder, neural, way, said, explain_policy(said), engine, runs_on)
 
     try:
         with signals() as stop:
@@ -96,16 +101,48 @@ def tune_language(
                 progress.remaining(left(clock))
 
             neural.watch = watch
-            works = LanguagePrediction(neural, problem, records, words, clock, stop, ship, started["machine"])
+            works = LanguagePrediction(neural, problem, records, words, clock, stop, ship, started["machine"], writers)
             for record in tune(works, Scripted(tuning(problem)), book, lived):
                 show(progress, record, clock, metric)
         skipped = [r["why"].partition(": ") for r in journal.read(book.path) if r["kind"] == "Skipped"]
         policy = works.policy([{"name": name, "why": why} for name, _, why in skipped])
-        ship(read_way(policy.entry(policy.pick).predictor), policy)
+        taken = policy.entry(policy.pick)
+        ship(read_way(taken.predictor), taken.engine, policy)
         book.append("Finished", clock=clock.save(), wall_s=clock.wall_s, pick=policy.pick)
         return policy
     finally:
         book.close()
+
+
+class RunWriters:
+    """The model of a run on each engine. `folder`: where files for other engines are made."""
+
+    def __init__(self, neural: Neural, default: Way, folder: Path):
+        self._own, self._default, self._folder = neural, default, folder
+        neural.pen = None
+        self._made: dict[str, Neural] = {}
+
+    def runtimes(self) -> list[tuple[str, dict[str, Any]]]:
+        """All but torch in float32, which is our own engine as it is."""
+        own = replace(self._own, decoding=self._default)
+        return [(name, runtime.model_dump(mode="json")) for name, runtime in engines.variants(own)[1:]]
+
+    def writer(self, engine: Mapping[str, Any]) -> Neural:
+        if not engine:
+            return self._own
+        key = repr(sorted(engine.items()))
+        if key not in self._made:
+            plain = replace(self._own, decoding=Greedy())
+            self._made[key] = engines.prepare(plain, Runtime.parse(engine, "engine"), self._folder)
+        return self._made[key]
+
+    def files(self, engine: Mapping[str, Any]) -> Path | None:
+        """What the engine reads, where it reads something of its own."""
+        if not engine:
+            return None
+        self.writer(engine)
+        found = self._folder / "engines" / Runtime.parse(engine, "engine").name
+        return found if found.is_dir() else None
 
 
 # ---------------------------------------------------------------------------------------------- what is tuned
