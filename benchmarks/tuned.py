@@ -6,6 +6,9 @@
 Tuning reads the run's calibration half alone; test is read here, once, after the pick. Rows hold, for what stood, for the pick, for every
 cascade and for every model alone and both blended: the metric, log-loss and calibration error on test, the paired difference with its
 error and p, and the latency of single requests, in turns with what stood. Test texts: the first `--rows` of a mixed order.
+
+Promises: calibration and test rows together are split in two 20 times; on one half the promise is made around the pick, on the other
+it is counted how often the right label is among the candidates.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from multistep.data import load as load_data
 from multistep.evaluate import Engine
 from multistep.metrics import Scored, compare, measure
 from multistep.policy import Entry, Policy, side_by_side
-from multistep.predictors import Asked, Predictor, predict
+from multistep.predictors import Asked, Predictor, Single, predict
+from multistep.predictors.conformal import fit_conformal
 from multistep.tune.workbench import Workbench
 from multistep.tuning import tune_run
 from multistep.tuning.common import config_of
@@ -35,6 +39,7 @@ from multistep.tuning.labels import RunModels
 BENCH = "tuned"
 _PREDICTOR: TypeAdapter[Predictor] = TypeAdapter(Predictor)
 RARE = 0.1  # the share of positives
+PROMISES, RESPLITS = (0.8, 0.9, 0.95), 20
 
 
 class Problem(NamedTuple):
@@ -77,7 +82,7 @@ class Judge:
         self.task, self.metric = load(run).labels.task, metric
         self.models = RunModels(Workbench(config, dataset, self.task, run), past)
         order = np.random.default_rng(0).permutation(len(dataset.test))[:rows]
-        some = [dataset.test[i] for i in order]
+        some, self.calibration = [dataset.test[i] for i in order], list(dataset.calibration)
         self.texts, self.targets = [e.text for e in some], self.task.encode([e.label for e in some])
         self._outputs: dict[str, np.ndarray] = {}
 
@@ -94,7 +99,7 @@ class Judge:
 
     def answers(self, entry: Entry) -> Any:
         predictor = _PREDICTOR.validate_python(entry.predictor)
-        engine = Engine({m: self.models.text_model(m, entry.engine) for m in predictor.models()})
+        engine = self.engine(entry)
         return lambda text: predict(self.task, predictor, engine, [text])
 
     def asked_again(self, entry: Entry) -> float:
@@ -102,8 +107,7 @@ class Judge:
         predictor = _PREDICTOR.validate_python(entry.predictor)
         if predictor.kind != "cascade":
             return 1.0
-        engine = Engine({m: self.models.text_model(m, entry.engine) for m in predictor.models()})
-        stages = predictor.stages(self.task, Asked(engine, predictor.models(), self.texts[:1000]))
+        stages = predictor.stages(self.task, Asked(self.engine(entry), predictor.models(), self.texts[:1000]))
         return float((stages != "+".join(predictor.first.models())).mean())
 
     def row(self, entry: Entry, against: Entry) -> Row:
@@ -119,6 +123,31 @@ class Judge:
             "ms": ms.model_dump(), "before_ms": old_ms.model_dump(), "of_time": ms.mean / old_ms.mean,
             "asked_again": self.asked_again(entry),
         }  # fmt: skip
+
+    def promises(self, entry: Entry, calibration: list[Any]) -> list[Row]:
+        """Coverage over resplits of the rows that no training saw."""
+        predictor = _PREDICTOR.validate_python(entry.predictor)
+        texts, targets = [e.text for e in calibration], self.task.encode([e.label for e in calibration])
+        of_test = predictor.combine(self.task, Asked(self.engine(entry), predictor.models(), self.texts))
+        of_rest = predictor.combine(self.task, Asked(self.engine(entry), predictor.models(), texts))
+        z_NK, right = np.concatenate([of_test, of_rest]), np.concatenate([self.targets, targets])
+        found, whole = [], Single(model="all")
+        for promise in PROMISES:
+            kept, withheld = [], []
+            for split in range(RESPLITS):
+                order = np.random.default_rng(split).permutation(len(right))
+                one, other = order[: len(order) // 2], order[len(order) // 2 :]
+                fitted = fit_conformal(self.task, whole, {"all": z_NK[one]}, right[one], promise)
+                among_NK = fitted.candidates(self.task, z_NK[other])
+                kept.append(float(among_NK[np.arange(len(other)), right[other]].mean()))
+                withheld.append(float((among_NK.sum(axis=1) != 1).mean()))
+            found.append({"promise": promise, "mean": float(np.mean(kept)), "least": min(kept), "most": max(kept),
+                          "withheld": float(np.mean(withheld)), "rows": len(right)})  # fmt: skip
+        return found
+
+    def engine(self, entry: Entry) -> Engine:
+        predictor = _PREDICTOR.validate_python(entry.predictor)
+        return Engine({m: self.models.text_model(m, entry.engine) for m in predictor.models()})
 
 
 def pairs(policy: Policy) -> list[tuple[str, Entry, Entry]]:
@@ -173,7 +202,14 @@ def table(rows: list[Row]) -> str:
                 f"{shown['metrics']['calibration_error'][0]:.4f}", f"{shown['before']['calibration_error'][0]:.4f}",
                 f"{shown['of_time']:.3f}", f"{shown['ms']['p95']:.2f}", f"{shown['asked_again']:.2f}",
             ])  # fmt: skip
-    return markdown(head, body)
+    kept = [
+        [row["system"], row["seed"], p["promise"], f"{p['mean']:.4f}", f"{p['least']:.4f} to {p['most']:.4f}",
+         f"{p['withheld']:.3f}", p["rows"]]
+        for row in rows
+        for p in row.get("promises", ())
+    ]  # fmt: skip
+    heads = ["problem", "seed", "promised", f"kept, mean of {RESPLITS} resplits", "range", "answers withheld", "rows"]
+    return f"{markdown(head, body)}\n\n{markdown(heads, kept)}"
 
 
 def run(name: str, seed: int, fit: str, tune: str, rows: int) -> Row:
@@ -193,6 +229,7 @@ def run(name: str, seed: int, fit: str, tune: str, rows: int) -> Row:
         return {
             "ok": True, "pick": policy.pick, "rule": policy.rule, "front": list(policy.front), "value": shown[0]["value"],
             "stderr": shown[0]["stderr"], "shown": shown, "refused": list(policy.refused),
+            "promises": judge.promises(policy.entry(policy.pick), judge.calibration),
         }  # fmt: skip
     finally:
         shutil.rmtree(place, ignore_errors=True)

@@ -13,7 +13,7 @@ import pytest
 from runs import run
 from test_language import config, corpus, pairs, talks, tiny_llama
 
-from multistep import journal, tuning_language
+from multistep import journal
 from multistep.api import load
 from multistep.budget import parse_budget
 from multistep.controllers import decoding
@@ -25,6 +25,7 @@ from multistep.predictors.ways import Way, plain, read_way, words
 from multistep.report.policy import explain_policy, explain_tuning
 from multistep.report.progress import Progress
 from multistep.tune.decoding import LanguagePrediction
+from multistep.tuning import language as tuning_language
 from multistep.tuning.language import tune_language
 from multistep.types import Interrupted, UserError
 from multistep.voting import shown
