@@ -88,6 +88,7 @@ class Policy(Spec):
     front: tuple[str, ...]
     refused: tuple[dict[str, str], ...] = ()  # name, why: what was not measured or not allowed
     machine: dict[str, Any] = Field(default_factory=dict)
+    serving: dict[str, Any] = Field(default_factory=dict)  # threads, batch, texts_s: as a busy server runs the pick
 
     def entry(self, name: str) -> Entry:
         return next(e for e in self.entries if e.name == name)

@@ -274,6 +274,12 @@ class TryRecipe(Spec):
     alpha: Annotated[float, Field(gt=0, lt=1)]  # its share of the chance of an error that all ways together may have
 
 
+class Serving(Spec):
+    """Measure what stands as a busy server runs it: texts a second by threads and by how many texts are answered together."""
+
+    kind: Literal["serving"] = "serving"
+
+
 class Promise(Spec):
     """Withhold answers, so that the right one is among the candidates with the probability `coverage`; on rows set aside for it."""
 
@@ -289,7 +295,7 @@ class ReadTest(Spec):
 
 Action = Annotated[
     FitLinear | FitHead | FineTune | TrainModule | TrainWriter | FitWriter | AsGiven | Profile | Average | Predict | Decode
-    | TryWay | Mix | Recount | TryRecipe | Promise | ReadTest,
+    | TryWay | Mix | Recount | TryRecipe | Promise | Serving | ReadTest,
     Field(discriminator="kind"),
 ]  # fmt: skip
 

@@ -14,7 +14,7 @@ from multistep.controllers.script import Ask, BasePlan, Skip, Steps
 from multistep.policy import ALPHA, Limit
 from multistep.predictors import Predictor
 from multistep.predictors.recipe import Recipe, calibrations, wants_thresholds
-from multistep.strategy import Action, Profile, Promise, TryRecipe
+from multistep.strategy import Action, Profile, Promise, Serving, TryRecipe
 from multistep.tasks import Task
 from multistep.types import Outcome, Spec
 
@@ -117,6 +117,7 @@ def answering(problem: AnsweringProblem) -> Steps:
     if problem.coverage is not None:
         why = f"the right label among the candidates with probability {problem.coverage:g}"
         yield from plan.trial("promise", Promise(coverage=problem.coverage), why)
+    yield from plan.trial("serving", Serving(), "how many texts together, on how many threads")
 
 
 def _taken(told: Outcome | None) -> bool:

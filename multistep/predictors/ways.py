@@ -55,6 +55,17 @@ def shots(way: Way) -> FewShot | None:
     return way if isinstance(way, FewShot) and way.k else None
 
 
+def one_text(way: Way) -> bool:
+    """Whether every text of it is the one that greedy writing or a beam gives: what other engines can write."""
+    match way:
+        case Greedy() | Beam():
+            return True
+        case DraftRevise() | FewShot():
+            return one_text(way.inner)
+        case _:
+            return False
+
+
 def texts(way: Way) -> int:
     """How many texts the model follows for one answer: what it costs, greedy = 1."""
     match way:

@@ -27,13 +27,14 @@ from multistep.predictors.conformal import fit_conformal
 from multistep.predictors.costs import cost_N
 from multistep.predictors.fit import baseline
 from multistep.predictors.recipe import Recipe, prepare, recipe_of
-from multistep.strategy import Profile, Promise, Trial, TryRecipe
+from multistep.strategy import Profile, Promise, Serving, Trial, TryRecipe
 from multistep.tune.segment import Record
 from multistep.types import Comparison, Cost, MetricValue, Outcome, Verdict
 
 LATENCY_SHARE = 0.01  # of the budget: timing single requests ends after it, with 20 at least
 TIMED = 200  # requests at most
 AGREED = 256  # rows on which an engine has to agree
+TOGETHER, BATCHES = 128, (1, 8, 32, 64)  # texts, of which so many are answered together
 
 Run = Generator[Record, None, Outcome]
 _PREDICTOR: TypeAdapter[Predictor] = TypeAdapter(Predictor)
@@ -91,6 +92,7 @@ class Answering:
         self.quality = Quality(problem)
         self._pick, self._rule = "", ""
         self._stood: set[str] = set()
+        self.serving: dict[str, Any] = {}
         self._ship = ship
         self._logits: dict[tuple[str, str], np.ndarray] = {}
         self._scored: dict[str, Scored] = {}
@@ -103,6 +105,8 @@ class Answering:
                 return self._try(trial, action)
             case Promise() as action:
                 return self._promise(trial, action)
+            case Serving():
+                return self._serving(trial)
         raise AssertionError(f"{trial.action.kind} is no way to answer")
 
     # ------------------------------------------------------------------ standing
@@ -110,6 +114,7 @@ class Answering:
     def apply(self, trial: Trial, outcome: Outcome) -> bool:
         """Take an outcome into the standing; whether something else stands. Depends on the outcome alone, so it replays."""
         self.refused += outcome.facts.get("refused", [])
+        self.serving = outcome.facts.get("serving", self.serving)
         if "entry" not in outcome.facts:
             return False
         rule = "what stood before" if outcome.verdict is None else outcome.verdict.rule
@@ -149,7 +154,7 @@ class Answering:
         return Policy(
             metric=q.name, limit=self.problem.limit, rows=len(self.rows.texts), data=self.rows.words, default=self.entries[0].name,
             pick=self._pick, rule=self._rule, entries=tuple(self.entries), front=front(self.entries, q.name, q.higher_is_better),
-            refused=(*self.refused, *map(dict, skipped)), machine=self.machine,
+            refused=(*self.refused, *map(dict, skipped)), machine=self.machine, serving=self.serving,
         )  # fmt: skip
 
     # ------------------------------------------------------------------ trials
@@ -226,6 +231,26 @@ class Answering:
             state=entry.name, metrics=entry.metrics, verdict=Verdict(accept=True, rule=rule), cost=_wall(started),
             facts={"entry": entry.model_dump(mode="json")},
         )  # fmt: skip
+
+    def _serving(self, trial: Trial) -> Run:
+        """Texts a second of what stands; the fewest texts together, and the fewest threads, that are within a tenth of the best."""
+        started, now = time.monotonic(), self.incumbent
+        texts, found = self.rows.texts[:TOGETHER], {}
+        for threads in sorted({1, max(1, int(self.machine.get("cores") or 1))}):
+            predictor = _PREDICTOR.validate_python(now.predictor)
+            engine = {**now.engine, "threads": threads} if now.engine else {}
+            models = {m: self._model(m, engine) for m in predictor.models()}
+            for batch in BATCHES:
+                runner, begun = Engine(models, threads, batch), time.perf_counter()
+                for at in range(0, len(texts), batch):
+                    predict(self.problem.task, predictor, runner, texts[at : at + batch])
+                found[threads, batch] = len(texts) / (time.perf_counter() - begun)
+        best = max(found.values())
+        threads, batch = min(pair for pair, speed in found.items() if speed >= 0.9 * best)
+        told = {f"{t} threads, {b} together": round(s, 1) for (t, b), s in found.items()}
+        serving = {"threads": threads, "batch": batch, "texts_s": told}
+        yield "Noted", {"trial": trial.id, "what": "served", "facts": serving}
+        return Outcome(cost=_wall(started), facts={"serving": serving})
 
     # ------------------------------------------------------------------ measuring
 

@@ -19,9 +19,7 @@ from multistep.data.cells import Record
 from multistep.engines import Agreement, agree_texts
 from multistep.metrics.texts import LANGUAGE_METRICS, compare_rows, judge_rows, measure_rows, statistics
 from multistep.policy import Entry, Latency, Policy, admit, front, one_by_one
-from multistep.predictors.decoding import Beam, Greedy
-from multistep.predictors.mbr import Mbr
-from multistep.predictors.ways import Way, plain, read_way, words
+from multistep.predictors.ways import Way, one_text, read_way, words
 from multistep.strategy import Profile, Trial, TryWay
 from multistep.tune.segment import Record as JournalRecord
 from multistep.types import Cost, Outcome, Verdict
@@ -33,7 +31,6 @@ LATENCY_SHARE = 0.01  # of the budget: timing single requests ends after it, wit
 PASS_SHARE = 1 / 60  # of the budget: writing all judged records as what stands does
 JUDGED = (50, 2000)  # records
 _SAMPLE = 32  # records, by which a pass is estimated
-
 AGREED = 64  # records on which an engine has to agree
 
 Run = Generator[JournalRecord, None, Outcome]
@@ -146,7 +143,7 @@ class LanguagePrediction:
         self.judged = min(len(self.records), JUDGED[1], max(JUDGED[0], affordable))
         yield "Noted", {"trial": trial.id, "what": "timed", "facts": {"ms": latency.mean, "judged": self.judged}}
         agreed, differ = [], []
-        for name, runtime in self.engines.runtimes():
+        for name, runtime in self.engines.runtimes() if one_text(way) else []:
             if runtime != engine:
                 agreement = self._agreement(way, runtime)
                 yield (
@@ -245,5 +242,4 @@ def named(way: Way, engine: Mapping[str, Any]) -> str:
 
 def _kept(action: TryWay) -> dict[str, Any]:
     """The engine, where the way makes use of it: draws and several texts of a request are our own engine's."""
-    way = action.way
-    return dict(action.engine) if isinstance(plain(way), Greedy | Beam) and not isinstance(way, Mbr) else {}
+    return dict(action.engine) if one_text(action.way) else {}

@@ -172,9 +172,10 @@ class RunModels:
                 **{k: bundle.info[k] for k in ("columns", "base_model", "metric")},
                 "states": {m: self.states[m] for m in families}, "policy": said,
             }  # fmt: skip
+            extra["engine"] = {k: policy.serving[k] for k in ("threads", "batch") if k in policy.serving}
             runs_on = None
             if standing.engine and "encoder" in families:
-                extra["engine"] = {"encoder": standing.engine}
+                extra["engine"] |= {"encoder": standing.engine}
                 runs_on = run_dir / "tuning" / "engines" / Runtime.parse(standing.engine, "engine").name
             write_bundle(
                 folder, work.task, standing.predictor, models, work.tokenizer, work.max_length, extra,
