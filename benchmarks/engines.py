@@ -36,6 +36,7 @@ from multistep.models.llama2c import convert
 from multistep.models.seq2seq import new_seq2seq
 from multistep.models.source import packaged_encoder
 from multistep.predictors.decoding import Greedy
+from multistep.predictors.ways import plain
 from multistep.subwords import encode_ids, load_tokenizer
 from multistep.tasks import Classify
 from multistep.tasks.writing import Writing
@@ -138,7 +139,7 @@ def theirs(neural: Neural, prompts: Sequence[np.ndarray], ends: Sequence[int], s
             ids[n, place], mask[n, place] = prompts[i], 1
         done = model.generate(
             torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), do_sample=False, num_beams=1,
-            max_new_tokens=neural.decoding.max_new_tokens, eos_token_id=list(ends) or None, pad_token_id=pad,
+            max_new_tokens=plain(neural.decoding).max_new_tokens, eos_token_id=list(ends) or None, pad_token_id=pad,
         )  # fmt: skip
         for i, tokens in zip(part, done[:, longest if causal else 1 :].tolist(), strict=True):
             cut = next((n for n, t in enumerate(tokens) if t in ends), len(tokens))

@@ -19,7 +19,7 @@ def entry(name: str, value: float, ms: float, rule: str, engine: dict[str, Any] 
 def policy(pick: str, limit: Limit | None) -> dict[str, Any]:
     entries = (
         entry("greedy", 30.0, 10.0, "what stood before"),
-        entry("beam 4", 31.5, 25.0, "bleu +1.5: better", {"name": "int8"}),
+        entry("beam 4", 31.5, 25.0, "bleu +1.5: better", {"runtime": "ctranslate2", "dtype": "int8"}),
     )
     return Policy(
         metric="bleu", limit=limit, rows=1234, data="the calibration half", default="greedy", pick=pick, rule="bleu +1.5: better",
@@ -35,7 +35,16 @@ def test_a_policy_says_what_was_taken_and_why() -> None:
     assert third == "bleu 30.00 ± 0.50 before, 31.50 ± 0.50 now; a request takes 2.5 of the time, on average."
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
     assert rows[2] == ["greedy", "30.00 ± 0.50", "10", "20", "10", "yes", "before", "what stood before"]
-    assert rows[3] == ["beam 4 on int8", "31.50 ± 0.50", "25", "50", "25", "yes", "picked", "bleu +1.5: better"]
+    assert rows[3] == [
+        "beam 4 on ctranslate2-int8",
+        "31.50 ± 0.50",
+        "25",
+        "50",
+        "25",
+        "yes",
+        "picked",
+        "bleu +1.5: better",
+    ]
     assert said.endswith("- mbr: p95 90 ms > 60 ms: too slow")
 
 

@@ -23,7 +23,7 @@ from multistep.engines import Runtime
 from multistep.policy import Policy
 from multistep.predictors import Single
 from multistep.report.progress import Progress
-from multistep.strategy import Profile, Promise, Trial, TryRecipe
+from multistep.strategy import Profile, Promise, Serving, Trial, TryRecipe
 from multistep.tasks import Classify, Regress
 from multistep.tune import answering as works
 from multistep.tuning import labels, tune_run
@@ -323,12 +323,13 @@ def test_regression_has_lines_and_no_cascades() -> None:
 
 def test_few_rows_decide_nothing() -> None:
     asked = driven(problem(rows=19), {"linear": 1.0, "encoder": 10.0})
-    assert [type(a.action) for a in asked if isinstance(a, Trial)] == [Profile]
+    assert [type(a.action) for a in asked if isinstance(a, Trial)] == [Profile, Serving]
 
 
 def test_a_promise_comes_last() -> None:
     asked = [a for a in driven(problem(coverage=0.9), {"linear": 1.0, "encoder": 10.0}) if isinstance(a, Trial)]
-    assert isinstance(asked[-1].action, Promise) and sum(isinstance(a.action, Promise) for a in asked) == 1
+    assert [type(a.action) for a in asked[-2:]] == [Promise, Serving]  # what is promised is what is served
+    assert sum(isinstance(a.action, Promise) for a in asked) == 1
 
 
 def test_nothing_is_tried_that_the_clock_cannot_pay_for() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from multistep.report.policy import explain_policy, explain_tuning
 from multistep.report.progress import Progress
 from multistep.tune.decoding import LanguagePrediction
 from multistep.tuning import language as tuning_language
+from multistep.tuning import tune_run
 from multistep.tuning.language import tune_language
 from multistep.types import Interrupted, UserError
 from multistep.voting import shown
@@ -202,8 +203,8 @@ def test_what_breaks_the_limit_is_refused_by_its_latency(wild: Path, monkeypatch
 
     real = LanguagePrediction._latency
 
-    def slow_beams(self: LanguagePrediction, way: Way) -> Latency:
-        found = real(self, way)
+    def slow_beams(self: LanguagePrediction, way: Way, engine: Mapping[str, Any]) -> Latency:
+        found = real(self, way, engine)
         return found.with_(p95=9e9) if way.kind == "beam" else found
 
     monkeypatch.setattr(LanguagePrediction, "_latency", slow_beams)
@@ -263,7 +264,7 @@ def test_bad_asks_are_named(wild: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="accuracy"):
         tuned(wild, metric="accuracy")
     with pytest.raises(UserError, match="2m"):
-        tuned(wild, budget=parse_budget("10 updates"))
+        tune_run(wild, budget="10 updates")
     with pytest.raises(UserError, match="run's folder"):
         tuned(wild / "model")
     with pytest.raises(UserError, match="not a run"):

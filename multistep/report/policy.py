@@ -28,7 +28,9 @@ def explain_policy(policy: Mapping[str, Any]) -> str:
     parts = ["\n".join(lines), _table(metric, entries, policy)]
     if serving := policy.get("serving"):
         speeds = ", ".join(f"{number(v)} ({k})" for k, v in serving.get("texts_s", {}).items())
-        parts.append(f"Served on {serving['threads']} threads, {serving['batch']} texts together. Texts a second: {speeds}.")
+        parts.append(
+            f"Served on {serving['threads']} threads, {serving['batch']} texts together. Texts a second: {speeds}."
+        )
     refused = [f"- {r['name']}: {r['why']}" for r in policy.get("refused") or []]
     if refused:
         parts.append("Not measured to the end, or not begun:\n" + "\n".join(refused))

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from multistep import journal
 from multistep.report.explain import explain
 from multistep.report.policy import explain_policy, explain_tuning
 from multistep.report.summary import summary
@@ -14,6 +13,8 @@ from multistep.report.summary import summary
 
 def explain_run(run_dir: Path) -> str:
     """All that is known of a run, and of its tuning, also while it is still going on."""
+    from multistep import journal  # with numpy, which no help text waits for
+
     parts = [explain(journal.read(run_dir / "journal.jsonl")).rstrip()]
     tuning = run_dir / "tuning.jsonl"
     if tuning.exists():
@@ -27,6 +28,8 @@ def explain_run(run_dir: Path) -> str:
 
 def summary_of_run(run_dir: Path) -> dict[str, Any]:
     """The same as one dictionary; "policy" is that of the bundle, where it was tuned."""
+    from multistep import journal
+
     return {**summary(journal.read(run_dir / "journal.jsonl")), "policy": policy_of(run_dir)}
 
 
