@@ -159,15 +159,17 @@ def test_the_keyboard_is_enough_and_dark_is_dark(browser: Any, labels: Path) -> 
 
 @pytest.mark.parametrize("width", [1280, 375])
 def test_a_conversation_is_streamed(width: int, browser: Any, tmp_path: Path) -> None:
+    expect = pytest.importorskip("playwright.sync_api").expect
     with served(serve_folder(chat_bundle(tmp_path, max_new_tokens=24))) as address:
         page, asked, wrong = opened(browser, address, width)
         for n in (1, 2):
             page.get_by_label("Message").fill(f"Say {n}")
             page.keyboard.press("Enter")
             page.wait_for_selector("#answer .chip")
-            page.wait_for_function(
-                f"document.querySelectorAll('.turn').length == {2 * n} && !document.querySelector('.going')"
-            )
+            expect(page.locator(".turn")).to_have_count(
+                2 * n
+            )  # a function to wait for would be against the page's own rules
+            expect(page.locator(".going")).to_have_count(0)
         assert page.inner_text(".turn.user >> nth=1") == "Say 2" and page.inner_text(".turn.assistant >> nth=1")
         assert "tokens/s" in page.inner_text("#answer") and not too_wide(page) and not wrong
         assert sum(url.endswith("/v1/chat/completions") for url in asked) == 2

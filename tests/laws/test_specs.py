@@ -13,7 +13,20 @@ from multistep.config import FitConfig
 from multistep.controllers import Problem, Reserve, Skip
 from multistep.objectives import OBJECTIVES
 from multistep.optimizers import CONVEX_SOLVERS, GRADIENT_OPTIMIZERS, SECOND_ORDER, AdamW
-from multistep.predictors import PREDICTORS, Affine, Blend, Predictor, Single, Temperature, Thresholds
+from multistep.predictors import (
+    PREDICTORS,
+    Affine,
+    Blend,
+    Cascade,
+    Conformal,
+    Costs,
+    Isotonic,
+    Predictor,
+    Single,
+    Temperature,
+    Thresholds,
+    Vector,
+)
 from multistep.schedules import SCHEDULES
 from multistep.strategy import (
     AsGiven,
@@ -42,6 +55,11 @@ EXAMPLES: list[Spec] = [
     BASE, Temperature(inner=BASE, temperature=1.5), Affine(inner=BASE, slope=0.9, intercept=-0.1),
     Thresholds(inner=Temperature(inner=BASE, temperature=0.7), offsets=(0.1, -0.2)),
     Blend(members=(BASE, Single(model="encoder")), weights=(0.25, 0.75)),
+    Vector(inner=BASE, scales=(1.0, 0.5), offsets=(0.0, 0.1)),
+    Isotonic(inner=BASE, curves=(((0.1, 0.9), (0.2, 0.8)),)),
+    Costs(inner=BASE, matrix=((0.0, 1.0), (5.0, 0.0))),
+    Cascade(first=BASE, second=Single(model="encoder"), below=0.7),
+    Conformal(inner=BASE, coverage=0.9, least=0.2, rows=99),
     FEATURES,
     FitLinear(features=FEATURES, l2s=(0.1, 0.01), max_rows=100), FitHead(max_length=64, cut=3),
     FineTune(trains="all"), TrainModule(dropout=0.2), AsGiven(),
