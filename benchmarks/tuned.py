@@ -162,7 +162,7 @@ def pairs(policy: Policy) -> list[tuple[str, Entry, Entry]]:
     found = [("pick", entries[policy.pick], entries[policy.default])]
     for e in policy.entries:
         recipe = e.facts.get("recipe")
-        if recipe is None or e.name == policy.default:
+        if recipe is None:
             continue
         if recipe["first"] is not None:
             if whole := of(e, first=None, again=0.0):
@@ -173,9 +173,9 @@ def pairs(policy: Policy) -> list[tuple[str, Entry, Entry]]:
 
 
 def blends(policy: Policy) -> list[tuple[str, Entry, Entry]]:
-    """The last blend against each of its members, calibrated and decided as it is."""
+    """A blend against each of its members, calibrated, decided and run as it is."""
     plain = [e for e in policy.entries if e.facts.get("recipe") and e.facts["recipe"]["first"] is None]
-    mixed = [e for e in plain if len(e.facts["recipe"]["models"]) > 1][-1:]
+    mixed = [e for e in plain if len(e.facts["recipe"]["models"]) > 1]
 
     def member(e: Entry, of: Entry) -> bool:
         mine, its = e.facts["recipe"], of.facts["recipe"]
@@ -185,7 +185,9 @@ def blends(policy: Policy) -> list[tuple[str, Entry, Entry]]:
             and mine["models"][0] in its["models"]
         )
 
-    return [("blend", whole, e) for whole in mixed for e in plain if member(e, whole)]
+    return [
+        ("blend", whole, e) for whole in mixed for e in plain if member(e, whole) and e.engine in (whole.engine, {})
+    ]
 
 
 def table(rows: list[Row]) -> str:

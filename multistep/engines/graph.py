@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from multistep.types import UserError
 _BLOCK = 32
 _HIDDEN = -1e9
 OPSET = 18
+_TALKING = ("torch.onnx", "onnx_ir", "onnxscript", "onnxruntime.quantization.matmul_nbits_quantizer")
 
 
 class Graph(nn.Module):
@@ -62,38 +65,44 @@ def write_graph(model: TextEncoder, path: Path, scale: float = 1.0, shift: float
     ids_BT = torch.full((2, 5), model.pad_id, device=device)
     mask_BT = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device=device)
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    log = logging.getLogger("torch.onnx")
-    before = log.level
     try:
-        log.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), torch.no_grad():
+        with _quiet(), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 Graph(model, scale, shift).eval(), (ids_BT, mask_BT), dynamo=True, input_names=["ids", "mask"],
                 output_names=["logits"], dynamic_shapes=(free, free), opset_version=OPSET, verbose=False,
             )  # fmt: skip
-        assert program is not None
-        program.save(str(path))
+            assert program is not None
+            program.save(str(path))
     except torch.onnx.OnnxExporterError as error:
         reason = str(error).strip().splitlines()[0][:160]
         raise UserError(f"onnx: this model has no graph ({reason}). Use the runtime torch.") from None
-    finally:
-        log.setLevel(before)
 
 
 def quantize_graph(path: Path, out: Path) -> None:
     """The graph of `path` with the weights of its products in 8 bits."""
-    import onnx
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    with _quiet():
+        import onnx
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    log = logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer")
-    before = log.level
-    try:
-        log.setLevel(logging.ERROR)
         quantizer = MatMulNBitsQuantizer(
             onnx.load(str(path)), bits=8, block_size=_BLOCK, is_symmetric=True, accuracy_level=4
         )
         quantizer.process()
+        quantizer.model.save_model_to_file(str(out))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What these libraries say of their work is not said; nor is the root logger left with the handler that importing one of them adds."""
+    root = logging.getLogger()
+    handlers, loggers = list(root.handlers), [logging.getLogger(name) for name in _TALKING]
+    levels = [log.level for log in loggers]
+    try:
+        for log in loggers:
+            log.setLevel(logging.ERROR)
+        yield
     finally:
-        log.setLevel(before)
-    quantizer.model.save_model_to_file(str(out))  # pyright: ignore[reportAttributeAccessIssue]
+        root.handlers[:] = handlers
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)
