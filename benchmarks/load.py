@@ -30,6 +30,7 @@ BENCH = "load"
 CLIENTS = (1, 8, 32, 64)
 WARM_S = 1.0
 SHARE = 0.8  # of the best rate, for the open loop
+PROBES, PROBE_S = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4), 15.0  # of the best closed rate; seconds each
 OVERLOAD = 700  # clients
 OPEN_CLIENTS = 300  # connections of the open loop
 FUZZED = 1000
@@ -172,6 +173,18 @@ async def opened(port: int, sent: Sequence[bytes], rate: float, seconds: float, 
     return seen
 
 
+def sustained(run: Path, labels: int, sent: Sequence[bytes], best: float) -> float:
+    """The largest of some rates of random arrivals at which nothing is refused for PROBE_S. Closed loops wait for their answers, so
+    what they reach is more than what a server keeps up with when requests come as they like."""
+    for share in PROBES:
+        with started("ours", run, labels) as server:
+            asyncio.run(closed(server.port, sent, 32, 1.0, 0))
+            seen = asyncio.run(opened(server.port, sent, share * best, PROBE_S, 0))
+        if not seen.row(PROBE_S)["refused"]:
+            return share * best
+    raise SystemExit(f"load: something is refused at {PROBES[-1]:.0%} of the best closed rate already")
+
+
 async def overloaded(port: int, sent: Sequence[bytes], seconds: float, seed: int) -> tuple[Seen, float]:
     """What far too many clients see; and after how many seconds a lone request is answered with 200 within a second."""
     seen = await closed(port, sent, OVERLOAD, seconds, seed, 0.0)
@@ -280,6 +293,15 @@ def main() -> None:
             seen = asyncio.run(opened(server.port, sent, SHARE * best, given.open_seconds, 0))
             row = seen.row(given.open_seconds) | {"rate": round(SHARE * best, 1), "seconds": given.open_seconds}
             measured("ours open", 0, row | {"memory_mb": [round(memory, 1), round(server.memory_mb(), 1)]}, before)
+    if not results.has(given.dataset, budget, "ours open at a sustained rate", 0):
+        rate = sustained(given.run, labels, sent, best)
+        with started("ours", given.run, labels) as server:
+            asyncio.run(closed(server.port, sent, 32, 1.0, 0))  # warm
+            memory, before = server.memory_mb(), load_average()
+            seen = asyncio.run(opened(server.port, sent, SHARE * rate, given.open_seconds, 0))
+            row = seen.row(given.open_seconds) | {"rate": round(SHARE * rate, 1), "seconds": given.open_seconds}
+            found = row | {"sustained": round(rate, 1), "memory_mb": [round(memory, 1), round(server.memory_mb(), 1)]}
+            measured("ours open at a sustained rate", 0, found, before)
     if not results.has(given.dataset, budget, "ours overload", 0):
         with started("ours", given.run, labels) as server:
             before = load_average()

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from multistep.serve.queue import Waits
 
 _TOP = 5
-_WATCH_S = 0.25  # before which nobody looks whether the client is still there
+_WATCH_S = 1.0  # before which nobody looks whether the client is still there: looking costs a busy server more than most answers
 _PAGE = Path(__file__).parent / "page" / "index.html"
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
