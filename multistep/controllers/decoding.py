@@ -23,7 +23,7 @@ from multistep.predictors.draft_revise import DraftRevise
 from multistep.predictors.few_shot import FewShot
 from multistep.predictors.mbr import Mbr, Utility
 from multistep.predictors.vote import Vote
-from multistep.predictors.ways import Way, plain, texts, words
+from multistep.predictors.ways import Way, one_text, plain, read_way, texts, words
 from multistep.strategy import Action, Profile, TryWay
 from multistep.tasks.writing import Writing
 from multistep.types import Outcome, Spec
@@ -74,9 +74,10 @@ class _Plan(BasePlan):
         self._factor: dict[bool, float] = {}  # what the last draws and what the last others took, of what was thought
 
     def told(self, action: Action, outcome: Outcome) -> None:
-        self.engine = (outcome.incumbent or {}).get("engine") or {}
+        standing = outcome.incumbent or {}
+        self.engine, self.way = standing.get("engine") or {}, standing.get("decoding")
         if isinstance(action, Profile):
-            self.engines, self.differ = outcome.facts.get("engines", []), outcome.facts.get("differ", [])
+            self.engines = outcome.facts.get("engines", [])
             self._text_s = outcome.cost.wall_s / _work(self.problem.default)
             self.known[words(self.problem.default)] = self._quality(outcome)
         elif isinstance(action, TryWay):
@@ -99,6 +100,7 @@ class _Plan(BasePlan):
             return None
         needed = self.needs_s(way)
         if self.remaining < needed:
+            self.known[words(way)] = None  # what is left only gets less
             yield Skip(stage=stage, why=f"{words(way)}: {self.remaining:.0f} s are left, it takes about {needed:.0f} s")
             return None
         return (
@@ -175,15 +177,17 @@ def tuning(problem: DecodingProblem) -> Steps:
     for way, why in ladder(problem):
         yield from plan.try_("ladder", way, why)
     yield from _penalties(plan)
+    if plan.way not in (None, problem.default.model_dump(mode="json")):
+        yield from _engines(plan)
     yield from _searched(plan)
 
 
 def _engines(plan: _Plan) -> Steps:
-    """What stands on each engine that agrees; what does not is said."""
-    for engine in plan.differ:
-        yield Skip(stage="engine", why=f"{engine['name']}: {engine['why']}")
-    for engine in plan.engines:
-        yield from plan.try_("engine", plan.problem.default, f"on {engine['name']}", engine["runtime"])
+    """What stands, on each engine that could write it."""
+    way = plan.problem.default if plan.way is None else read_way(plan.way)
+    for engine in plan.engines if one_text(way) else []:
+        if engine["runtime"] != plan.engine:
+            yield from plan.try_("engine", way, f"on {engine['name']}", engine["runtime"])
 
 
 def _penalties(plan: _Plan) -> Steps:

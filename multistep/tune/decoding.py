@@ -142,20 +142,12 @@ class LanguagePrediction:
         affordable = int(PASS_SHARE * self.problem.budget / max(1e-9, row_s))
         self.judged = min(len(self.records), JUDGED[1], max(JUDGED[0], affordable))
         yield "Noted", {"trial": trial.id, "what": "timed", "facts": {"ms": latency.mean, "judged": self.judged}}
-        agreed, differ = [], []
-        for name, runtime in self.engines.runtimes() if one_text(way) else []:
-            if runtime != engine:
-                agreement = self._agreement(way, runtime)
-                yield (
-                    "Noted",
-                    {"trial": trial.id, "what": "agreement", "facts": {"engine": name, **agreement.model_dump()}},
-                )
-                (agreed if agreement.ok else differ).append({"name": name, "runtime": runtime, "why": agreement.words})
         outcome = self._outcome(way, engine, latency, None, started)
-        return outcome.with_(facts={**outcome.facts, "judged": self.judged, "engines": agreed, "differ": differ})
+        found = [{"name": name, "runtime": runtime} for name, runtime in self.engines.runtimes()]
+        return outcome.with_(facts={**outcome.facts, "judged": self.judged, "engines": found})
 
     def _agreement(self, way: Way, engine: dict[str, Any]) -> Agreement:
-        """With our own engine, by the way that stands."""
+        """With our own engine, in the same way."""
         own, other = self.engines.writer({}), self.engines.writer(engine)
         own.decoding = other.decoding = way
         metric = self.problem.metric
@@ -170,6 +162,11 @@ class LanguagePrediction:
         if limit is not None and (first := self._first(way, engine)) > CLEARLY * limit.ms:
             rule = f"the fastest of the first {FIRST} requests took {first:.3g} ms, more than {CLEARLY:g} x {limit.ms:g} ms"
             return self._refused(way, engine, rule, first, started)
+        if engine and engine != self.incumbent.engine:
+            agreement = self._agreement(way, engine)
+            yield "Noted", {"trial": trial.id, "what": "agreement", "facts": agreement.model_dump()}
+            if not agreement.ok:
+                return self._refused(way, engine, agreement.words, 0.0, started)
         latency = self._latency(way, engine)
         if limit is not None and not latency.within(limit):
             took = getattr(latency, limit.statistic)
@@ -236,8 +233,12 @@ class LanguagePrediction:
 
 
 def named(way: Way, engine: Mapping[str, Any]) -> str:
-    """'4 beams on ctranslate2-fp32'."""
-    return f"{words(way)} on {engine['runtime']}-{engine['dtype']}" if engine else words(way)
+    """'4 beams on ctranslate2-fp32, 1 thread'."""
+    if not engine:
+        return words(way)
+    lookup = f"-lookup{engine['lookup']}" if engine.get("lookup") else ""
+    threads = f", {engine['threads']} thread" + "s" * (engine["threads"] > 1) if engine.get("threads") else ""
+    return f"{words(way)} on {engine['runtime']}-{engine['dtype']}{lookup}{threads}"
 
 
 def _kept(action: TryWay) -> dict[str, Any]:

@@ -123,9 +123,11 @@ class RunWriters:
         self._made: dict[str, Neural] = {}
 
     def runtimes(self) -> list[tuple[str, dict[str, Any]]]:
-        """All but torch in float32, which is our own engine as it is."""
-        own = replace(self._own, decoding=self._default)
-        return [(name, runtime.model_dump(mode="json")) for name, runtime in engines.variants(own)[1:]]
+        """All but torch in float32, which is our own engine as it is; and all of them on one thread: threads of a small model wait for
+        each other for longer than they compute."""
+        found = engines.variants(replace(self._own, decoding=self._default))
+        alone = [(f"{name}, 1 thread", runtime.with_(threads=1)) for name, runtime in found] if cores() > 1 else []
+        return [(name, runtime.model_dump(mode="json")) for name, runtime in (*alone, *found[1:])]
 
     def writer(self, engine: Mapping[str, Any]) -> Neural:
         if not engine:
@@ -143,6 +145,13 @@ class RunWriters:
         self.writer(engine)
         found = self._folder / "engines" / Runtime.parse(engine, "engine").name
         return found if found.is_dir() else None
+
+
+def cores() -> int:
+    """Threads that torch computes with."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 # ---------------------------------------------------------------------------------------------- what is tuned
