@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from serving import chat_bundle, label_bundle, serve_folder, served
 
+from multistep.serve import app as serve_app
+
 openai = pytest.importorskip("openai")
 
 USER = [{"role": "user", "content": "Say one"}]
@@ -243,6 +245,7 @@ def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[int]:
 
 def test_a_client_that_leaves_stops_the_writing(talk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = slow(monkeypatch, 0.02)
+    monkeypatch.setattr(serve_app, "_WATCH_S", 0.1)
     body = {"messages": USER, "max_tokens": 150, "stream": True}
     with served(serve_folder(talk)) as address:
         with httpx.stream("POST", f"{address}/v1/chat/completions", json=body) as answer:

@@ -26,6 +26,7 @@ from serving import chat_bundle, label_bundle, raw, serve_folder, served
 
 from multistep import serve
 from multistep.bundle import load_bundle
+from multistep.serve import app as serve_app
 from multistep.serve import limits
 from multistep.serve import server as process
 from multistep.types import Prediction, UserError
@@ -199,7 +200,8 @@ def test_what_waits_too_long_is_dropped_unanswered() -> None:
         assert seen == ["slow", "next"] and numbers(address)["multistep_queue_depth"] == 0
 
 
-def test_a_queued_request_whose_client_left_is_dropped() -> None:
+def test_a_queued_request_whose_client_left_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_app, "_WATCH_S", 0.1)
     seen: list[str] = []
 
     def answer(texts: list[str]) -> list[Prediction]:
