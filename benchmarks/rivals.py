@@ -25,7 +25,7 @@ from multistep.models.baselines import Lead
 from multistep.models.passage import Passage
 from multistep.models.ranking import sentences
 from multistep.models.source import default_encoders
-from multistep.writing import encoder_features
+from multistep.other_writers import encoder_features
 
 DAMPING, LINKED = 0.85, 0.1  # of lexrank: its source's values
 

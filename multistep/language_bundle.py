@@ -36,6 +36,7 @@ from multistep.models.extract import Extract
 from multistep.models.hub import load_pretrained
 from multistep.models.ngram import NGram
 from multistep.models.spans import load_span_encoder, save_span_encoder
+from multistep.other_writers import Counted, Mixed, Simple, Spans, encoder_features, measured
 from multistep.predictors.decoding import Beam, Greedy, Sample
 from multistep.predictors.ways import Way, plain, read_way, shots, words
 from multistep.report.card import with_section
@@ -43,7 +44,7 @@ from multistep.state import replace_folder
 from multistep.subwords import load_tokenizer, save_tokenizer
 from multistep.tasks.writing import LOSSES, Writing
 from multistep.types import Prediction, UserError
-from multistep.writing import Counted, Mixed, Neural, Simple, Spans, Speaker, encoder_features, measured
+from multistep.writing import Neural, Speaker
 
 FORMAT = 1
 TUNED = "How it predicts"  # the card's section

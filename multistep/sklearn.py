@@ -20,21 +20,26 @@ import weakref
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
-from scipy import sparse
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.metrics import accuracy_score
 from sklearn.utils import check_array, check_random_state, column_or_1d
-from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 from multistep import api
 from multistep.api import Run
-from multistep.data.dataset import MIN_ROWS
 from multistep.metrics import log_softmax
 from multistep.predictors import Predictor
+from multistep.sklearn_data import (
+    check_enough,
+    check_labels_given,
+    class_names_of,
+    labels_of,
+    texts_of,
+    usable_rows,
+)
 from multistep.types import Interrupted, TaskKind, UserError
 
 __all__ = ["EXPECTED_FAILED_CHECKS", "TextClassifier", "TextRegressor"]
@@ -150,7 +155,7 @@ class _TextEstimator(BaseEstimator):
     def _scored(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
         """Logits [N,J] of the model and its decisions, as they were evaluated."""
         check_is_fitted(self, "run_")
-        return self.run_.labels.scored(_texts(X, type(self).__name__))
+        return self.run_.labels.scored(texts_of(X, type(self).__name__))
 
 
 class TextClassifier(ClassifierMixin, _TextEstimator):
@@ -167,11 +172,11 @@ class TextClassifier(ClassifierMixin, _TextEstimator):
     def fit(self, X: Any, y: Any) -> Self:
         """Learn from texts X and labels y within the budget. There are no sample weights."""
         name = type(self).__name__
-        texts = _texts(X, name)
-        labels = _labels(y, name)
+        texts = texts_of(X, name)
+        labels = labels_of(y, name)
         check_consistent_length(texts, labels.codes)
-        _check_enough(texts, labels, name)
-        names = _class_names(labels.classes)
+        check_enough(texts, labels, name)
+        names = class_names_of(labels.classes)
         cells = [[names[k] for k in code] if labels.form != "one" else names[code[0]] for code in labels.codes]
         self.run_ = self._learn("classify" if labels.form == "one" else "multilabel", texts, cells)
         self.classes_, self._names, self._form = labels.classes, names, labels.form
@@ -236,11 +241,11 @@ class TextRegressor(RegressorMixin, _TextEstimator):
     def fit(self, X: Any, y: Any) -> Self:
         """Learn from texts X and numbers y within the budget. There are no sample weights."""
         name = type(self).__name__
-        texts = _texts(X, name)
-        _check_labels_given(y, name)
+        texts = texts_of(X, name)
+        check_labels_given(y, name)
         targets = column_or_1d(check_array(y, dtype="float64", ensure_2d=False, input_name="y"), warn=True)
         check_consistent_length(texts, targets)
-        usable = _usable(texts, name)
+        usable = usable_rows(texts, name)
         if len(set(targets[usable].tolist())) == 1:
             raise UserError(f"{name}: every y is {targets[usable[0]]:g}. There is nothing to learn.")
         self.run_ = self._learn("regress", texts, targets.tolist())
@@ -249,110 +254,6 @@ class TextRegressor(RegressorMixin, _TextEstimator):
     def predict(self, X: Any) -> np.ndarray:
         """float64 [N], in the units of y."""
         return np.asarray(self._scored(X)[1], dtype=np.float64)
-
-
-# ---------------------------------------------------------------------------------------------- texts and labels
-
-
-class _Labels(NamedTuple):
-    """Labels of N rows: `codes` are places in `classes`, one a row when the form is "one"."""
-
-    classes: np.ndarray
-    codes: list[tuple[int, ...]]
-    form: str  # "one", "indicator", "tuples"
-
-
-def _texts(X: Any, name: str) -> list[str]:
-    """A list, array or column of texts. Raises UserError that names the first row which is none."""
-    if isinstance(X, str):
-        raise UserError(f'{name}: X is one text. Give a list of texts, such as ["great film"].')
-    if sparse.issparse(X):
-        raise UserError(f"{name}: X is a sparse matrix. Give the texts themselves, without a vectorizer before.")
-    cells = np.asarray(X, dtype=object)
-    if cells.ndim == 2 and cells.shape[1] == 1:
-        cells = cells[:, 0]
-    if cells.ndim != 1:
-        raise UserError(f"{name}: X has shape {cells.shape}. Give texts: a list, a Series, an array (n,) or (n, 1).")
-    if not len(cells):
-        raise UserError(f"{name}: X has 0 sample(s), while a minimum of 1 is required.")
-    for row, cell in enumerate(cells):
-        if not isinstance(cell, str):
-            what = "missing" if _is_missing(cell) else f"a {type(cell).__name__}, not a text"
-            raise UserError(f"{name}: X[{row}] is {what} ({str(cell)[:40]}). Every row must be a str.")
-    return [_whole(cell) for cell in cells]
-
-
-def _whole(text: str) -> str:
-    """Half of a surrogate pair, which no tokenizer takes, becomes '?', as it does in files."""
-    return text.encode(errors="replace").decode()
-
-
-def _is_missing(value: Any) -> bool:
-    kind = type(value).__name__
-    return value is None or kind in ("NAType", "NaTType") or (isinstance(value, float | np.floating) and value != value)
-
-
-def _usable(texts: Sequence[str], name: str) -> list[int]:
-    """Rows with a word in them: the others are left out of a run."""
-    usable = [row for row, text in enumerate(texts) if text.split()]
-    if len(usable) < MIN_ROWS:
-        have = f"n_samples = {len(texts)}, of which {len(usable)} have text"
-        raise UserError(f"{name}: {have}. At least {MIN_ROWS} are needed, better some hundreds.")
-    return usable
-
-
-def _check_labels_given(y: Any, name: str) -> None:
-    if y is None:
-        raise UserError(f"{name} requires y to be passed, but the target y is None.")
-    for row, label in enumerate(_rows(y) or ()):
-        if _is_missing(label):
-            raise UserError(f"{name}: y[{row}] is missing ({label}). Fill it in or leave the row out.")
-
-
-def _labels(y: Any, name: str) -> _Labels:
-    """What y says, in one of three forms. A list of lists is a matrix; a list of tuples is labels."""
-    rows, several = _rows(y), (tuple, list, set, frozenset)
-    if rows and isinstance(rows[0], several) and not (isinstance(y, list | tuple) and isinstance(rows[0], list)):
-        if not all(isinstance(row, several) for row in rows):
-            raise UserError(f"{name}: some rows of y are tuples of labels, others are not. Give a tuple for every row.")
-        known = sorted({label for row in rows for label in row})
-        place = {label: k for k, label in enumerate(known)}
-        return _Labels(np.array(known), [tuple(sorted({place[label] for label in row})) for row in rows], "tuples")
-    _check_labels_given(y, name)
-    y = check_array(y, dtype=None, ensure_2d=False, accept_sparse="csr", input_name="y")  # pyright: ignore[reportArgumentType]
-    check_classification_targets(y)
-    if type_of_target(y) == "multilabel-indicator":
-        y = y.toarray() if sparse.issparse(y) else y
-        return _Labels(np.arange(y.shape[1]), [tuple(np.flatnonzero(row).tolist()) for row in y], "indicator")
-    classes, codes = np.unique(column_or_1d(y, warn=True), return_inverse=True)
-    return _Labels(classes, [(code,) for code in codes.tolist()], "one")
-
-
-def _rows(y: Any) -> list[Any] | None:
-    """y as a list, or None where it has columns."""
-    if isinstance(y, list | tuple):
-        return list(y)
-    cells = np.asarray(y, dtype=object)
-    return cells.tolist() if cells.ndim == 1 else None
-
-
-def _check_enough(texts: Sequence[str], labels: _Labels, name: str) -> None:
-    """Rows and classes enough to learn from and to judge by. Rows without a word do not count."""
-    usable = _usable(texts, name)
-    seen = {code for row in usable for code in labels.codes[row]}
-    if len(seen) < 2:
-        only = f"only one class, {labels.classes[seen.pop()]!r}" if seen else "no label at all"
-        raise UserError(f"{name}: {only} in y. At least two classes are needed.")
-    if labels.form == "one" and 1.2 * len(seen) > len(usable):
-        raise UserError(f"{name}: {len(seen)} classes in {len(usable)} rows. Too few rows a class to learn from.")
-
-
-def _class_names(classes: np.ndarray) -> list[str]:
-    """A name for each class that a file keeps as it is: the label itself where that will do."""
-    names = [str(label) for label in classes.tolist()]
-    if all(n and n == _whole(n).strip() for n in names) and len(set(names)) == len(names):
-        return names
-    return [f"class {k}" for k in range(len(names))]
 
 
 def _shift(task: TaskKind, predictor: Predictor) -> np.ndarray | float:

@@ -26,13 +26,14 @@ from multistep.generate import generate
 from multistep.language_bundle import LanguageBundle, load_language_bundle, write_language_bundle
 from multistep.models.encoder import Encoder, load_backbone
 from multistep.models.lstm import new_lstm
+from multistep.other_writers import Counted
 from multistep.predictors import Single
 from multistep.predictors.decoding import Beam, Decoding, Greedy, Sample
 from multistep.subwords import encode_ids, load_tokenizer, train_bytes
 from multistep.tasks import Classify
 from multistep.tasks.writing import Writing
 from multistep.types import UserError
-from multistep.writing import Counted, Neural
+from multistep.writing import Neural
 
 TASK = Classify(labels=LABELS)
 TEXTS = [" ".join(WORDS[(i * 7 + j) % 16] for j in range(1 + i % 9)) + f" {i}" for i in range(24)]

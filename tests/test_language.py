@@ -16,8 +16,9 @@ from multistep import cli, journal
 from multistep.api import load, resume
 from multistep.config import FitConfig
 from multistep.controllers.sizes import RUNGS, dropout_for, weights_fit
+from multistep.other_writers import Mixed
 from multistep.types import Interrupted, UserError
-from multistep.writing import Mixed, Neural
+from multistep.writing import Neural
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ZAHLEN = ("eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun")
@@ -120,11 +121,11 @@ def test_a_mixture_charges_what_it_draws_from(tmp_path: Path) -> None:
     from multistep.data.cells import Record
     from multistep.models.decoder import new_decoder
     from multistep.models.ngram import NGram
+    from multistep.other_writers import Counted
     from multistep.predictors.decoding import Greedy
     from multistep.subwords import train_characters
     from multistep.tasks.writing import Writing
     from multistep.tune.speakers import _tokenizer_config
-    from multistep.writing import Counted
 
     text = "Wörter und 字, one by one. " * 20
     train_characters([text], tmp_path / "tokenizer.json")

@@ -19,6 +19,7 @@ from multistep.data.cells import Record, Turn
 from multistep.generate import request_number
 from multistep.language_bundle import LanguageBundle
 from multistep.models.mixed import Mixture
+from multistep.other_writers import Counted, Mixed
 from multistep.predictors.decoding import Beam, Decoding, Greedy, Sample
 from multistep.predictors.ways import plain
 from multistep.serve.limits import Refused, Settings
@@ -27,7 +28,7 @@ from multistep.serve.openai import Wanted
 from multistep.serve.queue import Batcher, Waits, plainly
 from multistep.serve.writer import Asking, Writer, Writing
 from multistep.types import Prediction, UserError
-from multistep.writing import Counted, Mixed, Neural
+from multistep.writing import Neural
 
 T = TypeVar("T")
 

@@ -20,6 +20,7 @@ from multistep.metrics import judge_losses
 from multistep.metrics.texts import compare_rows, judge_rows, measure_rows, statistics
 from multistep.metrics.words import f1
 from multistep.models.ngram import NGram
+from multistep.other_writers import Mixed, Spans, measured, mixed_nats
 from multistep.predictors.decoding import Greedy, Sample
 from multistep.schedules import Plateau
 from multistep.spans import best_least
@@ -44,7 +45,7 @@ from multistep.tune.speakers import WATCHED_BYTES, Speakers
 from multistep.tune.training import averaged, run_training
 from multistep.tune.watch import Looks, checks
 from multistep.types import Cost, MetricValue, Outcome, Verdict
-from multistep.writing import Mixed, Spans, Speaker, measured, mixed_nats
+from multistep.writing import Speaker
 
 _SHARES = [n / 20 for n in range(1, 21)]  # of the neural model in a mixture
 

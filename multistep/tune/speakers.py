@@ -30,13 +30,14 @@ from multistep.models.seq2seq import load_seq2seq, new_seq2seq
 from multistep.models.source import default_encoders
 from multistep.models.spans import SpanEncoder, load_span_encoder
 from multistep.objectives import NextToken, Seq2Seq
+from multistep.other_writers import Counted, Mixed, Simple, Spans, encoder_features
 from multistep.predictors.decoding import Greedy
 from multistep.predictors.ways import Way, read_way
 from multistep.state import read_folder, replace_folder
 from multistep.strategy import FitWriter, Shape, TrainWriter
 from multistep.subwords import load_tokenizer, train_bytes, train_characters, unknown_rate
 from multistep.tasks.writing import Writing
-from multistep.writing import Counted, Mixed, Neural, Simple, Spans, Speaker, encoder_features, sizes
+from multistep.writing import Neural, Speaker, sizes
 
 ALPHABET = 512  # different characters at most for a tokenizer whose tokens are characters
 CHARACTERS_A_TOKEN = 600  # of train, for each entry of a byte-pair vocabulary from scratch
