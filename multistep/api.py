@@ -16,7 +16,7 @@ from multistep import data, journal, report
 from multistep.budget import Clock, parse_budget
 from multistep.bundle import Bundle, find_bundle, load_bundle
 from multistep.config import FitConfig, save_config
-from multistep.controllers import CONTROLLERS, Problem
+from multistep.controllers import CONTROLLERS, Problem, Target
 from multistep.controllers.more import more
 from multistep.controllers.phases import Phases
 from multistep.controllers.plan import check_objective
@@ -25,12 +25,13 @@ from multistep.export import Exported, export
 from multistep.journal import Journal
 from multistep.language import fit_language, is_language, resume_language
 from multistep.language_bundle import LanguageBundle
-from multistep.metrics import Scored, check_metric, measure, per_class
+from multistep.metrics import METRICS, Scored, check_metric, measure, per_class
 from multistep.models.linear import candidates
 from multistep.policy import Policy
 from multistep.report.progress import Progress
 from multistep.session import budget_so_far, check_same_data, clock_then, left, machine_facts, show, signals, versions
 from multistep.state import sweep
+from multistep.target import read_target
 from multistep.tasks import Classify, Multilabel, Regress, Task
 from multistep.text import text_facts
 from multistep.tune import tune
@@ -119,12 +120,19 @@ class Run:
 
     def tune(
         self, *, metric: str | None = None, latency: str | None = None, budget: str | float = "1m", data: str | None = None,
-        costs: str | Path | None = None, coverage: float | None = None,
+        costs: str | Path | None = None, coverage: float | None = None, controller: str = "staged",
     ) -> Policy:  # fmt: skip
         """Find the best way to predict under a limit such as latency="p95=20ms", and predict so from now on (multistep.tuning)."""
         self._bundle = None
         return tune_run(
-            self.out, metric=metric, latency=latency, budget=budget, data=data, costs=costs, coverage=coverage
+            self.out,
+            metric=metric,
+            latency=latency,
+            budget=budget,
+            data=data,
+            costs=costs,
+            coverage=coverage,
+            controller=controller,
         )
 
     def resume(self, budget: str | None = None) -> Run:
@@ -183,6 +191,7 @@ def fit_config(config: FitConfig, progress: Progress, started: float | None = No
     task = task_for(dataset)
     metric = check_metric(config.metric or task.default_metric, task.kind)
     check_objective(config.objective, task.kind, task.n_outputs)
+    _target(config, task, metric)
     for line in dataset.report.lines():
         progress.note(line)
     work = Workbench(config, dataset, task, out)
@@ -288,10 +297,20 @@ def _card_facts(work: Workbench, run: Run, bench: Bench, clock: Clock) -> dict[s
     }
 
 
+def _target(config: FitConfig, task: Task, metric: str) -> Target | None:
+    """The score at which training ends, where one was asked for. Raises UserError."""
+    measured = tuple(dict.fromkeys([metric, *task.metrics]))
+    return read_target(
+        config.until, metric, measured, lambda name: check_metric(name, task.kind),
+        lambda name: METRICS[name].higher_is_better,
+    )  # fmt: skip
+
+
 def _phases(work: Workbench, metric: str, past: Sequence[Mapping[str, Any]]) -> Phases:
-    first = parse_budget(work.config.budget)
+    first, kind = parse_budget(work.config.budget), work.task.kind
     problem = Problem(
-        task=work.task.kind, n_outputs=work.task.n_outputs, metric=metric, rows={k: len(v) for k, v in work.texts.items()},
+        task=kind, n_outputs=work.task.n_outputs, metric=metric, higher_is_better=METRICS[metric].higher_is_better,
+        target=_target(work.config, work.task, metric), rows={k: len(v) for k, v in work.texts.items()},
         characters={k: sum(map(len, v)) for k, v in work.texts.items()}, budget=first.amount, unit=first.unit, config=work.config,
         linear=tuple(candidates(work.task.kind, work.task.n_outputs, text_facts(work.texts["train"]))),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command line: one verb a function, at most 12 options each. Torch is imported inside the verbs that need it.
+"""The command line: one verb a function, at most 12 options each beside --quiet and --json. Torch is imported inside the verbs that need it.
 
 What verbs share (options, checks, output, how errors end them) is in terminal.py.
 """
@@ -71,7 +71,13 @@ def fit(
         str | None, typer.Option(help="auto, lstm, none, or a pretrained one: a folder or a hub name.")
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="lora: train an adapter beside a model that writes.")] = None,
-    controller: Annotated[str | None, typer.Option(help="staged, race or fixed.")] = None,
+    controller: Annotated[
+        str | None,
+        typer.Option(help="staged, fixed, race, reactive, halving, population, bayes, random.  [default: staged]"),
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(help="Stop training at a score such as f1=0.93, reached with its error.")
+    ] = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -82,6 +88,7 @@ def fit(
     options = {
         "task": task, "metric": metric, "budget": budget, "seed": seed, "out": out,
         "text": tuple(text) if text else None, "label": label, "model": model, "controller": controller, "adapter": adapter,
+        "until": until,
     }  # fmt: skip
     config = resolve(source, options, overrides or [])
     try:

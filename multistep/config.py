@@ -80,7 +80,8 @@ class FitConfig(Spec):
     text: tuple[str, ...] = ()  # None: inferred
     label: str | None = None
     model: str = "auto"  # auto, lstm (labels only), none, a folder, a hub name
-    controller: Literal["staged", "race", "fixed"] = "staged"
+    controller: Literal["staged", "race", "fixed", "reactive", "halving", "population", "bayes", "random"] = "staged"
+    until: str | None = None  # METRIC=VALUE at which training ends, such as f1=0.93; None: with the budget
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: Objective | None = None  # None: the task's own
     schedule: Schedule = Linear()
@@ -145,7 +146,7 @@ class FitConfig(Spec):
         return (value,) if isinstance(value, str) else value
 
 
-_TEXTS = ("task", "metric", "budget", "out", "label", "model")  # never numbers, whatever they look like
+_TEXTS = ("task", "metric", "budget", "out", "label", "model", "until")  # never numbers, whatever they look like
 
 
 def resolve(source: str, options: Mapping[str, Any], overrides: Sequence[str]) -> FitConfig:

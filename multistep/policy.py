@@ -16,7 +16,6 @@ from pydantic import Field
 
 from multistep.types import Comparison, MetricValue, Spec, UserError, Verdict
 
-ALPHA = 0.1  # of a gain, shared by all candidates that are tried (Bonferroni)
 SAME = 0.01  # of the metric: a loss that is, less one standard error, within this is no loss
 CHEAPER = 0.9  # of the incumbent's mean latency: what counts as cheaper
 _WARM_UP = 3

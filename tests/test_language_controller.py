@@ -9,7 +9,8 @@ import pytest
 
 from multistep.config import FitConfig
 from multistep.controllers import Reserve, Scripted, Skip
-from multistep.controllers.language import LANGUAGE_CONTROLLERS, LanguageProblem
+from multistep.controllers.language import LANGUAGE_CONTROLLERS
+from multistep.controllers.language_plan import LanguageProblem
 from multistep.predictors.decoding import Greedy
 from multistep.strategy import Decode, FitWriter, Profile, ReadTest, Shape, TrainWriter, Trial
 from multistep.tasks.writing import Writing

@@ -54,30 +54,35 @@ def tune(
     told = {r["trial"]: Outcome(**r["outcome"]) for r in past if r["kind"] == "Told"}
     settled = {r["trial"] for r in past if r["kind"] in ("Committed", "RolledBack")}
     stale = False  # the bundle on disk may be older than what was committed
-    while (ask := controller.ask()) is not None:
-        lived = asked.popleft() if asked else None
-        _check_replay(lived, ask)
-        if isinstance(ask, Reserve):
-            bench.clock.reserve(ask.name, ask.amount)
-        if lived is None:
-            yield _append(bench, journal, **_record(ask))
-        if isinstance(ask, Skip | Reserve):
+    outstanding: deque[Trial] = deque()
+    while (ask := controller.ask()) is not None or outstanding:
+        if isinstance(ask, Trial | Skip | Reserve):
+            lived = asked.popleft() if asked else None
+            _check_replay(lived, ask)
+            if isinstance(ask, Reserve):
+                bench.clock.reserve(ask.name, ask.amount)
+            if lived is None:
+                yield _append(bench, journal, **_record(ask))
+            if isinstance(ask, Trial):
+                outstanding.append(ask)
             continue
-        outcome = told.get(ask.id)
+        assert outstanding, "the controller waits for nothing"
+        trial = outstanding.popleft()
+        outcome = told.get(trial.id)
         if outcome is None:
             if stale:
                 bench.ship()
                 stale = False
-            outcome = yield from _run(bench, ask, journal)
-            yield _append(bench, journal, kind="Told", trial=ask.id, stage=ask.stage, outcome=outcome)
-        committed = bench.apply(ask, outcome)
+            outcome = yield from _run(bench, trial, journal)
+            yield _append(bench, journal, kind="Told", trial=trial.id, stage=trial.stage, outcome=outcome)
+        committed = bench.apply(trial, outcome)
         stale = stale or committed
-        if ask.id not in settled and (committed or outcome.verdict is not None):
+        if trial.id not in settled and (committed or outcome.verdict is not None):
             if committed:
                 bench.ship()
                 stale = False
-            yield _append(bench, journal, **_settlement(bench, ask, outcome, committed))
-        controller.tell(ask, outcome.with_(incumbent=bench.standing(), families=bench.families()))
+            yield _append(bench, journal, **_settlement(bench, trial, outcome, committed))
+        controller.tell(trial, outcome.with_(incumbent=bench.standing(), families=bench.families()))
     if stale:
         bench.ship()
 

@@ -82,12 +82,12 @@ def decided(bench: Bench, trial: Trial, family: str, state: str, started: float,
     for name, rival in (("family", bench.families.get(family)), ("against", trial.against)):
         if rival is not None:
             known = bench.judged(Single(model=family), {family: rival})
-            found = metrics.judge(bench.metric, task, candidate, known, seed=seed)
+            found = metrics.judge(bench.metric, task, candidate, known, seed, trial.alpha)
             facts |= {f"{name}_verdict": found.model_dump(), f"{name}_rival": rival}
     verdict = None
     if trial.commit and bench.incumbent is not None:
         incumbent = bench.judged(bench.incumbent, bench.families)
-        verdict = metrics.judge(bench.metric, task, candidate, incumbent, seed=seed)
+        verdict = metrics.judge(bench.metric, task, candidate, incumbent, seed, trial.alpha)
     return Outcome(
         state=state,
         metrics=metrics.measure(tuple(names), task, scored, seed=seed),
@@ -345,7 +345,7 @@ def run_predict(bench: Bench, trial: Trial, action: Predict) -> Run:
     yield "Noted", {"trial": trial.id, "what": "fitted", "facts": {"what": action.what, **found.facts}}
     base = fitting.baseline(work.task, action.base, logits, targets)
     metric = "log_loss" if action.what == "calibrate" and work.task.kind != "regress" else bench.metric
-    verdict = metrics.judge(metric, work.task, found.scored, base, seed=seed)
+    verdict = metrics.judge(metric, work.task, found.scored, base, seed, trial.alpha)
     names_ = dict.fromkeys([bench.metric, *work.task.metrics])
     return Outcome(
         state=trial.id,

@@ -190,6 +190,8 @@ class Answering:
         started, p, now = time.monotonic(), self.problem, self.incumbent
         engine = action.engine or now.engine
         outputs = self._outputs(action.recipe.names(), engine)
+        if action.share < 1:
+            return self._looked(action, outputs, started)
         found = prepare(action.recipe, p.task, outputs, self.rows.targets, self.quality.fitted_for, p.seed)
         if found is None:
             return Outcome(ok=False, failure=f"{action.recipe}: nothing to offer here", cost=_wall(started))
@@ -197,16 +199,29 @@ class Answering:
         new = Standing(found.predictor, engine if _encodes(action.recipe) else {})
         old = Standing(_PREDICTOR.validate_python(now.predictor), now.engine)
         latency, now_takes = side_by_side(self._answer(new), self._answer(old), self._requests(), self._seconds())
-        better, compared = self.quality.judged(found.scored, self._known(now), action.alpha)
+        better, compared = self.quality.judged(found.scored, self._known(now), trial.alpha)
         best = self._best()
-        anchor = (
-            None if best.name == now.name else self.quality.judged(found.scored, self._known(best), action.alpha)[1]
-        )
+        anchor = None if best.name == now.name else self.quality.judged(found.scored, self._known(best), trial.alpha)[1]
         verdict = admit(better, compared, latency, now_takes, p.limit, anchor)
         made = {**found.facts, "recipe": action.recipe.model_dump(mode="json")}
         entry = self._entry(_name(action.recipe, new.engine), new, found.scored, latency, made)
-        facts = {"entry": entry.model_dump(mode="json"), "beside_ms": now_takes.mean}
+        facts = {"entry": entry.model_dump(mode="json"), "ms": latency.mean, "beside_ms": now_takes.mean}
         return Outcome(state=entry.name, metrics=entry.metrics, verdict=verdict, cost=_wall(started), facts=facts)
+
+    def _looked(self, action: TryRecipe, outputs: Mapping[str, np.ndarray], started: float) -> Outcome:
+        """What it is worth on a part of the rows: a search drops it or looks at more of them."""
+        count, p = max(2, round(action.share * len(self.rows.texts))), self.problem
+        some = {name: logits_NK[:count] for name, logits_NK in outputs.items()}
+        found = prepare(action.recipe, p.task, some, self.rows.targets[:count], self.quality.fitted_for, p.seed)
+        if found is None:
+            return Outcome(ok=False, failure=f"{action.recipe}: nothing to offer here", cost=_wall(started))
+        verdict = Verdict(
+            accept=False, rule=f"a look at {count} of {len(self.rows.texts)} rows: nothing is taken by it"
+        )
+        measured = self.quality.measured(
+            Scored(self.rows.targets[:count], found.scored.logits_NK, found.scored.decisions)
+        )
+        return Outcome(metrics=measured, verdict=verdict, cost=_wall(started), facts={"looked": str(action.recipe)})
 
     def _promise(self, trial: Trial, action: Promise) -> Run:
         started, p, now = time.monotonic(), self.problem, self.incumbent

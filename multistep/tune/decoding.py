@@ -92,6 +92,8 @@ class LanguagePrediction:
 
     def apply(self, trial: Trial, outcome: Outcome) -> bool:
         """Take an outcome into the standing; whether another way stands. Depends on the outcome alone, so it replays."""
+        if "looked" in outcome.facts:
+            return False
         if "refused" in outcome.facts:
             assert outcome.verdict is not None
             self.refused.append({"name": outcome.facts["refused"], "why": outcome.verdict.rule})
@@ -117,8 +119,8 @@ class LanguagePrediction:
     def families(self) -> dict[str, str]:
         return {}
 
-    def ship(self) -> None:
-        self._ship(read_way(self.incumbent.predictor), self.incumbent.engine, self.policy())
+    def ship(self, policy: Policy | None = None) -> None:
+        self._ship(read_way(self.incumbent.predictor), self.incumbent.engine, policy or self.policy())
 
     def policy(self, skipped: Sequence[Mapping[str, str]] = ()) -> Policy:
         """All that was found so far. `skipped`: what was not begun, and why."""
@@ -167,13 +169,28 @@ class LanguagePrediction:
             yield "Noted", {"trial": trial.id, "what": "agreement", "facts": agreement.model_dump()}
             if not agreement.ok:
                 return self._refused(way, engine, agreement.words, 0.0, started)
+        if action.share < 1:
+            return self._looked(way, engine, action.share, started)
         latency = self._latency(way, engine)
         if limit is not None and not latency.within(limit):
             took = getattr(latency, limit.statistic)
             rule = f"{limit.statistic} {took:.3g} ms > {limit.ms:g} ms, over {latency.n} requests: too slow"
             return self._refused(way, engine, rule, latency.mean, started)
-        verdict = self._verdict(way, engine, latency, action.alpha)
+        verdict = self._verdict(way, engine, latency, trial.alpha)
         return self._outcome(way, engine, latency, verdict, started)
+
+    def _looked(self, way: Way, engine: dict[str, Any], share: float, started: float) -> Outcome:
+        """What it is worth on a part of the records: a search drops it or looks at more of them. What was written is kept for that."""
+        count = max(2, round(share * self.judged))
+        metric, rows_NS = self.problem.metric, self._statistics(way, engine, count)
+        begun = time.perf_counter()
+        self._write(way, engine, self.records[:1])
+        ms = 1000 * (time.perf_counter() - begun)
+        verdict = Verdict(accept=False, rule=f"a look at {count} of {self.judged} records: nothing is taken by it")
+        return Outcome(
+            metrics={metric: measure_rows(metric, rows_NS, self.problem.seed)}, verdict=verdict,
+            cost=Cost(wall_s=time.monotonic() - started), facts={"looked": named(way, engine), "ms": ms},
+        )  # fmt: skip
 
     def _verdict(self, way: Way, engine: dict[str, Any], latency: Latency, alpha: float) -> Verdict:
         metric, seed, now = self.problem.metric, self.problem.seed, self.incumbent
@@ -210,14 +227,16 @@ class LanguagePrediction:
         writer.decoding = way
         return [str(p.value) for p in writer.write(records)]
 
-    def _statistics(self, way: Way, engine: dict[str, Any]) -> np.ndarray:
-        """[N,S], made once in a process for each way."""
-        name = named(way, engine)
-        if name not in self._rows:
-            records = self.records[: self.judged]
+    def _statistics(self, way: Way, engine: dict[str, Any], count: int | None = None) -> np.ndarray:
+        """[N,S] of the first `count` judged records, or of all; each is written once in a process for each way."""
+        name, count = named(way, engine), self.judged if count is None else count
+        done = len(self._rows.get(name, ()))
+        if done < count:
+            records = self.records[done:count]
             texts = self._write(way, engine, records)
-            self._rows[name] = statistics(self.problem.metric, texts, [r.targets for r in records])
-        return self._rows[name]
+            new_NS = statistics(self.problem.metric, texts, [r.targets for r in records])
+            self._rows[name] = np.concatenate([self._rows[name], new_NS]) if done else new_NS
+        return self._rows[name][:count]
 
     def _first(self, way: Way, engine: Mapping[str, Any]) -> float:
         """Milliseconds of the fastest of the first few requests, each alone."""

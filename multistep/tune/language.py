@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multistep.budget import Clock
-from multistep.controllers.language import LanguageProblem
+from multistep.controllers.language_plan import LanguageProblem
 from multistep.data.cells import Record
 from multistep.metrics import judge_losses
 from multistep.metrics.texts import compare_rows, judge_rows, measure_rows, statistics
@@ -155,15 +155,15 @@ class LanguageWorks:
             self._answers[key] = self.answers(speaker or self.speakers.speaker(dict(standing)), split)
         return self._answers[key]
 
-    def verdict(self, candidate: Answers, incumbent: Answers) -> Verdict:
+    def verdict(self, candidate: Answers, incumbent: Answers, alpha: float) -> Verdict:
         seed = self.problem.config.seed
-        found = judge_rows(self.problem.metric, candidate.rows_NS, incumbent.rows_NS, seed)
+        found = judge_rows(self.problem.metric, candidate.rows_NS, incumbent.rows_NS, seed, alpha)
         if found.accept or self.by_losses or candidate.losses_N3 is None or incumbent.losses_N3 is None:
             return found
         c = compare_rows(self.problem.metric, candidate.rows_NS, incumbent.rows_NS, seed)
         if c.difference < 0:
             return found
-        second = judge_losses(candidate.losses_N3[:, 0], incumbent.losses_N3[:, 0], alpha=0.05)
+        second = judge_losses(candidate.losses_N3[:, 0], incumbent.losses_N3[:, 0], alpha / 2)
         if not second.accept:
             return found
         word = "the same" if c.difference == 0 else "not worse"
@@ -185,14 +185,14 @@ class LanguageWorks:
         found: dict[str, Any] = {**facts, "standing": standing, "family": family, "judged": len(answers.rows_NS)}
         if trial.against is not None:
             rival = {**standing, "state": trial.against}
-            found |= {"against_verdict": self.verdict(answers, self.known(rival, split)).model_dump()}
+            found |= {"against_verdict": self.verdict(answers, self.known(rival, split), trial.alpha).model_dump()}
         if trial.commit and (before := self.best.get(family)) is not None and split == "control":
             found["family_verdict"] = self.verdict(
-                answers, self.known({**standing, "state": before}, split)
+                answers, self.known({**standing, "state": before}, split), trial.alpha
             ).model_dump()
         verdict = None
         if trial.commit and self.incumbent is not None:
-            verdict = self.verdict(answers, self.known(self.incumbent, split))
+            verdict = self.verdict(answers, self.known(self.incumbent, split), trial.alpha)
         cost = Cost(wall_s=time.monotonic() - started, updates=updates, tokens=tokens)
         return Outcome(state=trial.id, metrics=self.measured(answers), verdict=verdict, cost=cost, facts=found)
 

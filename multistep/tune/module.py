@@ -138,11 +138,11 @@ class ModuleWorks:
         """The module's answers on these rows. Leaves it in evaluation mode."""
         return judge_rows(module, rows, self.problem.objective, self.task, self.problem.bf16)
 
-    def verdict(self, candidate: Answers, incumbent: Answers) -> Verdict:
+    def verdict(self, candidate: Answers, incumbent: Answers, alpha: float) -> Verdict:
         if self.problem.metric == "loss" or self.task is None:
-            return metrics.judge_losses(candidate.losses_N, incumbent.losses_N)
+            return metrics.judge_losses(candidate.losses_N, incumbent.losses_N, alpha)
         assert candidate.scored is not None and incumbent.scored is not None
-        return metrics.judge(self.problem.metric, self.task, candidate.scored, incumbent.scored, seed=self.seed)
+        return metrics.judge(self.problem.metric, self.task, candidate.scored, incumbent.scored, self.seed, alpha)
 
     def measured(self, answers: Answers) -> dict[str, MetricValue]:
         """The metric that decides, the task's others, and the loss; with standard errors."""
@@ -159,11 +159,11 @@ class ModuleWorks:
         answers = self.answers(trial.id)
         found = dict(facts)
         if trial.against is not None:
-            against = self.verdict(answers, self.answers(trial.against))
+            against = self.verdict(answers, self.answers(trial.against), trial.alpha)
             found |= {"against_verdict": against.model_dump(), "against_rival": trial.against}
         verdict = None
         if trial.commit and self.incumbent is not None:
-            verdict = self.verdict(answers, self.answers(self.incumbent))
+            verdict = self.verdict(answers, self.answers(self.incumbent), trial.alpha)
         cost = Cost(wall_s=time.monotonic() - started, **spent)
         return Outcome(state=trial.id, metrics=self.measured(answers), verdict=verdict, cost=cost, facts=found)
 
