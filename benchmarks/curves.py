@@ -61,7 +61,7 @@ def ids_of(texts: list[str], characters: bool) -> Tensor:
 
 def settings() -> np.ndarray:
     """[S,3]: learning rate, weight decay, label smoothing. The first is the calibrated prior."""
-    u_S3 = qmc.Sobol(3, seed=0).random(64)[: SETTINGS - 1]
+    u_S3 = qmc.Sobol(3, seed=0).random(64)[: SETTINGS - 1]  # pyright: ignore[reportCallIssue] - `rng` draws other points
     rate_S = PRIOR * FACTOR ** (2 * u_S3[:, 0] - 1)
     decay_S = 1e-4 * 1e4 ** u_S3[:, 1]
     prior = AdamW()
@@ -80,7 +80,7 @@ def record(dataset: str) -> dict[str, np.ndarray]:
         take = random.permutation(len(texts))[:most]
         targets = torch.tensor([names.index(labels[i]) for i in take])
         splits[split] = ids_of([texts[i] for i in take], dataset == "chnsenticorp"), targets
-    data = rows_of(splits["train"], "cpu", None, 0)
+    data = rows_of(splits["train"], "train", "cpu")
     right: dict[str, list[list[np.ndarray]]] = {"control": [], "test": []}
     losses = []
     for number, (rate, decay, smoothing) in enumerate(settings()):
@@ -130,7 +130,8 @@ def main() -> None:
     for dataset in given.datasets:
         path = given.folder / f"{dataset}.npz"
         if not path.exists():
-            np.savez_compressed(path, **record(dataset))
+            found = record(dataset)
+            np.savez_compressed(path, allow_pickle=False, **found)
             facts = {"settings": SETTINGS, "marks": MARKS, "stretch": STRETCH, "cool": COOL, "train": TRAIN}
             (given.folder / "facts.json").write_text(json.dumps(facts) + "\n")
 

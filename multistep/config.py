@@ -81,6 +81,7 @@ class FitConfig(Spec):
     label: str | None = None
     model: str = "auto"  # auto, lstm (labels only), none, a folder, a hub name
     controller: Literal["staged", "race", "fixed", "reactive", "halving", "population", "bayes", "random"] = "staged"
+    skip: tuple[Literal["linear", "race", "average", "predict"], ...] = ()  # stages that are left out
     until: str | None = None  # METRIC=VALUE at which training ends, such as f1=0.93; None: with the budget
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: Objective | None = None  # None: the task's own
@@ -140,7 +141,7 @@ class FitConfig(Spec):
             raise UserError("label_smoothing: an objective was given too. Write objective.label_smoothing instead.")
         return self
 
-    @field_validator("text", mode="before")
+    @field_validator("text", "skip", mode="before")
     @classmethod
     def _text(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value

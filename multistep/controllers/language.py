@@ -15,7 +15,7 @@ from typing import Literal
 
 from multistep.controllers.language_plan import PROBE_UPDATES, LanguageProblem, Plan
 from multistep.controllers.members import Found, Ground, legs
-from multistep.controllers.script import Does, Skip, Steps
+from multistep.controllers.script import Does, Skip, Steps, left_out
 from multistep.controllers.searches import SEARCHES
 from multistep.controllers.trunk import LEAST_UPDATES, averages
 from multistep.predictors.decoding import Beam
@@ -82,6 +82,9 @@ def _begin(plan: Plan) -> Steps:
 def _race(plan: Plan) -> Does[float]:
     """Probes around the prior, each decayed to zero; judged by their losses on the same rows."""
     prior, c = plan.strategy().optimizer.lr, plan.problem.config
+    if skipped := left_out(c, "race"):
+        yield from skipped
+        return prior
     share = PROBE_SHARE * plan.spare()
     if c.optimizer.lr is not None:
         yield Skip(stage="race", why=f"the learning rate was given: {prior:g}")
@@ -147,6 +150,9 @@ def _cool(plan: Plan, state: str | None, action: TrainWriter, share: float, why:
 
 
 def _averages(plan: Plan, state: str) -> Steps:
+    if skipped := left_out(plan.problem.config, "average"):
+        yield from skipped
+        return
     needed = 2 * plan.facts["judge_s"]
     yield from averages(plan, state, needed, plan.timed and plan.remaining < needed)
 
@@ -155,6 +161,9 @@ def _decode(plan: Plan) -> Steps:
     """Beams for what is written from pairs and prompts; a mixture for a language model of characters."""
     facts = plan.facts
     yield from plan.reserve(facts["test_s"])
+    if skipped := left_out(plan.problem.config, "predict"):
+        yield from skipped
+        return
     model, ngram = plan.incumbent.get("kind") == "model", plan.families.get("ngram")
     if plan.problem.task.kind == "lm":
         if "model" in plan.families and ngram is not None and facts["characters"]:

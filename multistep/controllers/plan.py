@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from multistep.config import OptimizerConfig
-from multistep.controllers.script import BasePlan, Does, Problem, Reserve, Skip, Step, Steps
+from multistep.controllers.script import BasePlan, Does, Problem, Reserve, Skip, Step, Steps, left_out
 from multistep.controllers.space import Point, Space, settled, space_of
 from multistep.objectives import BinaryCrossEntropy, CrossEntropy, Huber, MeanAbsoluteError, MeanSquaredError, Objective
 from multistep.optimizers import AdamW
@@ -367,6 +367,9 @@ def finish(plan: Plan) -> Steps:
 
 def predict(plan: Plan) -> Steps:
     """Blend of the families, calibration, thresholds: each around what is committed, on the calibration split."""
+    if skipped := left_out(plan.problem.config, "predict"):
+        yield from skipped
+        return
     if plan.problem.rows["calibration"] < 20:
         yield Skip(stage="predict", why=f"{plan.problem.rows['calibration']} calibration rows are too few to decide on")
         return

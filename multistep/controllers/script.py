@@ -43,6 +43,11 @@ class Target(Spec):
     higher_is_better: bool
 
 
+def left_out(config: FitConfig, stage: str) -> list[Skip]:
+    """What says so, where a stage is not wanted; empty where it is."""
+    return [Skip(stage=stage, why=f"left out: skip={stage} was given")] if stage in config.skip else []
+
+
 class Problem(Spec):
     """What a controller knows before the first trial."""
 

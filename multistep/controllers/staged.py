@@ -11,7 +11,7 @@ from collections.abc import Callable
 from multistep.controllers import plan as stages
 from multistep.controllers.members import Found, legs
 from multistep.controllers.plan import Plan
-from multistep.controllers.script import Problem, Script, Skip, Steps
+from multistep.controllers.script import Problem, Script, Skip, Steps, left_out
 from multistep.controllers.trunk import average, race_rates, soup, trunk, worth_training
 from multistep.strategy import FitLinear
 from multistep.types import Outcome
@@ -53,6 +53,9 @@ def _models(plan: Plan, train: Train) -> Steps:
 def more_linear(plan: Plan, first: Outcome, long: bool) -> Steps:
     """The linear family on all rows and with other features: all of them where there is no encoder, else what is nearly free."""
     rows, features = plan.problem.rows["train"], plan.problem.linear
+    if skipped := left_out(plan.problem.config, "linear"):
+        yield from skipped
+        return
     if first.facts["rows"] < rows:
         if plan.timed and plan.linear_s > (0.9 if long else 0.2) * plan.remaining:
             yield Skip(

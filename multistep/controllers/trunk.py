@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from multistep.controllers.plan import MOST_EPOCHS, Plan, Step
-from multistep.controllers.script import Does, Skip, Steps
+from multistep.controllers.script import Does, Skip, Steps, left_out
 from multistep.schedules import Linear, Plateau
 from multistep.strategy import Action, Average, FineTune
 from multistep.types import Outcome, Verdict
@@ -25,6 +25,9 @@ Finetuned = Does[str | None]
 def race_rates(plan: Plan, action: FineTune, start: str | None) -> Does[float]:
     """Short probes at learning rates around the prior, each decaying to zero; the prior wins ties. The rate to go on with."""
     prior = action.optimizer.lr
+    if skipped := left_out(plan.problem.config, "race"):
+        yield from skipped
+        return prior
     if isinstance(action.schedule, Plateau):  # a probe has no time to wait for one: it decays
         action = action.with_(schedule=Linear())
     if plan.problem.config.optimizer.lr is not None:
@@ -131,6 +134,9 @@ def soup(plan: Plan) -> Steps:
 
 def average(plan: Plan, state: str) -> Steps:
     """The averages of the trunk's weights, each against what is committed."""
+    if skipped := left_out(plan.problem.config, "average"):
+        yield from skipped
+        return
     needed = average_s(plan)
     yield from averages(plan, state, needed, plan.timed and plan.remaining < 0.5 * needed)
 
