@@ -16,8 +16,7 @@ import numpy as np
 from multistep import engines
 from multistep.budget import Budget, Clock
 from multistep.bundle import Bundle, shortened, write_bundle
-from multistep.controllers.answering import AnsweringProblem, answering
-from multistep.controllers.script import Scripted
+from multistep.controllers.answering import AnsweringProblem
 from multistep.data import Columns, Dataset, read_labelled
 from multistep.data import load as load_data
 from multistep.engines import Runtime
@@ -28,7 +27,7 @@ from multistep.predictors.costs import read_costs
 from multistep.report.card import with_section
 from multistep.report.policy import explain_policy
 from multistep.report.progress import Progress
-from multistep.session import check_same_data, clock_then, left, machine_facts, show, signals, versions
+from multistep.session import check_same_data, clock_then, controller_of, left, machine_facts, show, signals, versions
 from multistep.strategy import Trial
 from multistep.tune import tune
 from multistep.tune.actions import Bench
@@ -104,7 +103,7 @@ def tune_labels(
             works = Answering(
                 models, problem, rows, aside, clock, stop, models.ship_into(run_dir, bundle), started["machine"]
             )
-            for record in tune(works, Scripted(answering(problem)), book, lived):
+            for record in tune(works, controller_of(problem, "", book, clock, lived), book, lived):
                 lived.append(record)
                 show(progress, record, clock, works.quality.name)
         skipped = [r["why"].partition(": ") for r in lived if r["kind"] == "Skipped"]

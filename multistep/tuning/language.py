@@ -17,8 +17,7 @@ import numpy as np
 from multistep import engines, journal
 from multistep.budget import Budget, Clock
 from multistep.bundle import load_bundle
-from multistep.controllers.decoding import DecodingProblem, tuning
-from multistep.controllers.script import Scripted
+from multistep.controllers.decoding import DecodingProblem
 from multistep.data.cells import Record
 from multistep.data.records import LanguageData, load_language, read_records
 from multistep.engines import Runtime
@@ -30,7 +29,7 @@ from multistep.predictors.decoding import Greedy
 from multistep.predictors.ways import Way, read_way
 from multistep.report.policy import explain_policy
 from multistep.report.progress import Progress
-from multistep.session import check_same_data, clock_then, left, machine_facts, show, signals, versions
+from multistep.session import check_same_data, clock_then, controller_of, left, machine_facts, show, signals, versions
 from multistep.tasks.writing import LOSSES, Writing
 from multistep.tune import tune
 from multistep.tune.decoding import LanguagePrediction
@@ -102,7 +101,7 @@ def tune_language(
 
             neural.watch = watch
             works = LanguagePrediction(neural, problem, records, words, clock, stop, ship, started["machine"], writers)
-            for record in tune(works, Scripted(tuning(problem)), book, lived):
+            for record in tune(works, controller_of(problem, "", book, clock, lived), book, lived):
                 show(progress, record, clock, metric)
         skipped = [r["why"].partition(": ") for r in journal.read(book.path) if r["kind"] == "Skipped"]
         policy = works.policy([{"name": name, "why": why} for name, _, why in skipped])

@@ -1,0 +1,54 @@
+"""Every verdict of a journal from its evidence: of trials on what stood, on their family, on a rival; and of looks while training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from multistep.metrics.verdicts import comparisons, derived, unsound
+from multistep.replay.found import Found
+from multistep.types import Outcome, UserError, Verdict
+
+Record = Mapping[str, Any]
+
+
+def check(records: Sequence[Record], found: Found) -> None:
+    for record in records:
+        try:
+            made = list(_verdicts(record))
+        except (UserError, TypeError) as error:
+            found.wrong(record, "a verdict", f"it cannot be read: {error}")
+            continue
+        for of, verdict in made:
+            _one(record, of, verdict, found)
+
+
+def _verdicts(record: Record) -> Iterator[tuple[str, Verdict]]:
+    """(of what, verdict)."""
+    if record["kind"] == "Told":
+        outcome = Outcome.parse(record["outcome"])
+        if outcome.verdict is not None:
+            yield str(record["trial"]), outcome.verdict
+        for key, value in outcome.facts.items():
+            if key.endswith("_verdict"):
+                yield f"{record['trial']}, {key.removesuffix('_verdict')}", Verdict.parse(value, key)
+    elif record["kind"] == "Event" and "evidence" in record:
+        data = {"accept": False, "rule": record.get("rule", ""), "evidence": record["evidence"], "by": record.get("by")}
+        yield f"{record.get('trial', '')}, {record['event']}", Verdict.parse(data, "event")
+
+
+def _one(record: Record, of: str, verdict: Verdict, found: Found) -> None:
+    found.derived["verdicts"] += 1
+    again = derived(verdict)
+    if again is None:
+        found.unknown.append("by which rule its verdicts were made is not in it")
+        return
+    if (again.accept, again.rule) != (verdict.accept, verdict.rule):
+        found.wrong(record, f"{of}: {_said(verdict)}", f"its evidence gives: {_said(again)}")
+    for comparison in comparisons(verdict):
+        if problem := unsound(comparison):
+            found.wrong(record, f"{of}: {comparison.metric} {comparison.difference:+.4g}", problem)
+
+
+def _said(verdict: Verdict) -> str:
+    return f"{'accepted' if verdict.accept else 'refused'}, {verdict.rule}"
