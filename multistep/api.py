@@ -7,7 +7,7 @@ run.predict(["great film"]); print(run.explain()); multistep.load("runs/reviews"
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

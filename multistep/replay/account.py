@@ -82,7 +82,9 @@ def clock(records: Sequence[Record], found: Found) -> None:
         now, kind = record["clock"], record["kind"]
         if now["wall_s"] < before["wall_s"]:
             found.wrong(
-                record, f"the clock stands at {now['wall_s']} s", f"it stood at {before['wall_s']} s before: it went back"
+                record,
+                f"the clock stands at {now['wall_s']} s",
+                f"it stood at {before['wall_s']} s before: it went back",
             )
         for unit in ("updates", "tokens"):
             least = told[unit] if kind == "Resumed" else before[unit]
@@ -100,7 +102,9 @@ def clock(records: Sequence[Record], found: Found) -> None:
             case "Asked":
                 trial = Trial.parse(record["trial"])
                 if isinstance(trial.action, Training) and trial.share > 0 and left <= 0:
-                    found.wrong(record, f"a training of {trial.share:g} {total.unit} begins", "nothing of the budget was left")
+                    found.wrong(
+                        record, f"a training of {trial.share:g} {total.unit} begins", "nothing of the budget was left"
+                    )
             case "Told":
                 left = float(Outcome.parse(record["outcome"]).remaining)
                 _left(record, left, total, sum(held.values()), before, found)

@@ -12,7 +12,7 @@ from multistep.replay.found import Found
 from multistep.report.summary import describe
 from multistep.standing import Of, Stood, after, settlement
 from multistep.strategy import Trial
-from multistep.types import Outcome, UserError, Verdict
+from multistep.types import Outcome, UserError
 
 Record = Mapping[str, Any]
 _ASKS = ("Asked", "Skipped", "Reserved")
@@ -58,7 +58,11 @@ def _stands(records: Sequence[Record], of: Of, found: Found) -> dict[str, tuple[
         elif kind == "Told":
             last, trial = record, asked.get(record["trial"])
             if trial is None or trial.id in standings:
-                found.wrong(record, f"what came of {record['trial']}", "it was not asked for" if trial is None else "it was told before")
+                found.wrong(
+                    record,
+                    f"what came of {record['trial']}",
+                    "it was not asked for" if trial is None else "it was told before",
+                )
                 continue
             outcome = Outcome.parse(record["outcome"])
             _rivals(record, trial, outcome, stood, found)
@@ -101,7 +105,10 @@ def _decision(due: Mapping[str, Any]) -> str:
 def _rivals(record: Record, trial: Trial, outcome: Outcome, stood: Stood, found: Found) -> None:
     """Whom it was compared with: the best of its family as it stood, and whom the trial names."""
     facts = outcome.facts
-    for key, rival in (("family_rival", stood.families.get(str(facts.get("family")))), ("against_rival", trial.against)):
+    for key, rival in (
+        ("family_rival", stood.families.get(str(facts.get("family")))),
+        ("against_rival", trial.against),
+    ):
         if key in facts and facts[key] != rival:
             found.wrong(record, f"{trial.id} was compared with {facts[key]}", f"{rival} stood")
 
@@ -174,7 +181,9 @@ def _difference(now: Mapping[str, Any], then: Mapping[str, Any]) -> str:
         return _asked(now)
     new, old = plain(now["trial"]), then["trial"]
     parts = [
-        f"{key} {describe(new[key]) if key == 'action' else _short(new[key])}" for key in new if new[key] != old.get(key)
+        f"{key} {describe(new[key]) if key == 'action' else _short(new[key])}"
+        for key in new
+        if new[key] != old.get(key)
     ]
     return f"{new['id']} with {'; '.join(parts)}"
 
