@@ -58,8 +58,7 @@ def better(evidence: Sequence[Comparison], alpha: float = ALPHA) -> Verdict:
     if len(evidence) > 1 and first.difference >= 0:
         second = evidence[1]
         if second.difference > 0 and second.p <= alpha / 2:
-            word = "the same" if first.difference == 0 else "not worse"
-            rule = f"{_said(first)}: {word}; {_said(second)}, p = {second.p:.2g} <= {alpha / 2:g}: better"
+            rule = f"{_said(first)}: not worse; {_said(second)}, p = {second.p:.2g} <= {alpha / 2:g}: better"
             return Verdict(accept=True, rule=rule, evidence=kept, by=by)
     if first.difference < 0:
         return Verdict(accept=False, rule=f"{_said(first)}: worse", evidence=kept, by=by)
@@ -151,7 +150,16 @@ def follows(verdict: Verdict) -> bool:
     """Whether the decision and its words are what the rule makes of the evidence, and every comparison is sound."""
     again = derived(verdict)
     same = again is not None and (again.accept, again.rule) == (verdict.accept, verdict.rule)
-    return same and not any(unsound(c) for c in comparisons(verdict))
+    return same and not problems(verdict)
+
+
+def problems(verdict: Verdict) -> list[str]:
+    """What of the evidence does not follow from the rest of it, in words."""
+    read = comparisons(verdict)
+    found = [problem for c in read if (problem := unsound(c))]
+    if len({c.n for c in read}) > 1:
+        found.append(f"comparisons over the same rows have {' and '.join(str(c.n) for c in read)} of them")
+    return found
 
 
 def unsound(c: Comparison) -> str:

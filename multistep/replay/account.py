@@ -138,7 +138,7 @@ def test(records: Sequence[Record], found: Found) -> None:
         for record in phase:
             kind = record["kind"]
             if kind == "TestRead":
-                found.derived["readings of the test"] += 1
+                found.derived["test readings"] += 1
                 if read is not None and not (again and read["trial"] == record["trial"]):
                     found.wrong(record, "the test is read", f"it was read before, by record {read['n']}")
                 read, again = record, False

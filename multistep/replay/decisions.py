@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from multistep.controllers import Controller
 from multistep.controllers.begin import begin_again, is_problem, plain, record_of, same
@@ -19,6 +19,14 @@ _ASKS = ("Asked", "Skipped", "Reserved")
 _SETTLED = ("Committed", "RolledBack")
 # What code for whole journals raises on one that was changed: it reads facts that are gone, or of another type.
 _LOST = (KeyError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError, IndexError, StopIteration)
+
+
+class Lived(NamedTuple):
+    """A trial that came to its end: the record that says so, what came of it, and what stood after it."""
+
+    told: Record
+    outcome: Outcome
+    stood: Stood
 
 
 def check(records: Sequence[Record], found: Found) -> None:
@@ -36,10 +44,10 @@ def check(records: Sequence[Record], found: Found) -> None:
 # ---------------------------------------------------------------------------------------------- what stands
 
 
-def _stands(records: Sequence[Record], of: Of, found: Found) -> dict[str, tuple[Outcome, Stood]]:
+def _stands(records: Sequence[Record], of: Of, found: Found) -> dict[str, Lived]:
     """Go through what was told; compare what was settled. What came of each trial, and what stood after it."""
     asked: dict[str, Trial] = {}
-    standings: dict[str, tuple[Outcome, Stood]] = {}
+    standings: dict[str, Lived] = {}
     stood, due, last = Stood(), None, None
     for record in records:
         kind = record["kind"]
@@ -71,7 +79,7 @@ def _stands(records: Sequence[Record], of: Of, found: Found) -> dict[str, tuple[
             except _LOST as error:
                 found.wrong(record, f"what came of {trial.id}", f"what stands after it cannot be said: {error!r}")
                 continue
-            standings[trial.id], due = (outcome, stood), settlement(stood, trial, outcome, committed)
+            standings[trial.id], due = Lived(record, outcome, stood), settlement(stood, trial, outcome, committed)
     return standings
 
 
@@ -113,12 +121,12 @@ def _rivals(record: Record, trial: Trial, outcome: Outcome, stood: Stood, found:
             found.wrong(record, f"{trial.id} was compared with {facts[key]}", f"{rival} stood")
 
 
-def _pick(records: Sequence[Record], standings: Mapping[str, tuple[Outcome, Stood]], found: Found) -> None:
+def _pick(records: Sequence[Record], standings: Mapping[str, Lived], found: Found) -> None:
     """Of a tuning: what is served from then on is what stands at its end."""
     for record in records:
         if record["kind"] != "Finished" or "pick" not in record or not standings:
             continue
-        stands = (list(standings.values())[-1][1].incumbent or {}).get("name")
+        stands = (list(standings.values())[-1].stood.incumbent or {}).get("name")
         if record["pick"] != stands:
             found.wrong(record, f"{record['pick']} was picked", f"{stands} stands")
 
@@ -126,9 +134,7 @@ def _pick(records: Sequence[Record], standings: Mapping[str, tuple[Outcome, Stoo
 # ---------------------------------------------------------------------------------------------- what is asked
 
 
-def _asks(
-    records: Sequence[Record], controller: Controller, standings: Mapping[str, tuple[Outcome, Stood]], found: Found
-) -> None:
+def _asks(records: Sequence[Record], controller: Controller, standings: Mapping[str, Lived], found: Found) -> None:
     """The controller, told the same, asks the same, in the same order. After the first ask that does not follow nothing more does."""
     asked = deque(r for r in records if r["kind"] in _ASKS)
     told: Record | None = None
@@ -150,6 +156,10 @@ def _asks(
             return
         record = asked.popleft()
         found.derived["asks"] += 1
+        if told is not None and record["n"] < told["n"]:
+            found.wrong(
+                record, _asked(record), f"it was not told yet what came of {told['trial']}: record {told['n']} says it"
+            )
         if not same(record_of(ask), record):
             found.wrong(record, _asked(record), f"the controller asks: {_difference(record_of(ask), record)}")
             return
@@ -159,8 +169,7 @@ def _asks(
             for later in asked:
                 found.wrong(later, _asked(later), f"nothing is asked before it is told what came of {ask.id}")
             return
-        outcome, stood = standings[ask.id]
-        told = record
+        told, outcome, stood = standings[ask.id]
         controller.tell(ask, outcome.with_(incumbent=stood.incumbent, families=dict(stood.families)))
 
 

@@ -38,7 +38,7 @@ class Replayed(Spec):
         return not self.findings and not self.unknown
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{n} {what}" for what, n in self.derived.items())
+        counts = ", ".join(f"{what} {n}" for what, n in self.derived.items())
         if self.findings:
             n = len(self.findings)
             return f"{self.journal}: {n} {'decision does' if n == 1 else 'decisions do'} not follow ({counts})"

@@ -1,19 +1,28 @@
-"""Every verdict of a journal from its evidence: of trials on what stood, on their family, on a rival; and of looks while training."""
+"""Every verdict of a journal from its evidence: of trials on what stood, on their family, on a rival; and of looks while training.
+
+The chance of an error that a trial of a tuning may take is that which its controller gave it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from multistep.metrics.verdicts import comparisons, derived, unsound
+from multistep.metrics.verdicts import derived, problems
 from multistep.replay.found import Found
-from multistep.types import Outcome, UserError, Verdict
+from multistep.types import Admitted, Gain, Outcome, UserError, Verdict
 
 Record = Mapping[str, Any]
 
 
 def check(records: Sequence[Record], found: Found) -> None:
+    allowed: dict[str, float] = {}
     for record in records:
+        if (
+            record["kind"] == "Asked"
+            and isinstance(action := record["trial"].get("action"), Mapping)
+            and "alpha" in action
+        ):
+            allowed[record["trial"]["id"]] = action["alpha"]
         try:
             made = list(_verdicts(record))
         except (UserError, TypeError) as error:
@@ -21,6 +30,16 @@ def check(records: Sequence[Record], found: Found) -> None:
             continue
         for of, verdict in made:
             _one(record, of, verdict, found)
+            alpha = _alpha(verdict)
+            if alpha is not None and of in allowed and alpha != allowed[of]:
+                found.wrong(
+                    record, f"{of}: an error was allowed with chance {alpha:g}", f"the trial allows {allowed[of]:g}"
+                )
+
+
+def _alpha(verdict: Verdict) -> float | None:
+    by = verdict.by.quality if isinstance(verdict.by, Admitted) else verdict.by
+    return by.alpha if isinstance(by, Gain) else None
 
 
 def _verdicts(record: Record) -> Iterator[tuple[str, Verdict]]:
@@ -45,9 +64,8 @@ def _one(record: Record, of: str, verdict: Verdict, found: Found) -> None:
         return
     if (again.accept, again.rule) != (verdict.accept, verdict.rule):
         found.wrong(record, f"{of}: {_said(verdict)}", f"its evidence gives: {_said(again)}")
-    for comparison in comparisons(verdict):
-        if problem := unsound(comparison):
-            found.wrong(record, f"{of}: {comparison.metric} {comparison.difference:+.4g}", problem)
+    for problem in problems(verdict):
+        found.wrong(record, f"{of}: {_said(verdict)}", f"its evidence contradicts itself: {problem}")
 
 
 def _said(verdict: Verdict) -> str:
