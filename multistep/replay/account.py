@@ -116,7 +116,7 @@ def clock(records: Sequence[Record], found: Found) -> None:
 
 def _left(record: Record, left: float, total: Budget, held: float, before: Record, found: Found) -> None:
     """What was left is measured after the record before, and before this one is written."""
-    found.derived["remainders"] += 1
+    found.derived["amounts left"] += 1
     key = "wall_s" if total.unit == "seconds" else total.unit
     slack = _ROUND_S if total.unit == "seconds" else 1e-9 * total.amount
     least = max(0.0, total.amount - record["clock"][key] - held) - slack

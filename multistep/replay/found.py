@@ -9,6 +9,7 @@ from typing import Any
 from multistep.report.words import clip
 from multistep.types import Spec
 
+SORTS = ("asks", "verdicts", "decisions", "amounts left", "test readings")  # of what is derived
 _WIDTH = 180  # of what is said, and of what follows
 
 
@@ -53,7 +54,7 @@ class Found:
     def __init__(self) -> None:
         self.findings: list[Finding] = []
         self.unknown: list[str] = []
-        self.derived: Counter[str] = Counter()
+        self.derived: Counter[str] = Counter(dict.fromkeys(SORTS, 0))
         self._records = 0
 
     def wrong(self, record: Mapping[str, Any], says: str, follows: str) -> None:
@@ -66,6 +67,7 @@ class Found:
 
     def replayed(self, journal: str) -> Replayed:
         findings = tuple(sorted(self.findings, key=lambda f: f.n))
+        derived = {sort: n for sort, n in self.derived.items() if n}
         return Replayed(
-            journal=journal, records=self._records, derived=dict(self.derived), findings=findings, unknown=tuple(self.unknown)
-        )  # fmt: skip
+            journal=journal, records=self._records, derived=derived, findings=findings, unknown=tuple(self.unknown)
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -20,6 +20,7 @@ TASKS: Mapping[str, str] = {
     "chat": "to answer in a conversation",
 }
 SHARES = ("accuracy", "exact_match", "choice_accuracy", "numbers")  # metrics that are a share of right answers
+NEXT = "What to do next: "
 _SURE = 1.96  # standard errors to each side: 95 of 100 times
 
 
@@ -78,19 +79,25 @@ def _score(run: Mapping[str, Any]) -> list[str]:
 
 
 def _valued(metric: str, value: Any, stderr: Any) -> str:
-    """The score, and between which values it would come out on 95 of 100 such sets of rows."""
+    """The score, and how far chance may have moved it: which rows are in the sample."""
     sure = isinstance(stderr, int | float) and stderr > 0
     if metric in SHARES and isinstance(value, int | float) and value <= 1:
-        words = f"{100 * value:.1f} % of its answers are right"
-        if not sure:
-            return words
-        low, high = (100 * min(1.0, max(0.0, value + s * _SURE * stderr)) for s in (-1, 1))
-        return f"{words}; on 95 of 100 other samples of rows like these it would be between {low:.1f} and {high:.1f} %"
-    words = f"its {metric} is {plus_minus(value, stderr)}{', where lower is better' if lower_is_better(metric) else ''}"
-    if not sure:
-        return words
-    low, high = (value + s * _SURE * stderr for s in (-1, 1))
-    return f"{words}; on 95 of 100 other samples of rows like these it would be between {number(low, 3)} and {number(high, 3)}"
+        low, high = (100 * min(1.0, max(0.0, value + s * _SURE * (stderr if sure else 0.0))) for s in (-1, 1))
+        said, interval = f"{100 * value:.1f} % of its answers are right", f"{low:.1f} to {high:.1f} %"
+    else:
+        where = " (lower is better)" if lower_is_better(metric) else ""
+        said = f"its {metric}{where} is {plus_minus(value, stderr).partition(' ± ')[0]}"
+        interval = f"{number(value - _SURE * stderr, 3)} to {number(value + _SURE * stderr, 3)}" if sure else ""
+    return f"{said}, with the luck of which rows these are {interval} (95 % interval)" if sure else said
+
+
+def scored(metric: str, value: Any, stderr: Any, where: str) -> tuple[str, str]:
+    """A score as it is shown large, and what it is with its error."""
+    if metric in SHARES and isinstance(value, int | float) and value <= 1:
+        error = f" ± {100 * stderr:.1f} points" if isinstance(stderr, int | float) and stderr > 0 else ""
+        return f"{100 * value:.1f} %", f"{metric} {where}{error}"
+    shown, _, error = plus_minus(value, stderr).partition(" ± ")
+    return shown, f"{metric} {where}{f' ± {error}' if error else ''}"
 
 
 def _baseline(run: Mapping[str, Any]) -> list[str]:
@@ -122,17 +129,12 @@ def next_step(run: Mapping[str, Any]) -> str:
     """What the last diagnosis says to do; where there is none, whether anything is left to do."""
     actions = [d["action"] for d in run["diagnosed"] if d.get("action")]
     if actions:
-        return f"What to do next: {actions[-1]}"
+        return f"{NEXT}{actions[-1]}"
     if run["status"] == "finished":
         return "Nothing was diagnosed that has to be mended."
-    return "What to do next: go on with it, by multistep resume."
+    return f"{NEXT}go on with it, by multistep resume."
 
 
 def short(name: str) -> str:
     """Of a path its last part."""
     return PurePath(name).name or name
-
-
-def counted(words: Sequence[str], most: int) -> str:
-    """The first few, and how many there are."""
-    return ", ".join(words[:most]) + (f" ... ({len(words)} in all)" if len(words) > most else "")

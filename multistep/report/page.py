@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from multistep.data.report import NAMED
 from multistep.report import svg
-from multistep.report.conclusion import conclusion
+from multistep.report.conclusion import NEXT, conclusion, scored
 from multistep.report.explain import confused, data_lines
 from multistep.report.html import Html, bullets, e, folded, join, pairs, section, table, tag
 from multistep.report.page_decisions import decisions, status
-from multistep.report.policy import explain_policy
+from multistep.report.page_prediction import prediction
 from multistep.report.summary import summary
 from multistep.report.words import clip, duration, number, plus_minus
 
@@ -36,7 +37,7 @@ def page(records: Sequence[Record], name: str, replayed: Replays = (), policy: A
         section("Decisions", tag("p", _DECISIONS, "soft small"), decisions(run["trials"])) if run["trials"] else "",
         section("Diagnosis", _diagnosed(run)),
         section("Scores on the test data", *_test(run)),
-        section("How it predicts", tag("pre", explain_policy(policy))) if isinstance(policy, Mapping) else "",
+        section("How it predicts", prediction(policy)) if isinstance(policy, Mapping) else "",
         section("Training", *_curves(records)),
         section("Left out", _skipped(records)),
         section("Out of the ordinary", _events(records)),
@@ -65,7 +66,7 @@ _DECISIONS = (
 
 def _head(run: Mapping[str, Any], name: str, replayed: Replays) -> Html:
     *said, last = conclusion(run)
-    lead = join([" ".join(said), " ", tag("span", last, "next")])
+    lead = join([" ".join(said), " ", tag("span", last, "next" if last.startswith(NEXT) else "")])
     asked = [str(run["config"].get(k) or "") for k in ("task", "metric", "controller", "model")]
     line = " · ".join([a for a in asked if a and a != "auto"] + [f"budget {_amount(run['budget'])}"])
     top = tag("header", join([tag("h1", name), tag("div", line, "soft")]))
@@ -76,17 +77,18 @@ def _tiles(run: Mapping[str, Any], replayed: Replays) -> Html:
     best, test, metric = run["best"], run["test"], run["metric"]
     tiles = []
     if test and metric in test["metrics"]:
-        value, stderr = test["metrics"][metric]
-        tiles.append((plus_minus(value, stderr), f"{metric} on test", "first"))
+        tiles.append((*scored(metric, *test["metrics"][metric], "on test"), "first"))
     elif best and best["value"] is not None:
-        tiles.append((plus_minus(best["value"], best["stderr"]), f"{metric} on validation", "first"))
+        tiles.append((*scored(metric, best["value"], best["stderr"], "on validation"), "first"))
     decided = [t for t in run["trials"] if t["status"] in ("committed", "rolled back")]
     kept = sum(t["status"] == "committed" for t in decided)
     tiles.append((duration(run["spent"].get("wall_s")), f"of {_amount(run['budget'])}", ""))
     tiles.append((f"{kept} of {len(decided)}", "candidates kept", ""))
     answers = [ok for ok, _, _ in replayed]
-    word = "fails" if False in answers else "cannot be made" if None in answers else "passes"
-    tiles.append((word, "the replay of its decisions", "bad" if word == "fails" else ""))
+    if False in answers:
+        tiles.append(("fails", "the replay of its decisions", "bad"))
+    elif None not in answers:
+        tiles.append(("passes", "the replay of its decisions", ""))
     return tag(
         "div", join([tag("div", join([tag("b", b), tag("span", s)]), f"tile {css}") for b, s, css in tiles]), "tiles"
     )
@@ -101,7 +103,11 @@ def _scores(run: Mapping[str, Any]) -> list[Html]:
         return []
     end_s = max(float(run["spent"].get("wall_s") or 0.0), *(m.at_s for m in marks))
     drawn = [tag("div", Html(svg.scores(marks, end_s, run["metric"], width)), css) for css, width in _WIDTHS]
-    key = [join([tag("i", "", f"key {css}"), words]) for css, words in _KEY if any(m.kind == css for m in marks)]
+    key = [
+        tag("span", join([tag("i", "", f"key {css}"), words]), "keys")
+        for css, words in _KEY
+        if any(m.kind == css for m in marks)
+    ]
     said = (
         f"{run['metric']} on validation rows. Line: what stood; band and bars: one standard error. Training is judged on one half of "
         "them and prediction on the other, so the line may step where nothing changed."
@@ -172,12 +178,16 @@ def _budget(run: Mapping[str, Any]) -> list[Html]:
     whole_s, most_s = sum(max(0.0, s) for _, s, _ in rows) or 1.0, max(s for _, s, _ in rows) or 1.0
     cells = [
         join([tag("span", name), Html(f'<div class="bar {css}"><i style="width:{100 * s / most_s:.1f}%"></i></div>'),
-              tag("span", f"{duration(s)} · {100 * s / whole_s:.0f} %", "num")])
+              tag("span", f"{duration(s)} · {_percent(s / whole_s)}", "num")])
         for name, s, css in rows if s > 0.005
     ]  # fmt: skip
     spent = [f"{run['spent'][unit]:,} {unit}" for unit in ("updates", "tokens") if run["spent"].get(unit)]
     note = [tag("p", f"Training took {' and '.join(spent)} in all.", "soft small")] if spent else []
     return [tag("div", join(cells), "bars"), *[tag("div", n, "more") for n in note]]
+
+
+def _percent(share: float) -> str:
+    return "< 1 %" if share < 0.01 else f"{100 * share:.0f} %"
 
 
 # ---------------------------------------------------------------------------------------------- lists
@@ -261,16 +271,20 @@ def _test(run: Mapping[str, Any]) -> list[Html]:
 
 def _data(report: Mapping[str, Any]) -> Html:
     if lines := data_lines(report):
-        return tag("pre", "\n".join(lines))
+        named: dict[str, list[str]] = {}
+        for line in lines:  # a name, and what is said of it; a line without one goes on
+            name = line[:NAMED].strip() or list(named)[-1]
+            named.setdefault(name, []).append(line[NAMED:].strip())
+        return pairs({name: join(said, "<br>") for name, said in named.items()})
     return pairs({k.replace("_", " "): _fact(v) for k, v in report.items()})
 
 
 def _settings(run: Mapping[str, Any]) -> list[Html]:
-    machine = {k.replace("_", " "): _fact(v) for k, v in run["machine"].items()}
-    versions = {f"{k}": v for k, v in run["versions"].items()}
+    known = {**run["machine"], **run["versions"]}
+    line = tag("p", " · ".join(f"{k.replace('_', ' ')} {_fact(v)}" for k, v in known.items()))
     settings = {k: _fact(v) for k, v in run["config"].items()}
-    parts = [pairs({**machine, **versions})]
-    return [*parts, folded("all settings", pairs(settings))] if settings else [p for p in parts if p]
+    parts = [line] if known else []
+    return [*parts, folded("all settings", pairs(settings))] if settings else parts
 
 
 def _replayed(replayed: Replays) -> list[Html]:

@@ -20,9 +20,11 @@ def decisions(trials: Sequence[Trial]) -> Html:
 
 def _item(t: Trial) -> Html:
     score = plus_minus(t["value"], t["stderr"]) if t["value"] is not None else ""
+    said = t["rule"] or t["failure"]
+    said = "" if said == t["why"] else said
     head = join([
         tag("span", status(t), f"chip {_css(t)}"),
-        tag("span", join([tag("b", t["stage"]), tag("small", t["rule"] or t["failure"] or t["why"])])),
+        tag("span", join([tag("b", t["stage"]), tag("small", t["why"]) if t["why"] else "", tag("small", said, "rule") if said else ""])),
         tag("span", score, "num"),
     ])  # fmt: skip
     return tag("details", join([tag("summary", head), tag("div", _inside(t), "inside")]))

@@ -57,7 +57,8 @@ def scores(marks: Sequence[Mark], end_s: float, metric: str, width: int) -> str:
     x = Scale(0.0, max(end_s, *(m.at_s for m in marks)), LEFT, width - RIGHT)
     y = _vertical(marks, stood or marks, height)
     parts = _frame(x, y, width, height, "seconds", metric)
-    for now, then in zip(stood, [*(m.at_s for m in stood[1:]), x.high], strict=True):
+    for n, now in enumerate(stood):
+        then = stood[n + 1].at_s if n + 1 < len(stood) else x.high
         low, high = y(now.value - now.stderr), y(now.value + now.stderr)
         parts.append(
             f'<rect class="band" x="{x(now.at_s):.1f}" y="{high:.1f}" width="{x(then) - x(now.at_s):.1f}" height="{low - high:.1f}"/>'
