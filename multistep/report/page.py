@@ -77,7 +77,8 @@ def _tiles(run: Mapping[str, Any], replayed: Replays) -> Html:
     best, test, metric = run["best"], run["test"], run["metric"]
     tiles = []
     if test and metric in test["metrics"]:
-        tiles.append((*scored(metric, *test["metrics"][metric], "on test"), "first"))
+        value, stderr = test["metrics"][metric]
+        tiles.append((*scored(metric, value, stderr, "on test"), "first"))
     elif best and best["value"] is not None:
         tiles.append((*scored(metric, best["value"], best["stderr"], "on validation"), "first"))
     decided = [t for t in run["trials"] if t["status"] in ("committed", "rolled back")]
