@@ -7,7 +7,7 @@ run.predict(["great film"]); print(run.explain()); multistep.load("runs/reviews"
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,10 @@ from multistep import data, journal, report
 from multistep.budget import Clock, parse_budget
 from multistep.bundle import Bundle, find_bundle, load_bundle
 from multistep.config import FitConfig, save_config
-from multistep.controllers import CONTROLLERS, Problem, Target
-from multistep.controllers.more import more
-from multistep.controllers.phases import Phases
+from multistep.controllers import Problem, Target
 from multistep.controllers.plan import check_objective
 from multistep.data import Dataset
+from multistep.explained import write_page
 from multistep.export import Exported, export
 from multistep.journal import Journal
 from multistep.language import fit_language, is_language, resume_language
@@ -28,8 +27,19 @@ from multistep.language_bundle import LanguageBundle
 from multistep.metrics import METRICS, Scored, check_metric, measure, per_class
 from multistep.models.linear import candidates
 from multistep.policy import Policy
+from multistep.replay import Replayed, replay_run
 from multistep.report.progress import Progress
-from multistep.session import budget_so_far, check_same_data, clock_then, left, machine_facts, show, signals, versions
+from multistep.session import (
+    budget_so_far,
+    check_same_data,
+    clock_then,
+    controller_of,
+    left,
+    machine_facts,
+    show,
+    signals,
+    versions,
+)
 from multistep.state import sweep
 from multistep.target import read_target
 from multistep.tasks import Classify, Multilabel, Regress, Task
@@ -111,6 +121,15 @@ class Run:
     def explain(self) -> str:
         """What was tried, what was decided and why, in words and a table; and how it was tuned to predict, where it was."""
         return report.explain_run(self.out)
+
+    def explain_page(self, path: str | Path) -> Path:
+        """The same as one HTML file that needs no other: for reading in a browser, and for keeping. Raises OSError."""
+        return write_page(self.out, Path(path))
+
+    def replay(self) -> tuple[Replayed, ...]:
+        """Every decision derived again from the journal alone, and from that of a tuning where there is one: `findings` are those that
+        do not follow from their evidence, `unknown` what the journal does not say enough of."""
+        return replay_run(self.out)
 
     def summary(self) -> dict[str, Any]:
         """The journal as one dictionary; "metrics" are those of the test split, once it was read."""
@@ -258,7 +277,7 @@ def _drive(
             progress.tick(done, "through the encoder")
 
         work.watch = watch
-        controller = _phases(work, metric, past)
+        controller = controller_of(_problem(work, metric), work.config.controller, book, clock, past)
         for record in tune(TextWorks(bench), controller, book, past):
             show(progress, record, clock, metric)
     run = Run(work.out)
@@ -306,16 +325,14 @@ def _target(config: FitConfig, task: Task, metric: str) -> Target | None:
     )  # fmt: skip
 
 
-def _phases(work: Workbench, metric: str, past: Sequence[Mapping[str, Any]]) -> Phases:
+def _problem(work: Workbench, metric: str) -> Problem:
     first, kind = parse_budget(work.config.budget), work.task.kind
-    problem = Problem(
+    return Problem(
         task=kind, n_outputs=work.task.n_outputs, metric=metric, higher_is_better=METRICS[metric].higher_is_better,
         target=_target(work.config, work.task, metric), rows={k: len(v) for k, v in work.texts.items()},
         characters={k: sum(map(len, v)) for k, v in work.texts.items()}, budget=first.amount, unit=first.unit, config=work.config,
         linear=tuple(candidates(work.task.kind, work.task.n_outputs, text_facts(work.texts["train"]))),
     )  # fmt: skip
-    steps = CONTROLLERS[work.config.controller](problem)
-    return Phases(steps, lambda amount: more(problem.with_(budget=amount)), first, past)
 
 
 # ---------------------------------------------------------------------------------------------- small things

@@ -121,15 +121,44 @@ def resume(
 
 
 @app.command()
-def explain(run_dir: RunArgument, as_json: JsonOption = False) -> None:
+def explain(
+    run_dir: RunArgument,
+    page: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it as an HTML page that needs no other file.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Say what was tried, what was decided and why. Works while a run is still going on."""
     from multistep import report
 
     check_run(run_dir)
+    if page is not None:
+        from multistep.explained import write_page
+
+        write_page(run_dir, page)
     if as_json:
         print_json(report.summary_of_run(run_dir))
-    else:
+    elif page is None:
         typer.echo(report.explain_run(run_dir), nl=False)
+    else:
+        typer.echo(f"Written: {page}")
+
+
+@app.command()
+def replay(run_dir: RunArgument, as_json: JsonOption = False) -> None:
+    """Derive every decision of a run again from its journal alone; exit with 1 where one does not follow from its evidence."""
+    check_run(run_dir)
+    from multistep.replay import check, replay_run
+
+    found = replay_run(run_dir)
+    if not any(r.findings for r in found):
+        check(found)
+    if as_json:
+        print_json({"ok": all(r.ok for r in found), "journals": [r.model_dump(mode="json") for r in found]})
+    else:
+        typer.echo("\n".join(str(line) for r in found for line in (*r.findings, r)))
+    if not all(r.ok for r in found):
+        raise typer.Exit(1)
 
 
 for _verb in (verbs.evaluate, verbs.predict, verbs.chat, verbs.tune, verbs.export, verbs.serve):

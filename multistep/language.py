@@ -13,9 +13,7 @@ from typing import Any
 from multistep import journal, report
 from multistep.budget import Clock, parse_budget
 from multistep.config import FitConfig, save_config
-from multistep.controllers.language import LANGUAGE_CONTROLLERS, go_on
 from multistep.controllers.language_plan import LanguageProblem, higher_is_better
-from multistep.controllers.phases import Phases
 from multistep.controllers.script import Target
 from multistep.data.records import LanguageData, load_language
 from multistep.journal import Journal
@@ -24,7 +22,7 @@ from multistep.metrics.texts import check_language_metric
 from multistep.models.adapter import save_adapter
 from multistep.predictors.ways import read_way, words
 from multistep.report.progress import Progress
-from multistep.session import check_same_data, left, machine_facts, show, signals, versions
+from multistep.session import check_same_data, controller_of, left, machine_facts, show, signals, versions
 from multistep.target import read_target
 from multistep.tasks.writing import LOSSES, WRITING, writing_task
 from multistep.tune import tune
@@ -134,17 +132,13 @@ class _Run:
             self.speakers.watch = watch
             works = LanguageWorks(self.speakers, self.problem(), clock, stop)
             works.ship_with(self.ship)
-            for record in tune(works, self._phases(past), book, past):
+            controller = controller_of(self.problem(), self.config.controller, book, clock, past)
+            for record in tune(works, controller, book, past):
                 show(progress, record, clock, self.metric)
         (self.out / "model" / "README.md").write_text(report.card(self._card(clock)), encoding="utf-8")
         book.append("Finished", clock=clock.save(), wall_s=clock.wall_s)
         book.close()
         return self.out
-
-    def _phases(self, past: Sequence[Mapping[str, Any]]) -> Phases:
-        problem = self.problem()
-        first = LANGUAGE_CONTROLLERS[self.config.controller](problem)
-        return Phases(first, lambda more: go_on(problem.with_(budget=more)), parse_budget(self.config.budget), past)
 
     def ship(self, standing: dict[str, Any]) -> None:
         s = self.speakers

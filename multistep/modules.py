@@ -27,7 +27,7 @@ from multistep.budget import Budget, Clock, parse_budget
 from multistep.config import OptimizerConfig
 from multistep.controllers.choose import Facts, choose, is_convex, is_regression
 from multistep.controllers.module import MODULE_CONTROLLERS, ModuleProblem
-from multistep.controllers.script import Scripted, Target
+from multistep.controllers.script import Target
 from multistep.journal import Journal
 from multistep.loader import ModuleRows, Split, rows_of
 from multistep.metrics import METRICS, check_metric
@@ -36,7 +36,7 @@ from multistep.optimizers.base import REGIMES, Regime
 from multistep.optimizers.muon import hidden_matrices
 from multistep.report.progress import Progress
 from multistep.schedules import SCHEDULES
-from multistep.session import budget_so_far, clock_then, show, signals
+from multistep.session import budget_so_far, clock_then, controller_of, show, signals
 from multistep.state import sweep
 from multistep.strategy import frozen_ids
 from multistep.target import read_target
@@ -155,7 +155,8 @@ def optimize(
         book, past = _open(folder, asked, metric, clock, device)
         works = ModuleWorks(module, rows, problem, clock, stop, folder, task, seed)
         works.adopt_given()
-        for record in tune(works, Scripted(MODULE_CONTROLLERS[controller](problem)), book, past):
+        steps = controller_of(problem, controller, book, clock, past)
+        for record in tune(works, steps, book, past):
             show(progress, record, clock, metric)
         if past[-1]["kind"] != "Finished":
             book.append("Finished", clock=clock.save(), wall_s=clock.wall_s)

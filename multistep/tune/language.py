@@ -16,14 +16,16 @@ import numpy as np
 from multistep.budget import Clock
 from multistep.controllers.language_plan import LanguageProblem
 from multistep.data.cells import Record
-from multistep.metrics import judge_losses
-from multistep.metrics.texts import compare_rows, judge_rows, measure_rows, statistics
+from multistep.metrics.judge import compare_losses, not_finite
+from multistep.metrics.texts import judge_rows, measure_rows, statistics
+from multistep.metrics.verdicts import better
 from multistep.metrics.words import f1
 from multistep.models.ngram import NGram
 from multistep.other_writers import Mixed, Spans, measured, mixed_nats
 from multistep.predictors.decoding import Greedy, Sample
 from multistep.schedules import Plateau
 from multistep.spans import best_least
+from multistep.standing import Stood, language
 from multistep.state import TrainState, write_folder
 from multistep.strategy import (
     AsGiven,
@@ -99,22 +101,9 @@ class LanguageWorks:
         if isinstance(trial.action, Profile):
             self.speakers.facts = dict(outcome.facts)
             return False
-        if not outcome.ok or "standing" not in outcome.facts:
-            return False
-        standing, family = outcome.facts["standing"], outcome.facts["family"]
-        if trial.stage == "trunk":
-            self.best["trunk"] = standing["state"]  # from where more budget goes on
-        if family == "ngram":
-            self.best["ngram"] = standing["state"]
-        if not trial.commit or "diagnosis" in outcome.facts or "stopped" in outcome.facts:
-            return False
-        better = "family_verdict" not in outcome.facts or Verdict(**outcome.facts["family_verdict"]).accept
-        if better and family in ("model", "spans"):
-            self.best[family] = standing["state"]
-        if self.incumbent is None or (outcome.verdict is not None and outcome.verdict.accept):
-            self.incumbent = standing
-            return True
-        return False
+        stood, committed = language(Stood(self.incumbent, self.best), trial, outcome)
+        self.incumbent, self.best = stood.incumbent, dict(stood.families)
+        return committed
 
     def standing(self) -> dict[str, Any] | None:
         return self.incumbent
@@ -160,15 +149,10 @@ class LanguageWorks:
         found = judge_rows(self.problem.metric, candidate.rows_NS, incumbent.rows_NS, seed, alpha)
         if found.accept or self.by_losses or candidate.losses_N3 is None or incumbent.losses_N3 is None:
             return found
-        c = compare_rows(self.problem.metric, candidate.rows_NS, incumbent.rows_NS, seed)
-        if c.difference < 0:
+        losses = candidate.losses_N3[:, 0], incumbent.losses_N3[:, 0]
+        if not found.evidence or found.evidence[0].difference < 0:
             return found
-        second = judge_losses(candidate.losses_N3[:, 0], incumbent.losses_N3[:, 0], alpha / 2)
-        if not second.accept:
-            return found
-        word = "the same" if c.difference == 0 else "not worse"
-        rule = f"{self.problem.metric} {c.difference:+.4f} ± {c.stderr:.4f}: {word}; {second.rule}"
-        return Verdict(accept=True, rule=rule, evidence=(c, *second.evidence))
+        return not_finite("losses", *losses) or better((found.evidence[0], compare_losses(*losses)), alpha)
 
     def measured(self, answers: Answers) -> dict[str, MetricValue]:
         seed = self.problem.config.seed

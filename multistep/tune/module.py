@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from multistep import metrics
+from multistep import metrics, standing
 from multistep.budget import Budget, Clock
 from multistep.controllers.module import ModuleProblem
 from multistep.loader import ModuleRows
@@ -25,6 +25,7 @@ from multistep.metrics import Scored
 from multistep.objectives import BinaryCrossEntropy, CrossEntropy, Distill, Huber, MeanAbsoluteError, MeanSquaredError
 from multistep.objectives.base import BaseObjective
 from multistep.schedules import Plateau
+from multistep.standing import Stood
 from multistep.state import TrainState, read_folder, write_folder
 from multistep.strategy import AsGiven, Average, Profile, ReadTest, TrainModule, Trial
 from multistep.tasks import Classify, Multilabel, Regress, Task
@@ -82,12 +83,9 @@ class ModuleWorks:
         """Take an outcome into the run's standing; whether the incumbent changed. Depends on the outcome alone, so it replays."""
         if isinstance(trial.action, Profile):
             self.judge_s = outcome.facts["judge_s"]
-        if not (outcome.ok and trial.commit and outcome.state is not None):
-            return False
-        if self.incumbent is None or (outcome.verdict is not None and outcome.verdict.accept):
-            self.incumbent = outcome.state
-            return True
-        return False
+        stood, committed = standing.module(Stood(self.standing(), self.families()), trial, outcome)
+        self.incumbent = None if stood.incumbent is None else stood.incumbent["state"]
+        return committed
 
     def ship(self) -> None:
         """The incumbent's weights, as model/model.safetensors."""

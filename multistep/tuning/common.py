@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from multistep import journal
 from multistep.budget import Budget, Clock
 from multistep.config import FitConfig
-from multistep.controllers.script import Scripted, Steps
+from multistep.controllers.script import Controller
 from multistep.journal import Journal
 from multistep.policy import Policy
 from multistep.report.progress import Progress
@@ -70,10 +70,10 @@ class Predicts(Works, Protocol):
 
 
 def driven(
-    works: Predicts, steps: Steps, book: Journal, lived: list[dict[str, Any]], metric: str, progress: Progress
+    works: Predicts, controller: Controller, book: Journal, lived: list[dict[str, Any]], metric: str, progress: Progress
 ) -> Policy:
     """Tune to the end: what was found, shipped with what was not begun and why."""
-    for record in tune(works, Scripted(steps), book, list(lived)):
+    for record in tune(works, controller, book, list(lived)):
         lived.append(record)
         show(progress, record, works.clock, metric)
     skipped = [r["why"].partition(": ") for r in lived if r["kind"] == "Skipped"]

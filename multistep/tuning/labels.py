@@ -16,7 +16,7 @@ import numpy as np
 from multistep import engines
 from multistep.budget import Budget, Clock
 from multistep.bundle import Bundle, shortened, write_bundle
-from multistep.controllers.answering import AnsweringProblem, answering
+from multistep.controllers.answering import AnsweringProblem
 from multistep.data import Columns, Dataset, read_labelled
 from multistep.data import load as load_data
 from multistep.engines import Runtime
@@ -27,7 +27,7 @@ from multistep.predictors.costs import read_costs
 from multistep.report.card import with_section
 from multistep.report.policy import explain_policy
 from multistep.report.progress import Progress
-from multistep.session import check_same_data, left, machine_facts, signals
+from multistep.session import check_same_data, controller_of, left, machine_facts, signals
 from multistep.strategy import Trial
 from multistep.tune.actions import Bench
 from multistep.tune.answering import Answering, Rows, Standing
@@ -96,7 +96,8 @@ def tune_labels(
             works = Answering(
                 models, problem, rows, aside, clock, stop, models.ship_into(run_dir, bundle), started["machine"]
             )
-            return driven(works, answering(problem), book, lived, works.quality.name, progress)
+            controller = controller_of(problem, "", book, clock, lived)
+            return driven(works, controller, book, lived, works.quality.name, progress)
     finally:
         book.close()
 

@@ -17,7 +17,7 @@ import numpy as np
 from multistep import engines
 from multistep.budget import Budget
 from multistep.bundle import load_bundle
-from multistep.controllers.decoding import DecodingProblem, tuning
+from multistep.controllers.decoding import DecodingProblem
 from multistep.data.cells import Record
 from multistep.data.records import LanguageData, load_language, read_records
 from multistep.engines import Runtime
@@ -29,7 +29,7 @@ from multistep.predictors.decoding import Greedy
 from multistep.predictors.ways import Way, read_way
 from multistep.report.policy import explain_policy
 from multistep.report.progress import Progress
-from multistep.session import check_same_data, left, machine_facts, signals
+from multistep.session import check_same_data, controller_of, left, machine_facts, signals
 from multistep.tasks.writing import LOSSES, Writing
 from multistep.tune.decoding import LanguagePrediction
 from multistep.tune.workbench import device_for
@@ -91,7 +91,8 @@ def tune_language(
 
             neural.watch = watch
             works = LanguagePrediction(neural, problem, records, words, clock, stop, ship, started["machine"], writers)
-            return driven(works, tuning(problem), book, lived, metric, progress)
+            controller = controller_of(problem, "", book, clock, lived)
+            return driven(works, controller, book, lived, metric, progress)
     finally:
         book.close()
 
