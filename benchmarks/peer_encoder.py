@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -142,13 +143,13 @@ class ByTheClock(TrainerCallback):
             control.should_training_stop = True
 
 
-def decaying(optimizer: torch.optim.Optimizer, seconds: float, floor: float = 0.0) -> torch.optim.lr_scheduler.LambdaLR:
-    """Warm-up over a tenth of the seconds, then linear decay to `floor`, from now on, by the clock."""
+def decaying(optimizer: torch.optim.Optimizer, seconds: float) -> torch.optim.lr_scheduler.LambdaLR:
+    """Warm-up from a tenth of the rate over a tenth of the seconds, then linear decay to zero, from now on, by the clock."""
     start = time.monotonic()
 
     def share(_: int) -> float:
         done = (time.monotonic() - start) / seconds
-        return max(min(done / WARMUP, floor + (1 - floor) * (1 - done) / (1 - WARMUP)), 0.0)
+        return max(0.0, min(max(0.1, done / WARMUP), (1 - done) / (1 - WARMUP)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
@@ -163,7 +164,8 @@ def fine_tune(
     used = len(kit.rows)
     if settings.epochs is not None:
         used = int(np.clip(kit.rows_s * seconds / settings.epochs, 4 * settings.batch, len(kit.rows)))
-    made = iter(range(len(looks)))
+    numbers = iter(range(len(looks)))
+    looked = None if look is None else partial(_look, look, model, numbers)
     with tempfile.TemporaryDirectory(prefix="multistep-bench-") as folder:
         arguments = TrainingArguments(
             output_dir=folder, seed=seed, max_steps=_ENDLESS, use_cpu=True, save_strategy="no", report_to="none",
@@ -174,7 +176,7 @@ def fine_tune(
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
-        clock = ByTheClock(left_s, looks, None if look is None else lambda: look(model, next(made)))
+        clock = ByTheClock(left_s, looks, looked)
         trainer = Trainer(
             model=model, args=arguments, train_dataset=kit.rows.first(used), processing_class=kit.tokenizer,
             data_collator=DataCollatorWithPadding(kit.tokenizer), callbacks=[clock],
@@ -182,6 +184,10 @@ def fine_tune(
         )  # fmt: skip
         trainer.train()
     return model, trainer.state.global_step
+
+
+def _look(look: Callable[[Any, int], bool], model: Any, numbers: Iterator[int]) -> bool:
+    return look(model, next(numbers))
 
 
 # ---------------------------------------------------------------------------------------------- predicting

@@ -144,7 +144,7 @@ def nanogpt(given: GivenText) -> FittedText:
                 best, kept = loss, copy.deepcopy(model.state_dict())
             if last:
                 break
-        share = min(done / WARMUP, FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+        share = min(max(0.1, done / WARMUP), FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
         for group in optimizer.param_groups:
             group["lr"] = LR * share
         loss_of(bf16).backward()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import optuna
@@ -109,7 +110,7 @@ def trained(
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=shape.lr, betas=BETAS, weight_decay=shape.weight_decay, fused=True
         )
-        clock = ByTheClock(left_s, () if look is None else (0.5,), None if look is None else lambda: look(model))
+        clock = ByTheClock(left_s, () if look is None else (0.5,), None if look is None else partial(look, model))
         trainer = Trainer(
             model=model, args=arguments, train_dataset=Windows(found.train_N, shape.context), callbacks=[clock],
             optimizers=(optimizer, decaying(optimizer, left_s)),

@@ -29,8 +29,8 @@ _PAD, _OTHER = 0, 1
 _WORD = re.compile(r"[a-z0-9']+|[^\w\s]")
 
 
-def words_of(text: str) -> list[str]:
-    return _WORD.findall(text.lower()) if text.count(" ") * 20 > len(text) else [c for c in text if not c.isspace()]
+def words_of(text: str, spaced: bool) -> list[str]:
+    return _WORD.findall(text.lower()) if spaced else [c for c in text if not c.isspace()]
 
 
 def padded(rows: list[list[int]]) -> np.ndarray:
@@ -101,7 +101,8 @@ def build(classes: int, seed: int) -> Any:
 
 def fit(given: Given) -> Fitted:
     clock, names = given.clock, given.names
-    split = [words_of(text) for text in given.texts]
+    spaced = 20 * sum(text.count(" ") for text in given.texts) > sum(map(len, given.texts))
+    split = [words_of(text, spaced) for text in given.texts]
     longest = int(min(LONGEST, max(1, np.quantile([len(row) for row in split], WHOLE))))
     counts = Counter(word for row in split for word in row)
     known = {word: n + 2 for n, (word, _) in enumerate(counts.most_common(WORDS - 2))}
@@ -126,7 +127,7 @@ def fit(given: Given) -> Fitted:
     rng = np.random.default_rng(given.seed)
     count = BATCH * max(1, int(JUDGING * clock.limit_s / judge_s))
     take_v = rng.permutation(len(given.texts_v))[:count]
-    rows_v = ids([words_of(given.texts_v[i]) for i in take_v])
+    rows_v = ids([words_of(given.texts_v[i], spaced) for i in take_v])
     y_M = np.array([names.index(given.labels_v[i]) if given.labels_v[i] in names else -1 for i in take_v])
     rows_v = [row for row, y in zip(rows_v, y_M, strict=True) if y >= 0]
     judged = Judged(rows_v, y_M[y_M >= 0])
@@ -142,7 +143,7 @@ def fit(given: Given) -> Fitted:
     )  # fmt: skip
 
     def predict(texts: list[str]) -> list[str]:
-        found = ids([words_of(text) for text in texts])
+        found = ids([words_of(text, spaced) for text in texts])
         chosen = [model.predict_on_batch(padded(found[i : i + BATCH])).argmax(-1) for i in range(0, len(found), BATCH)]
         return [names[i] for i in np.concatenate(chosen)]
 
