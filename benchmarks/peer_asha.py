@@ -71,10 +71,12 @@ def asha(given: Given) -> Fitted:
             ),
             param_space=space,
             tune_config=tune.TuneConfig(
-                metric="accuracy", mode="max", num_samples=-1, max_concurrent_trials=_AT_ONCE, reuse_actors=True,
+                metric="accuracy", mode="max", num_samples=-1, reuse_actors=True,
                 time_budget_s=SEARCH * clock.limit_s - clock.used_s,
                 scheduler=ASHAScheduler(max_t=len(_LOOKS), grace_period=1, reduction_factor=3),
-                search_alg=BasicVariantGenerator(points_to_evaluate=[FIRST], random_state=given.seed),
+                search_alg=BasicVariantGenerator(
+                    points_to_evaluate=[FIRST], max_concurrent=_AT_ONCE, random_state=given.seed
+                ),
             ),
             run_config=tune.RunConfig(storage_path=str(Path(folder)), verbose=0),
         )  # fmt: skip

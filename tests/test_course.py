@@ -16,9 +16,11 @@ from scipy.stats import ttest_1samp
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import course
+import course_ours
 import course_rows
 import course_table
 import course_worker
+from _common import Ran
 from _paired import compared, holm, pack_nats, pack_right, unpack_nats, unpack_right
 from _peers import Fitted, Given
 from course_rows import HERO, TEXT, Cell
@@ -159,6 +161,22 @@ def test_a_long_test_is_the_same_sample_for_all(monkeypatch: pytest.MonkeyPatch)
     assert len(set(take.tolist())) == 40 and (np.diff(take) > 0).all()
     assert np.array_equal(take, course_rows.test_rows("imdb", 40))
     assert np.array_equal(course_rows.test_rows("imdb", 90), np.arange(90))
+
+
+def test_our_run_and_its_predictions_must_agree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    labels = ["x"] * 10
+    answers = {"predictions": [{"value": v} for v in ["x"] * 6 + ["y"] * 4]}
+    monkeypatch.setattr(course_ours, "load", lambda name, split: ([""] * 10, labels))
+    monkeypatch.setattr(course_ours, "multistep", lambda *words, limit_s: Ran(answers, 0, 1.0, ""))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "multistep.json").write_text('{"predictor": {"kind": "blend"}}')
+
+    def row(read: float | None) -> dict[str, Any]:
+        return course_ours._right(tmp_path, tmp_path, "sst2", np.arange(10), read)
+
+    for read in (0.6, 0.8, None):
+        assert row(read)["accuracy"] == 0.6 and row(read)["facts"] == {"stands": "blend"}
+    assert row(0.9) == {"ok": False, "error": "predict is right on 0.60000, the run read 0.90000"}
 
 
 def test_a_process_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
