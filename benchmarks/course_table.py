@@ -6,6 +6,7 @@ Ranks: 1 is best, equal means share. Compared with ours-staged example by exampl
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -104,7 +105,7 @@ def _ratios(found: Mapping[Cell, Sequence[Standing]]) -> str:
         if ours is None or peer is None or own is None:
             continue
         worse = f"{'yes' if peer.better_than_ours else 'no'} (p = {peer.p:.2g})" if peer.p is not None else "-"
-        ratios.append((ours.error / peer.error, ours.error / own.error))
+        ratios.append((_ratio(ours.error, peer.error), _ratio(ours.error, own.error)))
         body.append(
             [f"{cell.dataset} {cell.budget}", mean_sd(ours.scores), peer.system, mean_sd(peer.scores), worse,
              f"{ratios[-1][0]:.3f}", own.system, f"{ratios[-1][1]:.3f}"]
@@ -116,6 +117,10 @@ def _ratios(found: Mapping[Cell, Sequence[Standing]]) -> str:
         text += f"\n\nOn average {outside:.3f} of the best peer's error ({BAR} was asked for: {said}); "
         text += f"{all_:.3f} with our own others among the peers."
     return text
+
+
+def _ratio(ours: float, theirs: float) -> float:
+    return ours / theirs if theirs else 1.0 if not ours else math.inf
 
 
 def _cell(cell: Cell, standing: Sequence[Standing]) -> str:
