@@ -77,7 +77,10 @@ def _right(out: Path, data: Path, dataset: str, take: np.ndarray, read: float | 
     if read is not None and abs(row["accuracy"] - read) * len(take) > _DISAGREE + 1e-6:
         return {"ok": False, "error": f"predict is right on {row['accuracy']:.5f}, the run read {read:.5f}"}
     info = json.loads((out / "model" / "multistep.json").read_text(encoding="utf-8"))
-    return row | {"facts": {"stands": info["predictor"]["kind"]}}
+    stands = info["predictor"]
+    return row | {
+        "facts": {"stands": f"{stands['kind']} of {stands['model']}" if "model" in stands else stands["kind"]}
+    }
 
 
 def _nats(out: Path, data: Path, read: float | None) -> Row:

@@ -32,10 +32,6 @@ class Standing(NamedTuple):
     against: Difference | None
     p: float | None
 
-    @property
-    def better_than_ours(self) -> bool:
-        return self.against is not None and self.p is not None and self.against.value > 0 and self.p < ALPHA
-
 
 def metric(cell: Cell) -> str:
     return "nats_a_character" if cell.dataset == TEXT else "accuracy"
@@ -96,7 +92,7 @@ def _ranks(found: Mapping[Cell, Sequence[Standing]]) -> str:
 
 
 def _ratios(found: Mapping[Cell, Sequence[Standing]]) -> str:
-    head = ["cell", "ours-staged", "best peer", "its score", "significantly worse than it?", "error / its error"]
+    head = ["cell", "ours-staged", "best peer", "its score", "ours against it", "error / its error"]
     head += ["best of ours and peers", "error / its error"]
     body, ratios = [], []
     for cell, standing in found.items():
@@ -104,10 +100,9 @@ def _ratios(found: Mapping[Cell, Sequence[Standing]]) -> str:
         peer, own = best_peer(standing, own=False), best_peer(standing, own=True)
         if ours is None or peer is None or own is None:
             continue
-        worse = f"{'yes' if peer.better_than_ours else 'no'} (p = {peer.p:.2g})" if peer.p is not None else "-"
         ratios.append((_ratio(ours.error, peer.error), _ratio(ours.error, own.error)))
         body.append(
-            [f"{cell.dataset} {cell.budget}", mean_sd(ours.scores), peer.system, mean_sd(peer.scores), worse,
+            [f"{cell.dataset} {cell.budget}", mean_sd(ours.scores), peer.system, mean_sd(peer.scores), _ours_is(peer),
              f"{ratios[-1][0]:.3f}", own.system, f"{ratios[-1][1]:.3f}"]
         )  # fmt: skip
     text = "## Our test error against the best peer's\n\n" + markdown(head, body)
@@ -117,6 +112,14 @@ def _ratios(found: Mapping[Cell, Sequence[Standing]]) -> str:
         text += f"\n\nOn average {outside:.3f} of the best peer's error ({BAR} was asked for: {said}); "
         text += f"{all_:.3f} with our own others among the peers."
     return text
+
+
+def _ours_is(peer: Standing) -> str:
+    """Significantly better or worse than this peer, or neither."""
+    if peer.against is None or peer.p is None:
+        return "-"
+    word = "not told apart" if peer.p >= ALPHA else "SIGNIFICANTLY WORSE" if peer.against.value > 0 else "better"
+    return f"{word} (p = {peer.p:.2g})"
 
 
 def _ratio(ours: float, theirs: float) -> float:

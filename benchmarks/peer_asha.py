@@ -24,7 +24,8 @@ def start() -> None:
     """Start Ray on this machine, and have its workers import what a trial needs."""
     import ray  # pyright: ignore[reportMissingImports]
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # no files of every trial
     ray.init(num_cpus=_AT_ONCE, include_dashboard=False, log_to_driver=False, logging_level="error")
     ray.get([ray.remote(_import).remote() for _ in range(_AT_ONCE)])
 
