@@ -84,7 +84,7 @@ class Stop(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.updates += 1
-        if self.clock.left_s < self.reserve_s:
+        if self.clock.left_s < self.reserve_s and self.model is not None:
             self.model.stop_training = True
 
 
