@@ -23,12 +23,13 @@ MULTIPLE = 10.0  # of the mean, and of the worst at the start: an exploding norm
 MOVED = 0.1  # an exploding update moves the parameters by more than this share of them
 SETTLED = 25  # norms are judged from so many on
 _FIRST, _RECENT, _EVERY = 5, 20, 10  # losses: that began the segment, that stand; updates from look to look
-_ABSOLUTE, _RELATIVE, _NOISES = (
-    0.3,
-    0.5,
+_ABSOLUTE, _RELATIVE = 0.3, 0.75  # nats, of the first losses: above by both, ...
+_NOISES, _NOISES_OF_ONE = (
     4.0,
-)  # nats, of the first loss, standard errors: above all three is clearly above
-_BELOW = 0.2  # of the first loss: learnt, before it was lost again
+    3.0,
+)  # ... and by so many standard errors (by so many, where the very first loss is compared with)
+_LOOKS = 2  # in a row
+_LEARNT, _BELOW = 0.1, 0.2  # nats, of the first loss: below by more than both was learnt, before it was lost again
 
 
 @dataclass
@@ -105,8 +106,9 @@ class Course:
     """The losses of a segment since it began, and whether they say that it diverges.
 
     The last 20 losses *stand* when their second half is not below their first and the learning rate has not risen meanwhile. A segment
-    diverges when they stand above the first five by 0.3, by half of them and by four standard errors, or when they stand at the first
-    five after 20 losses in a row were clearly below. Fine-tuning from a solved head rises at first too, but by less, and falls again.
+    diverges when they stand, twice in a row, above the first five (or the very first) by 0.3, by three quarters of them and by four (three)
+    standard errors, or where the first five were after 20 in a row were clearly below. Fine-tuning from a solved head rises at first
+    too, but comes down again.
     """
 
     first: list[float] = field(default_factory=list)
@@ -115,6 +117,7 @@ class Course:
     lr: float = 0.0  # the last
     steady: int = 0  # updates since the learning rate last rose
     seen: int = 0
+    looks: int = 0  # in a row that saw a divergence
     worst: float = -float("inf")  # of the losses that are recent ...
     worst_at: int = 0  # ... and the place in the data of its batch
 
@@ -132,27 +135,38 @@ class Course:
         del self.recent[:-_RECENT]
 
     def diverges(self) -> dict[str, Any] | None:
-        """The numbers of a divergence; None while all is well or nobody can say. To be asked after every update: looks at every tenth."""
+        """The numbers of a divergence; None while all is well or nobody can say. To be asked after every update: it looks at every tenth,
+        and has to see the same twice in a row."""
         if self.seen < _FIRST + _RECENT or self.seen % _EVERY:
             return None
+        found = self._look()
+        self.looks = self.looks + 1 if found is not None else 0
+        self.lowest = min(self.lowest, float(np.mean(self.recent)))
+        return found if self.looks >= _LOOKS else None
+
+    def _look(self) -> dict[str, Any] | None:
         now, first = float(np.mean(self.recent)), float(np.mean(self.first))
         early, late = self.recent[: _RECENT // 2], self.recent[_RECENT // 2 :]
         noise = float(np.var(self.recent, ddof=1)) / _RECENT
-        lowest, self.lowest = self.lowest, min(self.lowest, now)
-        if self.steady < _RECENT or np.mean(late) < np.mean(early) - 2 * noise**0.5:
+        if self.steady < _RECENT or np.mean(late) < np.mean(early) - 4 * noise**0.5:
             return None
-        stderr = (float(np.var(self.first, ddof=1)) / _FIRST + noise) ** 0.5
-        before = min(self.first[0], first)  # without a warm-up the first alone is that of the weights as they were
-        margin = max(_ABSOLUTE, _RELATIVE * abs(before), _NOISES * stderr)
-        learnt = first - lowest > max(_BELOW * abs(first), _NOISES * stderr)
-        if now - before > margin:
-            rule = f"{_RECENT} losses in a row stand {now - before:.3g} above the first ones, more than {margin:.3g}"
-        elif learnt and now >= first - stderr:
-            rule = f"{_RECENT} losses in a row stand where they began, after they were {first - lowest:.3g} below that"
+        of_first = max(float(np.var(self.first, ddof=1)), noise * _RECENT)  # five alone may lie together by chance
+        stderr = (of_first / _FIRST + noise) ** 0.5
+        single = (
+            noise * (_RECENT + 1)
+        ) ** 0.5  # of the very first: without a warm-up no other is that of the weights as they were
+        ways = ((first, _NOISES * stderr), (self.first[0], _NOISES_OF_ONE * single))
+        rises = [(now - level, max(_ABSOLUTE, _RELATIVE * abs(level), error)) for level, error in ways]
+        rise, margin = max(rises, key=lambda way: way[0] - way[1])
+        below = first - self.lowest
+        if rise > margin:
+            rule = f"{_RECENT} losses in a row stand {rise:.3g} above the first, more than {margin:.3g}"
+        elif below > max(_LEARNT, _BELOW * abs(first), _NOISES * stderr) and now >= first - stderr:
+            rule = f"{_RECENT} losses in a row stand where they began, after they were {below:.3g} below that"
         else:
             return None
-        found = {"rule": rule, "first_loss": before, "recent_loss": now, "stderr": stderr, "updates": self.seen}
-        return found if lowest == float("inf") else {**found, "lowest_loss": lowest}
+        found = {"rule": rule, "first_loss": now - rise, "recent_loss": now, "stderr": stderr, "updates": self.seen}
+        return found if below == -float("inf") else {**found, "lowest_loss": self.lowest}
 
     def blows_up(self) -> dict[str, Any] | None:
         """The numbers where the last losses are so far above the first that a bad batch now is no batch's fault; else None."""

@@ -1,6 +1,7 @@
 """A segment of gradient training under watch: recovers from what goes wrong, keeps itself on disk, stops at a diagnosis or a signal.
 
-    a bad batch      back to the last snapshot, half the learning rate, the batch left out; three times at most
+    a bad batch      back to the last snapshot, half the learning rate, the batch left out; after three more the training ends, or,
+                     where they came close together, it has diverged
     divergence       back to the segment's beginning, a tenth of the learning rate, for what is left of it; three times at most
     out of memory    the batch again in micro-batches of half the size, down to one
 
@@ -30,6 +31,9 @@ from multistep.types import Interrupted, Measure
 
 SNAPSHOT_UPDATES = 25
 MAX_ROLLBACKS = 3
+CLOSE_UPDATES = (
+    100  # with fewer good ones between them too many bad batches are no batch's fault, but the learning rate's
+)
 MAX_RESTARTS = 3
 RESTART_LR = 0.1  # of the learning rate that diverged
 RESTART_UNTIL = (
@@ -60,10 +64,10 @@ def run_segment(
                     yield "Event", _roll_back(trial, measure, state, keeper)
                     if keeper.rollbacks <= MAX_ROLLBACKS:
                         continue
-                    if keeper.course.seen >= SNAPSHOT_UPDATES or not keeper.can_restart(state):
+                    if keeper.good_since > CLOSE_UPDATES or not keeper.can_restart(state):
                         break
                     diverged = {
-                        "rule": f"{keeper.rollbacks} bad batches before there were {SNAPSHOT_UPDATES} good ones"
+                        "rule": f"{keeper.rollbacks} bad batches with {keeper.good_since} good ones between them"
                     }
                 if diverged is not None and keeper.can_restart(state):
                     kind, fields, ended = _begin_again(trial, measure, diverged, state, data, keeper)
@@ -135,6 +139,7 @@ def _roll_back(trial: Trial, measure: Measure, state: TrainState, keeper: Keeper
     position, segment = state.counters.position, state.segment
     lr_scale = state.counters.lr_scale / 2
     keeper.rollbacks += 1
+    keeper.good_since = 0 if keeper.rollbacks == 1 else keeper.good_since
     keeper.roll_back(state)
     state.counters.position, state.counters.lr_scale = position, lr_scale
     state.segment.wall_s, state.segment.updates, state.segment.tokens = segment.wall_s, segment.updates, segment.tokens
@@ -214,6 +219,7 @@ class Keeper:
         self.losses: list[float] = []  # of the last updates, in nats
         self.course = Course()
         self.rollbacks = self.restarts = 0
+        self.good_since = 0  # updates since the first roll back
         self._tokens = 0
         self._beginning: dict[str, Any] | None = None
         self._last: dict[str, Any] = {}
@@ -230,6 +236,7 @@ class Keeper:
             memory = meta["memory"]
             self.spent, self.losses = memory["spent"], memory["losses"]
             self.rollbacks, self.restarts = memory["rollbacks"], memory.get("restarts", 0)
+            self.good_since = memory.get("good_since", 0)
             self.course = Course(**memory.get("course", {}))
             self.clock.spend(**self.spent)
             if self.watch is not None:
@@ -248,6 +255,7 @@ class Keeper:
     def took(self, measure: Measure, state: TrainState) -> dict[str, Any] | None:
         """Remember a good update; the numbers of a divergence, if it shows one."""
         self.losses.append(measure.loss_nats)
+        self.good_since += 1
         self.course.see(measure.loss_nats, measure.lr, state.counters.position - 1)
         return self.course.diverges()
 
@@ -265,7 +273,7 @@ class Keeper:
         memory, looked = self.watch.memory() if self.watch is not None else ({}, {})
         self._last["meta"]["memory"] = {
             "spent": self.spent, "losses": list(self.losses), "rollbacks": self.rollbacks, "restarts": self.restarts,
-            "course": asdict(self.course), "watch": memory,
+            "good_since": self.good_since, "course": asdict(self.course), "watch": memory,
         }  # fmt: skip
         self._last["tensors"] |= {f"{_LOOKED}{k}": v for k, v in looked.items()}
 
