@@ -23,13 +23,9 @@ MULTIPLE = 10.0  # of the mean, and of the worst at the start: an exploding norm
 MOVED = 0.1  # an exploding update moves the parameters by more than this share of them
 SETTLED = 25  # norms are judged from so many on
 _FIRST, _RECENT, _EVERY = 5, 20, 10  # losses: that began the segment, that stand; updates from look to look
-_ABSOLUTE, _RELATIVE = 0.3, 0.75  # nats, of the first losses: above by both, ...
-_NOISES, _NOISES_OF_ONE = (
-    4.0,
-    3.0,
-)  # ... and by so many standard errors (by so many, where the very first loss is compared with)
-_LOOKS = 2  # in a row
-_LEARNT, _BELOW = 0.1, 0.2  # nats, of the first loss: below by more than both was learnt, before it was lost again
+_LOOKS, _STUCK = 2, 5  # in a row
+_ABSOLUTE, _RELATIVE, _NOISES = 0.3, 0.75, 4.0  # nats, of the first losses, standard errors
+_LEARNT, _BELOW = 0.1, 0.2  # nats, of the first losses: below by more than both was learnt, before it was lost again
 
 
 @dataclass
@@ -105,19 +101,26 @@ class Norms:
 class Course:
     """The losses of a segment since it began, and whether they say that it diverges.
 
-    The last 20 losses *stand* when their second half is not below their first and the learning rate has not risen meanwhile. A segment
-    diverges when they stand, twice in a row, above the first five (or the very first) by 0.3, by three quarters of them and by four (three)
-    standard errors, or where the first five were after 20 in a row were clearly below. Fine-tuning from a solved head rises at first
-    too, but comes down again.
+    The last 20 losses *stand* when their second half is not below their first and the learning rate has not risen meanwhile. *Clearly
+    above* the first five (or those of them before they blew up, or the very first) is by 0.3, by three quarters of them and by four
+    standard errors. A segment diverges when its losses
+
+        stand clearly above the first ones, twice in a row;
+        stand where the first ones were after 20 in a row were clearly below, twice in a row; or
+        were far above once (by 1 and twice them) and then stand where the first ones were or higher, five times in a row.
+
+    Looked at every ten updates. Fine-tuning from a solved head rises at first too, but comes down again.
     """
 
     first: list[float] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
-    lowest: float = float("inf")  # mean of 20 losses in a row, looked at now and then
+    lowest: float = float("inf")  # mean of 20 losses in a row, at the looks before
+    highest: float = -float("inf")  # mean of the worst five of them
     lr: float = 0.0  # the last
     steady: int = 0  # updates since the learning rate last rose
     seen: int = 0
-    looks: int = 0  # in a row that saw a divergence
+    found: int = 0  # looks in a row that saw one of the first two
+    stuck: int = 0  # looks in a row that saw the third
     worst: float = -float("inf")  # of the losses that are recent ...
     worst_at: int = 0  # ... and the place in the data of its batch
 
@@ -135,46 +138,69 @@ class Course:
         del self.recent[:-_RECENT]
 
     def diverges(self) -> dict[str, Any] | None:
-        """The numbers of a divergence; None while all is well or nobody can say. To be asked after every update: it looks at every tenth,
-        and has to see the same twice in a row."""
+        """The numbers of a divergence; None while all is well or nobody can say. To be asked after every update."""
         if self.seen < _FIRST + _RECENT or self.seen % _EVERY:
             return None
-        found = self._look()
-        self.looks = self.looks + 1 if found is not None else 0
-        self.lowest = min(self.lowest, float(np.mean(self.recent)))
-        return found if self.looks >= _LOOKS else None
+        now, rule, first, stderr = self._look()
+        numbers = {"rule": rule, "first_loss": first, "recent_loss": now, "stderr": stderr, "updates": self.seen}
+        if self.lowest < float("inf"):
+            numbers |= {"lowest_loss": self.lowest, "highest_loss": self.highest}
+        self.lowest = min(self.lowest, now)
+        self.highest = max(self.highest, float(np.mean(sorted(self.recent)[-_FIRST:])))
+        return numbers if self.found >= _LOOKS or self.stuck >= _STUCK else None
 
-    def _look(self) -> dict[str, Any] | None:
-        now, first = float(np.mean(self.recent)), float(np.mean(self.first))
+    def _look(self) -> tuple[float, str, float, float]:
+        """The mean of the recent losses, what is wrong with it, what it was compared with, and the standard error of that."""
+        before, now = self._before(), float(np.mean(self.recent))
+        level = float(np.mean(before))
         early, late = self.recent[: _RECENT // 2], self.recent[_RECENT // 2 :]
         noise = float(np.var(self.recent, ddof=1)) / _RECENT
-        if self.steady < _RECENT or np.mean(late) < np.mean(early) - 4 * noise**0.5:
-            return None
-        of_first = max(float(np.var(self.first, ddof=1)), noise * _RECENT)  # five alone may lie together by chance
-        stderr = (of_first / _FIRST + noise) ** 0.5
-        single = (
-            noise * (_RECENT + 1)
-        ) ** 0.5  # of the very first: without a warm-up no other is that of the weights as they were
-        ways = ((first, _NOISES * stderr), (self.first[0], _NOISES_OF_ONE * single))
-        rises = [(now - level, max(_ABSOLUTE, _RELATIVE * abs(level), error)) for level, error in ways]
-        rise, margin = max(rises, key=lambda way: way[0] - way[1])
-        below = first - self.lowest
-        if rise > margin:
-            rule = f"{_RECENT} losses in a row stand {rise:.3g} above the first, more than {margin:.3g}"
-        elif below > max(_LEARNT, _BELOW * abs(first), _NOISES * stderr) and now >= first - stderr:
-            rule = f"{_RECENT} losses in a row stand where they began, after they were {below:.3g} below that"
-        else:
-            return None
-        found = {"rule": rule, "first_loss": now - rise, "recent_loss": now, "stderr": stderr, "updates": self.seen}
-        return found if below == -float("inf") else {**found, "lowest_loss": self.lowest}
+        of_one = max(float(np.var(before, ddof=1)) if len(before) > 1 else 0.0, noise * _RECENT)
+        stderr = (
+            of_one / len(before) + noise
+        ) ** 0.5  # a few may lie together by chance, so those of the recent ones count too
+        margin = max(_ABSOLUTE, _RELATIVE * abs(level), _NOISES * stderr)
+        of_first = (noise * (_RECENT + 1)) ** 0.5  # without a warm-up no other is that of the weights as they were
+        margin_of_first = max(_ABSOLUTE, _RELATIVE * abs(self.first[0]), _NOISES * of_first)
+        stands = self.steady >= _RECENT and np.mean(late) >= np.mean(early) - 4 * noise**0.5
+        least = min(level, self.first[0])
+        blown = self.highest - least > max(_far(least), 2 * _NOISES * stderr)
+        self.stuck = self.stuck + 1 if stands and blown and now >= least else 0
+        rule = ""
+        if stands and now - level > margin:
+            rule = f"{_RECENT} losses in a row stand {now - level:.3g} above the first, more than {margin:.3g}"
+        elif stands and now - self.first[0] > margin_of_first:
+            level, stderr = self.first[0], of_first
+            rule = f"{_RECENT} losses in a row stand {now - level:.3g} above the very first, more than {margin_of_first:.3g}"
+        elif (
+            stands
+            and level - self.lowest > max(_LEARNT, _BELOW * abs(level), _NOISES * stderr)
+            and now >= level - stderr
+        ):
+            rule = f"{_RECENT} losses in a row stand where they began, after they were {level - self.lowest:.3g} below that"
+        self.found = self.found + 1 if rule else 0
+        if self.stuck >= _STUCK and not rule:
+            rule = f"after a rise by {self.highest - least:.3g} {_RECENT} losses in a row stand where they began or higher, {_STUCK} times"
+            level = least
+        return now, rule, level, stderr
+
+    def _before(self) -> list[float]:
+        """The first losses, without those after one that stands far above the very first."""
+        limit = self.first[0] + _far(self.first[0])
+        end = next((n for n, loss in enumerate(self.first) if loss > limit), len(self.first))
+        return self.first[:end]
 
     def blows_up(self) -> dict[str, Any] | None:
         """The numbers where the last losses are so far above the first that a bad batch now is no batch's fault; else None."""
         if self.seen < 2:
             return None
-        before, now = min(self.first[0], float(np.mean(self.first))), float(np.mean(self.recent[-3:]))
-        margin = max(1.0, abs(before))
-        if not now - before > margin:
+        level, now = float(np.mean(self._before())), float(np.mean(self.recent[-3:]))
+        margin = max(1.0, abs(level))
+        if not now - level > margin:
             return None
-        rule = f"the last losses stand {now - before:.3g} above the first ones, more than {margin:.3g}"
-        return {"rule": rule, "first_loss": before, "recent_loss": now, "updates": self.seen}
+        rule = f"the last losses stand {now - level:.3g} above the first ones, more than {margin:.3g}"
+        return {"rule": rule, "first_loss": level, "recent_loss": now, "updates": self.seen}
+
+
+def _far(level: float) -> float:
+    return max(1.0, 2 * abs(level))
