@@ -24,10 +24,10 @@ from multistep.evaluate import Rows
 from multistep.loader import ModuleRows, rows_of
 from multistep.optimizers.adamw import AdamW
 from multistep.schedules import Linear
-from multistep.strategy import TrainModule, Trial
+from multistep.strategy import TrainModule
 from multistep.train import train
 from multistep.tune import segment
-from multistep.tune.segment import Keeper, run_segment
+from multistep.tune.segment import Keeper
 
 pytestmark = pytest.mark.usefixtures("torch_seeded")
 
@@ -98,7 +98,7 @@ def test_curves_of_runs_that_go_well_do_not_diverge(seed: int) -> None:
 def test_curves_that_blow_up_are_found_and_soon(seed: int) -> None:
     n = np.arange(200)
     solved = noisy(np.where(n < 3, 1.3, 4.4), 0.3, seed)  # from a solved head to chance
-    assert (found := course(solved)) is not None and found[0] <= 80 and "above the first" in found[1]["rule"]
+    assert (found := course(solved)) is not None and found[0] <= 80 and "above the" in found[1]["rule"]
     two = noisy(np.where(n < 8, 0.38, 0.8), 0.06, seed)
     assert (found := course(two)) is not None and found[0] <= 80
     lost = noisy(np.where(n < 60, 2.3 * np.exp(-n / 40), 2.3), 0.1, seed)
@@ -260,26 +260,24 @@ def test_a_rate_a_hundred_times_too_high_is_lowered_until_it_trains(kind: str, l
     assert 1 <= len(again) <= segment.MAX_RESTARTS
     for n, event in enumerate(again):
         assert event["lr_scale"] == pytest.approx(0.1 ** (n + 1)) and event["back_to"] == 0 and len(event["rows"]) >= 30
-        assert event["numbers"]["lr"] == pytest.approx(lr * 0.1**n, rel=0.9) and event["numbers"]["rule"]
+        assert event["numbers"]["rule"] and event["numbers"]["lr"] <= lr * 0.1**n * 1.001
     assert result.best.value > 0.9
     page = result.explain()
     assert "divergence" in page and "learning rate times 0.1" in page
 
 
 def test_a_segment_that_begins_again_is_one_that_began_with_a_tenth_of_the_rate(tmp_path: Path) -> None:
-    rows: Any = rows_of(blobs(300, 0, noise=0.7), "train", "cpu")
-    strategy = TrainModule(optimizer=AdamW(lr=1.0), clip=0.0)
-    state = begun(deep(), strategy, Budget(amount=300, unit="updates"))
-    keeper = Keeper(tmp_path, "01", Clock(parse_budget("300 updates")), None)
+    rows: Any = rows_of(blobs(300, 0), "train", "cpu")
+    strategy = TrainModule(optimizer=AdamW(lr=0.1), dropout=0.2)
+    state = begun(network(), strategy, Budget(amount=100, unit="updates"))
+    keeper = Keeper(tmp_path, "01", Clock(parse_budget("100 updates")), None)
     keeper.load(state)
-    records = list(run_segment(Trial(id="01", stage="trunk", action=strategy), state, rows, keeper, None, lambda: 0))
-    again = [fields for kind, fields in records if kind == "Event"]
-    assert again and {e["event"] for e in again} == {"divergence"}
-    spent = sum(e["numbers"]["updates"] for e in again)
-    other = begun(deep(), strategy, Budget(amount=300 - spent, unit="updates"))
-    other.counters.lr_scale *= segment.RESTART_LR ** len(again)
-    list(train(other, rows))
-    assert keeper.spent["updates"] == 300
+    list(islice(train(state, rows), 37))
+    keeper.begin_again(state)
+    other = begun(network(), strategy, Budget(amount=63, unit="updates"))
+    other.counters.lr_scale = segment.RESTART_LR
+    assert_same(state, other)
+    assert list(train(state, rows)) == list(train(other, rows)) and state.counters.update == 63
     assert_same(state, other)
 
 
@@ -360,7 +358,7 @@ def test_killed_after_a_divergence_it_goes_on_as_the_straight_run(
     class Killed(BaseException):
         pass
 
-    for call in (20, 45, 70):
+    for call in (30, 60):
         calls[0] = 0
 
         def dying(self: Rows, few: np.ndarray, call: int = call) -> Any:

@@ -64,7 +64,8 @@ def test_short_memory_is_the_small_micro_batch_from_the_start(error: Exception) 
 def test_the_micro_batch_that_fits_is_remembered_by_later_trials_and_a_resumed_run(tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "controller": "staged",
-        "budget": "2500 updates",
+        "budget": "1100 updates",
+        "train": blobs(320, 0),
         "batch_size": 32,
         "out": tmp_path / "run",
     }

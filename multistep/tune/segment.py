@@ -64,7 +64,7 @@ def run_segment(
                     yield "Event", _roll_back(trial, measure, state, keeper)
                     if keeper.rollbacks <= MAX_ROLLBACKS:
                         continue
-                    if keeper.good_since > CLOSE_UPDATES or not keeper.can_restart(state):
+                    if not keeper.came_close(state):
                         break
                     diverged = {
                         "rule": f"{keeper.rollbacks} bad batches with {keeper.good_since} good ones between them"
@@ -144,8 +144,9 @@ def _roll_back(trial: Trial, measure: Measure, state: TrainState, keeper: Keeper
     state.counters.position, state.counters.lr_scale = position, lr_scale
     state.segment.wall_s, state.segment.updates, state.segment.tokens = segment.wall_s, segment.updates, segment.tokens
     keeper.snapshot(state)
-    gone = keeper.rollbacks > MAX_ROLLBACKS
-    done = "stopped: too many bad batches" if gone else "rolled back, learning rate halved, batch left out"
+    done = "rolled back, learning rate halved, batch left out"
+    if keeper.rollbacks > MAX_ROLLBACKS:
+        done = "rolled back: too many, too close" if keeper.came_close(state) else "stopped: too many bad batches"
     return {
         "trial": trial.id, "event": measure.event, "update": measure.update, "loss_nats": measure.loss_nats,
         "grad_norm": measure.grad_norm, "rows": list(measure.rows), "back_to": state.counters.update,
@@ -299,6 +300,10 @@ class Keeper:
 
     def can_restart(self, state: TrainState) -> bool:
         return self._beginning is not None and state.segment.progress() <= RESTART_UNTIL
+
+    def came_close(self, state: TrainState) -> bool:
+        """Whether bad batches came so close together that another learning rate has to be tried, and can be."""
+        return self.good_since <= CLOSE_UPDATES and self.can_restart(state)
 
     def begin_again(self, state: TrainState) -> None:
         """Back to the beginning of the segment, which takes what is left of it, with a tenth of the learning rate for every time."""
