@@ -29,6 +29,15 @@ if TYPE_CHECKING:
     from multistep.models.base import TextEncoder
 
 _LIVE = ("optimizer.lr", "optimizer.weight_decay", "dropout", "clip", "clip_z", "objective.label_smoothing", "schedule")
+_OF_MOMENTS = (
+    "optimizer",
+    "head_lr",
+    "layer_decay",
+    "trains",
+    "layers",
+    "freeze",
+    "shape",
+)  # what an optimizer is built from
 
 
 class FitLinear(Spec):
@@ -79,6 +88,7 @@ class Training(Spec):
     dropout: Annotated[float, Field(ge=0, lt=1), Tunable(0.0, 0.5, live=True)] | None = None  # None: the model's own
     layer_decay: LayerDecay = 1.0  # of the learning rate, a block further from the outputs; 1: off
     batch_growth: BatchGrowth = ()  # progress at which the batch doubles, each time
+    reshuffle: Annotated[int, Field(ge=0)] = 0  # another order of the data: added to its seed
     bf16: bool = False
 
     def trained(self, model: Any) -> list[tuple[str, nn.Parameter]]:
@@ -97,8 +107,14 @@ class Training(Spec):
         return 2 ** sum(progress >= share for share in self.batch_growth)
 
     def same_but_live(self, other: Training) -> bool:
-        """Whether going from `other` to this strategy keeps the optimizer's state."""
+        """Whether this strategy can take over from `other` inside of a segment."""
         return type(self) is type(other) and _without_live(self) == _without_live(other)
+
+    def keeps_moments(self, other: Training) -> bool:
+        """Whether a segment of this strategy goes on with the optimizer's state that one of `other` left: it trains the same parameters
+        with the same optimizer, live fields aside."""
+        one, two = _without_live(self), _without_live(other)
+        return type(self) is type(other) and all(one.get(k) == two.get(k) for k in _OF_MOMENTS)
 
 
 class FineTune(Training):

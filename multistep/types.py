@@ -139,7 +139,7 @@ class MetricValue(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """What one update of the loop yields. `event` names something out of the ordinary ("nonfinite", "spike")."""
+    """What one update of the loop yields. `event` names something out of the ordinary ("nonfinite", "spike", "out of memory" ...)."""
 
     update: int
     tokens: int
@@ -149,6 +149,7 @@ class Measure:
     grad_norm: float
     event: str = ""
     rows: tuple[int, ...] = ()  # the batch, named only when there is an event
+    micro_batch: int = 0  # examples at once with which memory ran out: only with that event
 
 
 class Cost(Spec):

@@ -78,7 +78,7 @@ def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
     if action.augment.on:
         why += ", words changed anew every epoch and so read as token ids"
     told = yield from plan.trial("trunk", action, why, start=start, share=share, watch=True)
-    if "diagnosis" not in told.facts:
+    if told.facts.get("diagnosis", {}).get("name") != "overfitting":
         return told.state
     rest = share * (1 - told.facts["progress"])
     return (yield from _fork(plan, action, told, min(rest, 0.48 * (plan.remaining - end_s(plan, 2)))))

@@ -50,6 +50,7 @@ class Bench:
     families: dict[str, str] = field(default_factory=dict)  # the best state of each family ("linear", "encoder")
     incumbent: Predictor | None = None
     bf16: bool = False
+    micro_batch: int = 0  # examples at once that fitted into memory when a trial's did not; 0: no limit was met
 
     def control(self, family: str, state: str) -> Scored:
         """A state's answers on the control split, as they are."""

@@ -68,6 +68,7 @@ class LanguageWorks:
         self.speakers, self.problem, self.clock, self.stop = speakers, problem, clock, stop
         self.incumbent: dict[str, Any] | None = None
         self.best: dict[str, str] = {}  # family -> state
+        self.micro_batch = 0  # examples at once that fitted into memory when a trial's did not; 0: no limit was met
         self._answers: dict[tuple[str, str], Answers] = {}
         self._longest_span = 0
         self._ship: Callable[[dict[str, Any]], None] | None = None
@@ -98,6 +99,7 @@ class LanguageWorks:
 
     def apply(self, trial: Trial, outcome: Outcome) -> bool:
         """Take an outcome into the run's standing; whether the incumbent changed. Depends on the outcome alone, so it replays."""
+        self.micro_batch = outcome.facts.get("micro_batch", self.micro_batch)
         if isinstance(trial.action, Profile):
             self.speakers.facts = dict(outcome.facts)
             return False
@@ -245,7 +247,7 @@ class LanguageWorks:
             yield "Noted", {"trial": trial.id, "what": "cut", "facts": {"rule": rule, **cut}}
         facts, spent = yield from run_training(
             trial, action, state, data, self._watch(trial, action), s.out / "states", self.clock, self.stop,
-            {"shape": action.shape.model_dump()},
+            {"shape": action.shape.model_dump()}, micro_batch=self.micro_batch,
         )  # fmt: skip
         facts["epochs"] = state.counters.examples / max(1, len(data))
         facts["tokens_s"] = spent["tokens"] / max(1e-9, time.monotonic() - started)

@@ -59,6 +59,7 @@ class ModuleWorks:
         self.clock, self.stop, self.out, self.task, self.seed = clock, stop, out, task, seed
         self.rows, self.problem = rows, problem
         self.incumbent: str | None = None
+        self.micro_batch = 0  # examples at once that fitted into memory when a trial's did not; 0: no limit was met
         self.judge_s = 0.0
         self._module = module
         self._answers: dict[str, Answers] = {}
@@ -81,6 +82,7 @@ class ModuleWorks:
 
     def apply(self, trial: Trial, outcome: Outcome) -> bool:
         """Take an outcome into the run's standing; whether the incumbent changed. Depends on the outcome alone, so it replays."""
+        self.micro_batch = outcome.facts.get("micro_batch", self.micro_batch)
         if isinstance(trial.action, Profile):
             self.judge_s = outcome.facts["judge_s"]
         stood, committed = standing.module(Stood(self.standing(), self.families()), trial, outcome)
@@ -211,7 +213,7 @@ class ModuleWorks:
         states = self.out / "states"
         facts, spent = yield from run_training(
             trial, action, state, self.rows["train"], self._watch(trial, action), states, self.clock, self.stop,
-            {"family": "module"},
+            {"family": "module"}, micro_batch=self.micro_batch,
         )  # fmt: skip
         self._answers[trial.id] = self.judge(state.model, self.rows["validation"])
         return self._decided(trial, facts, started, **spent)

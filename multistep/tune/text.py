@@ -63,6 +63,7 @@ class TextWorks:
     def apply(self, trial: Trial, outcome: Outcome) -> bool:
         """Take an outcome into the run's standing; whether the incumbent changed. Depends on the outcome alone, so it replays."""
         bench, facts = self.bench, outcome.facts
+        bench.micro_batch = facts.get("micro_batch", bench.micro_batch)
         if isinstance(trial.action, Profile):
             bench.bf16 = facts.get("precision") == "bf16"
             bench.work.adopt(facts)
