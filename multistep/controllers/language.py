@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Mapping
 from typing import Any, Literal
 
 from multistep.config import FitConfig
+from multistep.controllers.diagnosing import WHY
 from multistep.controllers.script import Ask, BasePlan, Reserve, Skip, Steps
 from multistep.controllers.trunk import LEAST_UPDATES, averages
 from multistep.metrics.texts import LANGUAGE_METRICS
@@ -24,6 +25,7 @@ from multistep.strategy import (
     Action,
     AsGiven,
     Decode,
+    Diagnose,
     FitWriter,
     Mix,
     Profile,
@@ -309,6 +311,7 @@ def _recount(plan: _Plan) -> Generator[Ask, Outcome | None, None]:
 
 def _finish(plan: _Plan) -> Generator[Ask, Outcome | None, None]:
     yield from _recount(plan)
+    yield from plan.trial("diagnose", Diagnose(), WHY)
     if plan.problem.rows["test"]:
         yield from plan.trial("test", ReadTest(), "read once, at the end")
 

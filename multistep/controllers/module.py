@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from multistep.config import OptimizerConfig, check_layer_decay
+from multistep.controllers.diagnosing import WHY
 from multistep.controllers.script import Ask, BasePlan, Skip, Steps
 from multistep.controllers.trunk import LEAST_UPDATES, PROBE_SHARE, PROBE_UPDATES, averages
 from multistep.objectives import Objective
@@ -23,6 +24,7 @@ from multistep.strategy import (
     AsGiven,
     Average,
     BatchGrowth,
+    Diagnose,
     LayerDecay,
     Profile,
     ReadTest,
@@ -138,6 +140,7 @@ def _begin(plan: _Plan) -> Generator[Ask, Outcome | None, None]:
 
 
 def _finish(plan: _Plan) -> Generator[Ask, Outcome | None, None]:
+    yield from plan.trial("diagnose", Diagnose(), WHY)
     if plan.problem.rows.get("test"):
         yield from plan.trial("test", ReadTest(), "read once, at the end")
 

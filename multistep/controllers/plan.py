@@ -12,7 +12,9 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from multistep.config import OptimizerConfig
+from multistep.controllers.diagnosing import diagnose, set_aside
 from multistep.controllers.script import Ask, BasePlan, Problem, Reserve, Skip, Step
+from multistep.metrics.power import FEWEST_ROWS, LARGE
 from multistep.objectives import BinaryCrossEntropy, CrossEntropy, Huber, MeanAbsoluteError, MeanSquaredError, Objective
 from multistep.optimizers import AdamW
 from multistep.predictors import Predictor, Single
@@ -69,6 +71,7 @@ class Plan(BasePlan):
         self.families: dict[str, str] = {}
         self.max_length = 0
         self.ends: list[str] = []  # of fine-tunings that came to their end; all began at the same weights
+        self.kept_s = 0.0  # set aside for a diagnosis
         self.linear_s = sum(problem.characters.values()) / LINEAR_CHARACTERS_S
 
     @property
@@ -300,6 +303,7 @@ def encoder_rows(plan: Plan) -> Generator[Ask, Outcome | None, tuple[int, int | 
     if plan.timed:
         yield Reserve(name="finish", amount=round(plan.finish_s(with_encoder=bool(length)), 2))
         plan.remaining = max(0.0, plan.remaining - plan.finish_s(with_encoder=bool(length)))
+    yield from set_aside(plan)
     return length, rows
 
 
@@ -316,7 +320,8 @@ def head(plan: Plan, rows: int | None, cut: int) -> Step:
 
 
 def finish(plan: Plan) -> Generator[Ask, Outcome | None, None]:
-    """Give the reservation back and read test, once."""
+    """Say what is the matter, give the reservation back and read test, once."""
+    yield from diagnose(plan)
     if plan.timed:
         yield Reserve(name="finish", amount=0.0)
     if plan.problem.rows["test"]:
@@ -327,8 +332,10 @@ def finish(plan: Plan) -> Generator[Ask, Outcome | None, None]:
 
 def predict(plan: Plan) -> Generator[Ask, Outcome | None, None]:
     """Blend of the families, calibration, thresholds: each around what is committed, on the calibration split."""
-    if plan.problem.rows["calibration"] < 20:
-        yield Skip(stage="predict", why=f"{plan.problem.rows['calibration']} calibration rows are too few to decide on")
+    rows = plan.problem.rows["calibration"]
+    if rows < FEWEST_ROWS:
+        why = f"{rows} calibration rows are too few to decide on (< {FEWEST_ROWS}: only a gain of {LARGE:g} would be seen)"
+        yield Skip(stage="predict", why=why)
         return
     if len(plan.families) > 1:
         yield from _predict(plan, "blend", "the families make different mistakes")

@@ -15,6 +15,7 @@ from multistep.metrics.base import Scored, TaskLike
 from multistep.metrics.counts import SWAPS, cells_of, swap_differences
 from multistep.metrics.known import METRICS, check_metric
 from multistep.metrics.measure import stderr_of
+from multistep.metrics.power import FEWEST_ROWS, LARGE
 from multistep.types import Comparison, Verdict
 
 _ZERO_ONE = ("accuracy", "exact_match")
@@ -73,13 +74,20 @@ def judge(
     alpha: float = 0.1,
 ) -> Verdict:
     """Accept a candidate that is better beyond noise on the metric; or not worse on it and better beyond noise on the
-    loss. All else stays with the incumbent, which is the cheaper. Outputs that are not finite lose to any that are."""
+    loss. All else stays with the incumbent, which is the cheaper. Outputs that are not finite lose to any that are.
+    Fewer than `FEWEST_ROWS` rows decide only for a large gain on the metric: `LARGE` of it, or of what a loss was."""
     if not np.isfinite(candidate.logits_NK).all():
         return Verdict(accept=False, rule="the candidate's outputs are not finite: refused")
     if not np.isfinite(incumbent.logits_NK).all():
         return Verdict(accept=True, rule="the incumbent's outputs are not finite, the candidate's are: better")
     first = compare(name, task, candidate, incumbent, seed)
     said, evidence = _said(first), [first]
+    if first.n < FEWEST_ROWS:
+        least = LARGE * (1.0 if METRICS[first.metric].higher_is_better else abs(first.incumbent))
+        accept = first.difference >= least and first.difference > 0 and first.p <= alpha
+        word = "better, and by much" if accept else f"too few for less than {least:.2g}"
+        rule = f"{said}, p = {first.p:.2g}, on {first.n} rows (< {FEWEST_ROWS}): {word}"
+        return Verdict(accept=accept, rule=rule, evidence=(first,))
     if first.difference > 0 and first.p <= alpha:
         return Verdict(accept=True, rule=f"{said}, p = {first.p:.2g} <= {alpha:g}: better", evidence=(first,))
     loss = "mse" if task.kind == "regress" else "log_loss"

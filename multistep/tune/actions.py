@@ -192,7 +192,7 @@ def _throughput(bench: Bench, lengths: np.ndarray) -> dict[str, Any]:
 def run_linear(bench: Bench, trial: Trial, action: FitLinear) -> Run:
     started = time.monotonic()
     work = bench.work
-    take = _subsample(work, action.max_rows)
+    take = subsample(work, action.max_rows)
     texts, targets = work.texts["train"], work.targets["train"]
     if take is not None:
         texts, targets = [texts[i] for i in take], targets[take]
@@ -217,7 +217,7 @@ def run_linear(bench: Bench, trial: Trial, action: FitLinear) -> Run:
 def run_head(bench: Bench, trial: Trial, action: FitHead) -> Run:
     started = time.monotonic()
     work = bench.work
-    take = _subsample(work, action.max_rows)
+    take = subsample(work, action.max_rows)
     cut = action.cut if take is None and work.fits_hidden(work.rows("train", action.max_length)) else 0
     features: dict[str, np.ndarray] = {}
     cached = True
@@ -257,7 +257,8 @@ def run_head(bench: Bench, trial: Trial, action: FitHead) -> Run:
     return decided(bench, trial, "encoder", trial.id, started, facts=facts)
 
 
-def _subsample(work: Workbench, max_rows: int | None) -> np.ndarray | None:
+def subsample(work: Workbench, max_rows: int | None) -> np.ndarray | None:
+    """The rows of train that a model with `max_rows` is fitted on; None for all."""
     n = len(work.texts["train"])
     if max_rows is None or max_rows >= n:
         return None

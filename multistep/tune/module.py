@@ -26,9 +26,10 @@ from multistep.objectives import BinaryCrossEntropy, CrossEntropy, Distill, Hube
 from multistep.objectives.base import BaseObjective
 from multistep.schedules import Plateau
 from multistep.state import TrainState, read_folder, write_folder
-from multistep.strategy import AsGiven, Average, Profile, ReadTest, TrainModule, Trial
+from multistep.strategy import AsGiven, Average, Diagnose, Profile, ReadTest, TrainModule, Trial
 from multistep.tasks import Classify, Multilabel, Regress, Task
 from multistep.train import train
+from multistep.tune.diagnose import Known, advice_of_module, diagnoses, higher_is_better, told
 from multistep.tune.segment import Record
 from multistep.tune.soup import greedy_soup
 from multistep.tune.training import averaged, run_training
@@ -59,6 +60,7 @@ class ModuleWorks:
         self.rows, self.problem = rows, problem
         self.incumbent: str | None = None
         self.judge_s = 0.0
+        self.past: list[tuple[Trial, Outcome]] = []
         self._module = module
         self._answers: dict[str, Answers] = {}
 
@@ -74,12 +76,15 @@ class ModuleWorks:
                 return self._soup(trial, action)
             case Average() as action:
                 return self._average(trial, action)
+            case Diagnose():
+                return self._diagnose(trial)
             case ReadTest():
                 return self._test(trial)
         raise AssertionError(f"{trial.action.kind} is not for modules")
 
     def apply(self, trial: Trial, outcome: Outcome) -> bool:
         """Take an outcome into the run's standing; whether the incumbent changed. Depends on the outcome alone, so it replays."""
+        self.past.append((trial, outcome))
         if isinstance(trial.action, Profile):
             self.judge_s = outcome.facts["judge_s"]
         if not (outcome.ok and trial.commit and outcome.state is not None):
@@ -261,6 +266,19 @@ class ModuleWorks:
             return Outcome(ok=False, failure=f"nothing improves {taken[0]} in a soup", cost=_wall(started))
         write_folder(self._folder(trial.id), {"family": "module", "start": None}, values)
         return self._decided(trial, {"members": taken}, started)
+
+    def _diagnose(self, trial: Trial) -> Run:
+        started, p = time.monotonic(), self.problem
+        assert self.incumbent is not None
+        value = self.measured(self.answers(self.incumbent))[p.metric]
+        found = diagnoses(
+            self.past,
+            Known(p.metric, value, p.rows["validation"], advice_of_module(p.optimizer.kind, f"{2 * p.budget:g} {p.unit}"),
+                  higher_is_better=higher_is_better(p.metric), seed=self.seed),
+        )  # fmt: skip
+        records, outcome = told(trial, found, {}, started)
+        yield from records
+        return outcome
 
     def _test(self, trial: Trial) -> Run:
         started = time.monotonic()

@@ -24,6 +24,7 @@ from multistep.types import Interrupted, Measure
 SNAPSHOT_UPDATES = 25
 MAX_ROLLBACKS = 3
 _LOOKED = "watch."  # before the names of tensors that a watch remembers
+CURVE_PROGRESS, CURVE_UPDATES = 0.05, 50  # between points of the training loss; a point is the mean of so many updates
 _SAVE_SHARE = 0.01  # at most this share of the time goes into writing snapshots to disk
 
 Record = tuple[str, dict[str, Any]]
@@ -45,6 +46,7 @@ def run_segment(
                     break
                 continue
             seen.append(measure.loss_nats)
+            keeper.note(state)
             if watch is not None and (found := watch.look(state, seen)):
                 yield found.kind, {"trial": trial.id, **found.fields}
                 if found.ends:
@@ -68,6 +70,7 @@ def _facts(state: TrainState, keeper: Keeper) -> dict[str, Any]:
         "rollbacks": keeper.rollbacks,
         "progress": state.segment.progress(),
         "update": state.counters.update,
+        "curve": keeper.curve,
     }
 
 
@@ -124,6 +127,7 @@ class Keeper:
         self.folder, self.trial, self.clock, self.watch = folder, trial, clock, watch
         self.spent = {"updates": 0, "tokens": 0}
         self.losses: list[float] = []  # of the last updates, in nats
+        self.curve: list[dict[str, float]] = []  # progress, updates, train_loss: the mean of the last updates
         self.rollbacks = 0
         self._tokens = 0
         self._last: dict[str, Any] = {}
@@ -138,6 +142,7 @@ class Keeper:
             state.restore({"meta": meta, "tensors": tensors})
             memory = meta["memory"]
             self.spent, self.losses, self.rollbacks = memory["spent"], memory["losses"], memory["rollbacks"]
+            self.curve = memory["curve"]
             self.clock.spend(**self.spent)
             if self.watch is not None:
                 looked = {k.removeprefix(_LOOKED): v for k, v in tensors.items() if k.startswith(_LOOKED)}
@@ -153,6 +158,14 @@ class Keeper:
         self.spent = {"updates": self.spent["updates"] + updates, "tokens": self.spent["tokens"] + tokens}
         self.clock.spend(updates, tokens)
 
+    def note(self, state: TrainState) -> None:
+        """A point of the curve, where enough has happened since the last one."""
+        progress, update = state.segment.progress(), state.counters.update
+        first = {"progress": 0.0, "updates": update - self.spent["updates"]}
+        last = self.curve[-1] if self.curve else first
+        if progress - last["progress"] >= CURVE_PROGRESS and update - last["updates"] >= CURVE_UPDATES:
+            self.curve.append({"progress": progress, "updates": update, "train_loss": mean_recent(self.losses)})
+
     def snapshot(self, state: TrainState) -> None:
         self._take(state)
         if time.monotonic() - self._saved_at > self._cost_s / _SAVE_SHARE:
@@ -164,7 +177,8 @@ class Keeper:
         del self.losses[:-50]
         memory, looked = self.watch.memory() if self.watch is not None else ({}, {})
         self._last["meta"]["memory"] = {
-            "spent": self.spent, "losses": list(self.losses), "rollbacks": self.rollbacks, "watch": memory,
+            "spent": self.spent, "losses": list(self.losses), "rollbacks": self.rollbacks, "curve": list(self.curve),
+            "watch": memory,
         }  # fmt: skip
         self._last["tensors"] |= {f"{_LOOKED}{k}": v for k, v in looked.items()}
 

@@ -33,6 +33,8 @@ def run_training(
             stretch(state, max(1e-3, min(left, clock.remaining())))
         yield "Event", {"trial": trial.id, "event": "resumed", "update": state.counters.update}
     facts = yield from run_segment(trial, state, data, keeper, watch, stop)
+    if watch is not None:
+        facts["looks"] = watch.looks()
     if watch is not None and ("diagnosis" in facts or "stopped" in facts):
         facts |= watch.back_to_best(state)
     state.settle(training=False)

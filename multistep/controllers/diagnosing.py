@@ -1,0 +1,70 @@
+"""The stage before the test: what is the matter with the run, as far as the clock can pay for finding out.
+
+What trials left in the journal costs nothing to look at. What rows of train would be called otherwise, and what more of them would
+bring, is measured with a convex model: its price is set aside before training where it is a small share of the budget, and else
+measured only in time that is left over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Literal
+
+from multistep.controllers.script import Ask, Reserve, Skip
+from multistep.strategy import Diagnose
+from multistep.types import Outcome
+
+if TYPE_CHECKING:
+    from multistep.controllers.plan import Plan
+
+SHARE = 0.03  # of the budget: what may be set aside
+WHY = "what is the matter, and what to do next"
+RIDGE_FLOPS = 1e10  # a second; the fits of `evidence.by_head` in double precision
+OVERHEAD_S = 0.7  # laws, resampling, words in another order
+FOLDS_PATHS = 2.5  # what `evidence.by_linear` takes, in paths of strengths
+GAP_ROWS = 400.0  # of train, through the encoder
+
+
+def measured_by(plan: Plan) -> Literal["head", "linear"]:
+    """The convex model that says most: on a pretrained encoder's features, which are at hand where a head was solved."""
+    pretrained = plan.facts["encoder"] != "none" and plan.scratch is None
+    return "head" if pretrained and plan.max_length else "linear"
+
+
+def price_s(plan: Plan) -> float:
+    """Seconds that measuring takes, about; 0 under budgets that do not count them."""
+    if not plan.timed:
+        return 0.0
+    rows, seconds = plan.problem.rows["train"], OVERHEAD_S
+    if plan.max_length:
+        seconds += plan.encode_s(min(GAP_ROWS, rows))
+    if measured_by(plan) == "linear":
+        return seconds + FOLDS_PATHS * plan.linear_s
+    width, outputs = plan.facts["hidden"], plan.problem.n_outputs
+    return seconds + 2 * rows * width * (6 * width + 10 * outputs) / RIDGE_FLOPS
+
+
+def set_aside(plan: Plan) -> Generator[Ask, Outcome | None, None]:
+    """Keep the price, where it is a small share of the budget: before training takes what there is."""
+    if plan.timed and price_s(plan) <= SHARE * plan.problem.budget:
+        plan.kept_s = round(min(price_s(plan), plan.remaining), 2)
+        plan.remaining = max(0.0, plan.remaining - plan.kept_s)
+        yield Reserve(name="diagnose", amount=plan.kept_s)
+
+
+def diagnose(plan: Plan) -> Generator[Ask, Outcome | None, None]:
+    """Measured where that can be paid; what is in the journal is looked at always."""
+    if plan.kept_s:
+        yield Reserve(name="diagnose", amount=0.0)
+        plan.remaining, plan.kept_s = plan.remaining + plan.kept_s, 0.0
+    price = price_s(plan)
+    if price <= plan.remaining:
+        by = measured_by(plan)
+        how = "a convex head on the frozen encoder" if by == "head" else "the linear model, four times"
+        yield from plan.trial("diagnose", Diagnose(by=by), f"{WHY}: labels and rows by {how}")
+        return
+    yield Skip(
+        stage="diagnose",
+        why=f"measuring labels and rows takes about {price:.1f} s of the {plan.remaining:.1f} s left: only the journal is looked at",
+    )
+    yield from plan.trial("diagnose", Diagnose(), WHY)
