@@ -17,6 +17,8 @@ from multistep.types import Outcome
 if TYPE_CHECKING:
     from multistep.controllers.plan import Plan
 
+By = Literal["head", "linear"]
+
 SHARE = 0.03  # of the budget: what may be set aside
 WHY = "what is the matter, and what to do next"
 RIDGE_FLOPS = 1e10  # a second; the fits of `evidence.by_head` in double precision
@@ -25,20 +27,25 @@ FOLDS_PATHS = 2.5  # what `evidence.by_linear` takes, in paths of strengths
 GAP_ROWS = 400.0  # of train, through the encoder
 
 
-def measured_by(plan: Plan) -> Literal["head", "linear"]:
-    """The convex model that says most: on a pretrained encoder's features, which are at hand where a head was solved."""
-    pretrained = plan.facts["encoder"] != "none" and plan.scratch is None
-    return "head" if pretrained and plan.max_length else "linear"
+def has_features(plan: Plan) -> bool:
+    """Whether a head is solved on a pretrained encoder's features."""
+    return plan.facts["encoder"] != "none" and plan.scratch is None and plan.max_length > 0
 
 
-def price_s(plan: Plan) -> float:
+def measured_by(plan: Plan) -> By:
+    """The convex model of the family that stands."""
+    stands = plan.incumbent is not None and "encoder" in plan.incumbent.models()
+    return "head" if stands and has_features(plan) else "linear"
+
+
+def price_s(plan: Plan, by: By) -> float:
     """Seconds that measuring takes, about; 0 under budgets that do not count them."""
     if not plan.timed:
         return 0.0
     rows, seconds = plan.problem.rows["train"], OVERHEAD_S
     if plan.max_length:
         seconds += plan.encode_s(min(GAP_ROWS, rows))
-    if measured_by(plan) == "linear":
+    if by == "linear":
         return seconds + FOLDS_PATHS * plan.linear_s
     width, outputs = plan.facts["hidden"], plan.problem.n_outputs
     return seconds + 2 * rows * width * (6 * width + 10 * outputs) / RIDGE_FLOPS
@@ -46,8 +53,9 @@ def price_s(plan: Plan) -> float:
 
 def set_aside(plan: Plan) -> Generator[Ask, Outcome | None, None]:
     """Keep the price, where it is a small share of the budget: before training takes what there is."""
-    if plan.timed and price_s(plan) <= SHARE * plan.problem.budget:
-        plan.kept_s = round(min(price_s(plan), plan.remaining), 2)
+    price = price_s(plan, "head" if has_features(plan) else "linear")
+    if plan.timed and price <= SHARE * plan.problem.budget:
+        plan.kept_s = round(min(price, plan.remaining), 2)
         plan.remaining = max(0.0, plan.remaining - plan.kept_s)
         yield Reserve(name="diagnose", amount=plan.kept_s)
 
@@ -57,9 +65,9 @@ def diagnose(plan: Plan) -> Generator[Ask, Outcome | None, None]:
     if plan.kept_s:
         yield Reserve(name="diagnose", amount=0.0)
         plan.remaining, plan.kept_s = plan.remaining + plan.kept_s, 0.0
-    price = price_s(plan)
+    by = measured_by(plan)
+    price = price_s(plan, by)
     if price <= plan.remaining:
-        by = measured_by(plan)
         how = "a convex head on the frozen encoder" if by == "head" else "the linear model, four times"
         yield from plan.trial("diagnose", Diagnose(by=by), f"{WHY}: labels and rows by {how}")
         return

@@ -301,8 +301,9 @@ def encoder_rows(plan: Plan) -> Generator[Ask, Outcome | None, tuple[int, int | 
             yield Skip(stage="head", why=f"{why}, and cut further the encoder would read too little")
     plan.max_length = length
     if plan.timed:
-        yield Reserve(name="finish", amount=round(plan.finish_s(with_encoder=bool(length)), 2))
-        plan.remaining = max(0.0, plan.remaining - plan.finish_s(with_encoder=bool(length)))
+        kept = round(plan.finish_s(with_encoder=bool(length)), 2)
+        yield Reserve(name="finish", amount=kept)
+        plan.remaining = max(0.0, plan.remaining - kept)
     yield from set_aside(plan)
     return length, rows
 

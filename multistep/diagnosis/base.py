@@ -33,4 +33,6 @@ def percent(share: float) -> str:
 
 def with_error(value: float, stderr: float) -> str:
     """'0.012 ± 0.004'; without a sign of its own."""
+    if abs(value) < 1e-9:
+        return f"0 ± {stderr:.1g}"
     return f"{value:.2g} ± {stderr:.1g}"

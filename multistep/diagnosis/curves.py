@@ -22,6 +22,7 @@ LEAST_POINTS = 4  # three parameters and one degree of freedom
 POWERS = (0.05, 3.0)
 RESAMPLES = 60
 SURE = 0.95  # one-sided
+TINY = 1e-6  # of the loss: what the solver leaves of nothing
 
 
 class Law(Spec):
@@ -53,7 +54,7 @@ class Gain(Spec):
 
     @property
     def beyond_noise(self) -> bool:
-        return self.low > 0
+        return self.low > TINY * self.now
 
 
 def fit_law(t_S: np.ndarray, loss_S: np.ndarray) -> Law:

@@ -17,13 +17,13 @@ from typing import Any
 
 from multistep.diagnosis.base import Diagnosis, percent, with_error
 from multistep.diagnosis.curves import Gain
-from multistep.metrics.power import FEWEST_ROWS, LARGE, detectable
+from multistep.metrics.power import FEWEST_ROWS, LARGE, detectable, least_wins
 from multistep.types import Comparison, Spec
 
 NEAR_SHARE = 0.01  # of a split: fewer rows of the same words in another order are chance
 COARSE, COARSE_LOSS = 0.05, 0.2  # a gain that should be seen: of a metric of shares (or of 1), of a loss
 GUESS_ALPHA = 0.05  # each of two tests against guessing
-MORE_ROWS = 0.1  # of the errors: what twice the rows must take away to be worth the work
+WORTH, MORE_ROWS = 0.01, 0.1  # of the errors: what is something, and what is worth the work of as many rows again
 NOISE = 0.03  # of the labels: a smaller share is in every data set
 SHOWN = 50  # rows named in the journal
 WIDTH = 100  # characters shown of a text
@@ -91,7 +91,7 @@ def small_validation(
     metric: str, value: float, higher_is_better: bool, zero_one: bool, rows: int, stderr: float
 ) -> Diagnosis:
     """`value`: of the incumbent; `stderr`: of paired differences in this run, on `rows` rows."""
-    seen = detectable(stderr, rows, zero_one)
+    seen, noise = detectable(stderr, rows, zero_one), detectable(stderr, rows, False)
     wanted = COARSE * max(1.0, abs(value)) if higher_is_better else COARSE_LOSS * abs(value)
     numbers = {
         "rows": rows,
@@ -109,7 +109,8 @@ def small_validation(
             f"; with fewer than {FEWEST_ROWS} rows only gains of {LARGE:g} changed the course, and no blend, calibration or "
             "thresholds were fitted"
         )
-    needed = max(FEWEST_ROWS, math.ceil(rows * (seen / max(wanted, 1e-12)) ** 2))
+    needed = max(FEWEST_ROWS, math.ceil(rows * (noise / max(wanted, 1e-12)) ** 2))
+    needed = max(needed, math.ceil(least_wins() / wanted)) if zero_one else needed
     action = f"give {2 * needed:,} validation rows or more (half of them decide training): then a gain of {wanted:.2g} is seen"
     return Diagnosis(name="validation too small", numbers={**numbers, "needed": needed}, words=words, action=action)
 
@@ -154,7 +155,8 @@ def few_rows(gain: Gain, rows: int, what: str, model: str) -> Diagnosis:
         return Diagnosis(
             name="too little data", numbers=numbers, words=words, action=f"label more rows: {rows:,} more would pay"
         )
-    reason = "nothing beyond noise" if not gain.beyond_noise else "too little to be worth the work"
+    some = gain.beyond_noise and gain.value >= WORTH * gain.now
+    reason = "too little to be worth the work" if some else "nothing beyond noise"
     return Diagnosis(name="too little data", numbers=numbers, words=f"{words}: {reason}")
 
 
@@ -171,7 +173,9 @@ def noisy_labels(found: Noise, label: str, where: str) -> Diagnosis:
         + f"; confident learning counts {percent(found.share)} ± {percent(found.share_stderr)} of the labels of train as wrong"
     )
     if excess - 2 * found.stderr <= NOISE:
-        return Diagnosis(name="noisy labels", numbers=numbers, words=words)
+        return Diagnosis(
+            name="noisy labels", numbers=numbers, words=f"{words}: not more than {percent(NOISE)} beyond noise"
+        )
     shown = [s["row"] for s in found.suspects[:5]]
     action = (
         f"read the {len(found.suspects)} rows named in the journal (first of them {', '.join(map(str, shown))} of {where}), mend their "

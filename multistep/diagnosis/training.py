@@ -1,6 +1,6 @@
 """Rules about training: they read what trials left in the journal, and how a model does on rows that it was and was not trained on.
 
-    divergence        a training went back more than once for bad batches, or was stopped by them
+    divergence        a training went back three times for bad batches, or was stopped by them
     overfitting       a watch saw validation rise while train fell; or at the end train has at most a quarter of validation's errors
     underfitting      train and validation alike bad, and train still falls
     plateau           no gain beyond noise over the second half of the looks
@@ -20,7 +20,7 @@ from multistep.diagnosis.base import Diagnosis, percent, with_error
 from multistep.diagnosis.curves import LEAST_POINTS, doubled, fit_law
 from multistep.types import Spec
 
-ROLLBACKS = 2  # of one training: a single bad batch is an accident
+ROLLBACKS = 3  # of one training: fewer are accidents
 KNOWN_BY_HEART = 0.25  # errors on train, of those on validation
 GAP = 0.05  # between the two, at least: of all answers, or of a guess's squared error
 ALIKE = 0.8  # errors on train, of those on validation: no gap worth the name

@@ -28,6 +28,7 @@ from multistep.predictors.temperature import fit_temperature
 from multistep.state import read_folder
 from multistep.strategy import Average, FitHead, FitLinear, Predict, Profile, ReadTest, Trial
 from multistep.subwords import encode_ids
+from multistep.tune import strength
 from multistep.tune.memory import device_memory
 from multistep.tune.soup import greedy_soup
 from multistep.tune.workbench import Workbench
@@ -196,13 +197,14 @@ def run_linear(bench: Bench, trial: Trial, action: FitLinear) -> Run:
     texts, targets = work.texts["train"], work.targets["train"]
     if take is not None:
         texts, targets = [texts[i] for i in take], targets[take]
+    few = strength.too_few(work.texts["control"], len(texts))
     model, facts = fit_linear(
         texts,
         targets,
         work.task.kind,
         work.task.n_outputs,
         features=action.features,
-        l2s=action.l2s,
+        l2s=strength.of_linear(action, texts, targets, work.task, work.config.seed) if few else action.l2s,
         solver=action.solver,
         valid=(work.texts["control"], work.targets["control"]),
         deadline=_deadline(bench, trial, started),
@@ -234,14 +236,16 @@ def run_head(bench: Bench, trial: Trial, action: FitHead) -> Run:
     standard = {
         s: (work.targets[s] - mean) / scale if work.task.kind == "regress" else work.targets[s] for s in features
     }
+    solved = standard["train"] if take is None else standard["train"][take]
+    few = strength.too_few(work.texts["control"], len(solved))
     weights_DK, bias_K, facts = solve_head(
         features["train"],
-        standard["train"] if take is None else standard["train"][take],
+        solved,
         work.task.kind,
         work.task.n_outputs,
         features["control"],
         standard["control"],
-        l2s=action.l2s,
+        l2s=strength.of_head(action, features["train"], solved, work.task, work.config.seed) if few else action.l2s,
         solver=action.solver,
         deadline=_deadline(bench, trial, time.monotonic()),
         device=work.device,

@@ -219,4 +219,4 @@ def _out_of_fold(bench: Bench, action: Diagnose, past: Past) -> OutOfFold | str:
     whole = [(t, o) for t, o in past if isinstance(t.action, FitLinear) and o.ok and o.facts.get("rows") == n]
     if not whole:
         return "no linear model was fitted on all rows"
-    return by_linear(bench, *whole[-1], seconds=bench.clock.remaining() if bench.timed() else 0.0)
+    return by_linear(bench, *whole[-1], seconds=bench.clock.remaining() if bench.timed() else float("inf"))

@@ -18,7 +18,7 @@ from multistep.diagnosis import Gain, doubled_rows, suspects
 from multistep.diagnosis.rows import SHOWN, Noise, suspect
 from multistep.diagnosis.training import Fit
 from multistep.metrics import Scored, compare
-from multistep.models.linear import PATH, fit_linear
+from multistep.models.linear import fit_linear
 from multistep.models.ridge import fit_ridge, logits, one_hot, sharpness
 from multistep.strategy import FitHead, FitLinear, Trial
 from multistep.tasks import Task
@@ -40,6 +40,7 @@ class OutOfFold(NamedTuple):
     errors on control [S,V] of models on so many rows of train [S]."""
 
     model: str
+    stands: bool  # what is served is the same model, so that nothing is known of where it is blind
     rows_N: np.ndarray
     left_out_NK: np.ndarray
     control_VK: np.ndarray
@@ -173,17 +174,16 @@ def by_head(bench: Bench, action: FitHead) -> OutOfFold:
     curve.append(errors(task, task.decide(control_VK), work.targets["control"]))
     name = "a ridge on the frozen encoder"
     return OutOfFold(
-        name, rows_N, as_logits(ridge.left_out_NK), control_VK, np.array(sizes, np.float64), np.array(curve)
+        name, False, rows_N, as_logits(ridge.left_out_NK), control_VK, np.array(sizes, np.float64), np.array(curve)
     )
 
 
 def by_linear(bench: Bench, trial: Trial, outcome: Outcome, seconds: float) -> OutOfFold | str:
-    """The linear model of that trial on folds and parts of train, at its strength; or why not: `seconds` would not do (0: no limit)."""
+    """The linear model of that trial on folds and parts of train, at its strength; or why not: `seconds` would not do."""
     assert isinstance(trial.action, FitLinear)
     work, task, features = bench.work, bench.work.task, trial.action.features
     texts, targets, n = work.texts["train"], work.targets["train"], len(work.texts["train"])
-    steps = sorted((step["l2"] for step in outcome.facts["path"]), reverse=True)
-    strength = PATH[steps.index(outcome.facts["l2"])]
+    strength = float(outcome.facts["strength"])
     control, right = work.texts["control"], work.targets["control"]
     order, begun = np.random.default_rng(work.config.seed).permutation(n), time.monotonic()
 
@@ -202,7 +202,7 @@ def by_linear(bench: Bench, trial: Trial, outcome: Outcome, seconds: float) -> O
         left_out_NK[here], control_VK = fitted(np.sort(rest), [texts[i] for i in here])
         of_folds.append(errors(task, task.decide(control_VK), right))
         took = time.monotonic() - begun
-        if seconds and fold == 0 and took * FOLDS > seconds:
+        if fold == 0 and took * FOLDS > seconds:
             return f"the first of {FOLDS} folds took {took:.1f} s of the {seconds:.1f} s that there are"
     sizes, curve = [], []
     for share in (0.25, 0.5):
@@ -213,8 +213,15 @@ def by_linear(bench: Bench, trial: Trial, outcome: Outcome, seconds: float) -> O
     control_VK = work.logits("linear", trial.id, "control", bench.bf16)
     sizes += [n - n // FOLDS, n]
     curve += [np.mean(of_folds, axis=0), errors(task, task.decide(control_VK), right)]
+    assert bench.incumbent is not None
     return OutOfFold(
-        "the linear model", np.arange(n), left_out_NK, control_VK, np.array(sizes, np.float64), np.array(curve)
+        "the linear model",
+        bench.incumbent.models() == ("linear",),
+        np.arange(n),
+        left_out_NK,
+        control_VK,
+        np.array(sizes, np.float64),
+        np.array(curve),
     )
 
 
@@ -252,10 +259,10 @@ def noise(bench: Bench, found: OutOfFold) -> Noise:
         share, share_stderr, rows = _contradicted(bench, found, given)
     apart_S = wrong_V[sure_V].astype(np.float64) - better_V[sure_V]
     n, s, rate = int(said_N.sum()), len(apart_S), float(against_N[said_N].mean())
-    blind = max(0.0, float(apart_S.mean())) if s else 0.0
-    variance = rate * (1 - rate) / max(1, n) + ((apart_S**2).sum() + 1) / (s + 2) / (
-        s + 1
-    )  # one made-up row of control
+    blind, variance = 0.0, rate * (1 - rate) / max(1, n)
+    if not found.stands:
+        blind = max(0.0, float(apart_S.mean())) if s else 0.0
+        variance += ((apart_S**2).sum() + 1) / (s + 2) / (s + 1)  # with one made-up row of control
     return Noise(
         model=found.model, rows=len(given), share=share, share_stderr=share_stderr, sure=rate, blind=blind,
         stderr=float(variance) ** 0.5, suspects=tuple(rows[:SHOWN]),
