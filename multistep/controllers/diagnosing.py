@@ -11,6 +11,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Literal
 
 from multistep.controllers.script import Ask, Reserve, Skip
+from multistep.diagnosis.rows import MOST_ROWS
 from multistep.strategy import Diagnose
 from multistep.types import Outcome
 
@@ -21,8 +22,9 @@ By = Literal["head", "linear"]
 
 SHARE = 0.03  # of the budget: what may be set aside
 WHY = "what is the matter, and what to do next"
-RIDGE_FLOPS = 1e10  # a second; the fits of `evidence.by_head` in double precision
-OVERHEAD_S = 0.7  # laws, resampling, words in another order
+RIDGE_FLOPS = 3e10  # a second; the fits of `evidence.by_head` in double precision, on one core
+SCORE_S = 6e-7  # for each row and output: scores to probabilities
+OVERHEAD_S = 0.3  # laws, resampling, words in another order
 FOLDS_PATHS = 2.5  # what `evidence.by_linear` takes, in paths of strengths
 GAP_ROWS = 400.0  # of train, through the encoder
 
@@ -47,8 +49,8 @@ def price_s(plan: Plan, by: By) -> float:
         seconds += plan.encode_s(min(GAP_ROWS, rows))
     if by == "linear":
         return seconds + FOLDS_PATHS * plan.linear_s
-    width, outputs = plan.facts["hidden"], plan.problem.n_outputs
-    return seconds + 2 * rows * width * (6 * width + 10 * outputs) / RIDGE_FLOPS
+    width, outputs, rows = plan.facts["hidden"], plan.problem.n_outputs, min(rows, MOST_ROWS)
+    return seconds + 2 * rows * width * (6 * width + 10 * outputs) / RIDGE_FLOPS + SCORE_S * rows * outputs
 
 
 def set_aside(plan: Plan) -> Generator[Ask, Outcome | None, None]:

@@ -25,6 +25,7 @@ COARSE, COARSE_LOSS = 0.05, 0.2  # a gain that should be seen: of a metric of sh
 GUESS_ALPHA = 0.05  # each of two tests against guessing
 WORTH, MORE_ROWS = 0.01, 0.1  # of the errors: what is something, and what is worth the work of as many rows again
 NOISE = 0.03  # of the labels: a smaller share is in every data set
+MOST_ROWS = 20_000  # of train that a ridge is asked about: more would take seconds and tell little more
 SHOWN = 50  # rows named in the journal
 WIDTH = 100  # characters shown of a text
 
@@ -202,8 +203,11 @@ def leaks_of(report: Mapping[str, Any], near: Mapping[str, int] | None) -> Leaks
         for finding in report.get("leakage", {}).values()
         for p in finding["first"]
     ]
+    rows = {k: v["rows"] for k, v in report.get("splits", {}).items()}
+    if "control" in rows:
+        rows["validation"] = rows["control"] + rows["calibration"]
     return Leaks(
-        rows={k: v["rows"] for k, v in report.get("splits", {}).items()},
+        rows=rows,
         exact={k: v["count"] for k, v in report.get("leakage", {}).items()},
         near=None if near is None else dict(near),
         first=tuple(first[:5]),

@@ -85,7 +85,13 @@ def judge(
     if first.n < FEWEST_ROWS:
         least = LARGE * (1.0 if METRICS[first.metric].higher_is_better else abs(first.incumbent))
         accept = first.difference >= least and first.difference > 0 and first.p <= alpha
-        word = "better, and by much" if accept else "worse" if first.difference < 0 else f"too few for less than {least:.2g}"
+        word = (
+            "better, and by much"
+            if accept
+            else "worse"
+            if first.difference < 0
+            else f"too few for less than {least:.2g}"
+        )
         rule = f"{said}, p = {first.p:.2g}, on {first.n} rows (< {FEWEST_ROWS}): {word}"
         return Verdict(accept=accept, rule=rule, evidence=(first,))
     if first.difference > 0 and first.p <= alpha:

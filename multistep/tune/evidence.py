@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from multistep.diagnosis import Gain, doubled_rows, suspects
-from multistep.diagnosis.rows import SHOWN, Noise, suspect
+from multistep.diagnosis.rows import MOST_ROWS, SHOWN, Noise, suspect
 from multistep.diagnosis.training import Fit
 from multistep.metrics import Scored, compare
 from multistep.models.linear import fit_linear
@@ -148,6 +148,9 @@ def by_head(bench: Bench, action: FitHead) -> OutOfFold:
     work.use_length(length)
     task, (scale, mean) = work.task, work.units
     rows_N = np.arange(len(work.texts["train"])) if take is None else take
+    if len(rows_N) > MOST_ROWS:
+        some = np.sort(np.random.default_rng(work.config.seed).permutation(len(rows_N))[:MOST_ROWS])
+        rows_N, train_ND = rows_N[some], train_ND[some]
     targets = work.targets["train"][rows_N]
     target_NK = one_hot((targets - mean) / scale if task.kind == "regress" else targets, task.n_outputs)
     ridge = fit_ridge(train_ND, target_NK)
@@ -181,7 +184,7 @@ def by_head(bench: Bench, action: FitHead) -> OutOfFold:
 def by_linear(bench: Bench, trial: Trial, outcome: Outcome, seconds: float) -> OutOfFold | str:
     """The linear model of that trial on folds and parts of train, at its strength; or why not: `seconds` would not do."""
     assert isinstance(trial.action, FitLinear)
-    work, task, features = bench.work, bench.work.task, trial.action.features
+    action, work, task = trial.action, bench.work, bench.work.task
     texts, targets, n = work.texts["train"], work.targets["train"], len(work.texts["train"])
     strength = float(outcome.facts["strength"])
     control, right = work.texts["control"], work.targets["control"]
@@ -189,8 +192,8 @@ def by_linear(bench: Bench, trial: Trial, outcome: Outcome, seconds: float) -> O
 
     def fitted(rows: np.ndarray, others: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         model, _ = fit_linear(
-            [texts[i] for i in rows], targets[rows], task.kind, task.n_outputs, features=features, l2s=(strength / len(rows),),
-            solver=trial.action.solver, valid=(control, right),
+            [texts[i] for i in rows.tolist()], targets[rows], task.kind, task.n_outputs, features=action.features, l2s=(strength / len(rows),),
+            solver=action.solver, valid=(control, right),
         )  # fmt: skip
         if signal := bench.stop():
             raise Interrupted(signal)
@@ -199,7 +202,7 @@ def by_linear(bench: Bench, trial: Trial, outcome: Outcome, seconds: float) -> O
     left_out_NK, of_folds = np.zeros((n, task.n_outputs)), []
     for fold in range(FOLDS):
         here, rest = order[fold::FOLDS], np.delete(order, np.s_[fold::FOLDS])
-        left_out_NK[here], control_VK = fitted(np.sort(rest), [texts[i] for i in here])
+        left_out_NK[here], control_VK = fitted(np.sort(rest), [texts[i] for i in here.tolist()])
         of_folds.append(errors(task, task.decide(control_VK), right))
         took = time.monotonic() - begun
         if fold == 0 and took * FOLDS > seconds:
@@ -315,7 +318,14 @@ def _far_off(bench: Bench, found: OutOfFold, given: np.ndarray, deviations_N: np
 
     order = np.argsort(-np.abs(deviations_N), kind="stable")[:SHOWN]
     return [
-        _row(bench, found, i, f"{given[i]:g}", f"{found.left_out_NK[i, 0]:.4g}", 1 - 2 * ndtr(-abs(deviations_N[i])))
+        _row(
+            bench,
+            found,
+            i,
+            f"{given[i]:g}",
+            f"{found.left_out_NK[i, 0]:.4g}",
+            float(1 - 2 * ndtr(-abs(deviations_N[i]))),
+        )
         for i in order.tolist()
         if abs(deviations_N[i]) > FAR
     ]

@@ -29,8 +29,8 @@ def of_linear(
     """One strength, for `l2s`."""
     held, kept = _divide(len(texts), seed)
     _, facts = fit_linear(
-        [texts[i] for i in kept], targets[kept], task.kind, task.n_outputs, features=action.features, l2s=action.l2s,
-        solver=action.solver, valid=([texts[i] for i in held], targets[held]),
+        [texts[i] for i in kept.tolist()], targets[kept], task.kind, task.n_outputs, features=action.features, l2s=action.l2s,
+        solver=action.solver, valid=([texts[i] for i in held.tolist()], targets[held]),
     )  # fmt: skip
     return (facts["strength"] / len(texts),)
 
