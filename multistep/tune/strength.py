@@ -24,7 +24,7 @@ def too_few(control: Sequence[str], train: int) -> bool:
 
 
 def of_linear(
-    action: FitLinear, texts: Sequence[str], targets: np.ndarray, task: Task, seed: int
+    action: FitLinear, texts: list[str], targets: np.ndarray, task: Task, seed: int
 ) -> tuple[float, ...]:  # fmt: skip
     """One strength, for `l2s`."""
     held, kept = _divide(len(texts), seed)
