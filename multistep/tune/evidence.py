@@ -294,7 +294,7 @@ def _contradicted(bench: Bench, found: OutOfFold, given: np.ndarray) -> tuple[fl
     if task.kind == "classify":
         s = suspects(p_NK, given, seed)
         rows = [
-            _row(bench, found, i, task.labels[given[i]], task.labels[j], p_NK[i, j])
+            _row(bench, found, i, task.labels[given[i]], task.labels[j], float(p_NK[i, j]))
             for i, j in zip(s.rows_M[:SHOWN].tolist(), s.likely_M.tolist(), strict=False)
         ]
         return s.share, s.stderr, rows
@@ -306,7 +306,7 @@ def _contradicted(bench: Bench, found: OutOfFold, given: np.ndarray) -> tuple[fl
             variances.append(s.stderr**2)
             names = (f"not {label}", label)
             all_rows += [
-                _row(bench, found, i, names[1 - j], names[j], p_NK[i, k] if j else 1 - p_NK[i, k])
+                _row(bench, found, i, names[1 - j], names[j], float(p_NK[i, k] if j else 1 - p_NK[i, k]))
                 for i, j in zip(s.rows_M[:SHOWN].tolist(), s.likely_M.tolist(), strict=False)
             ]
     all_rows.sort(key=lambda row: -row["probability"])
