@@ -91,6 +91,8 @@ def test_overfitting_by_the_watch_or_the_losses() -> None:
     near, far = (trained(looks=looks([0.8] * 4, [train] * 4)) for train in (0.21, 0.19))
     assert not found(of_training.overfitting([near], None, ADVICE), "overfitting")
     assert found(of_training.overfitting([far], None, ADVICE), "overfitting")
+    smoothed = far.with_(comparable=False)
+    assert not found(of_training.overfitting([smoothed], None, ADVICE), "overfitting")
 
 
 FALLING = looks([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
@@ -114,6 +116,8 @@ def test_underfitting(seen: tuple[Look, ...], gap: Fit | None, expected: bool) -
     assert found(said, "underfitting") == expected
     if said is not None:
         assert "+60s" in said.action and "optimizer.lr=0.0006" in said.action
+    smoothed = of_training.underfitting([trained(looks=seen, comparable=False)], gap, ADVICE)
+    assert found(smoothed, "underfitting") == (expected and gap is not None)
 
 
 @pytest.mark.parametrize(

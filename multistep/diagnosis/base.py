@@ -27,8 +27,8 @@ class Diagnosis(Spec):
 
 
 def percent(share: float) -> str:
-    """'8.1 %'; two digits where it is small."""
-    return f"{100 * share:.2g} %" if 0 < share < 0.1 else f"{100 * share:.1f} %"
+    """'8.1 %', '0.26 %'."""
+    return f"{100 * share:.2g} %" if 0 < share < 0.01 else f"{100 * share:.1f} %"
 
 
 def with_error(value: float, stderr: float) -> str:

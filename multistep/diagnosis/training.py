@@ -23,7 +23,7 @@ from multistep.types import Spec
 ROLLBACKS = 3  # of one training: fewer are accidents
 KNOWN_BY_HEART = 0.25  # errors on train, of those on validation
 GAP = 0.05  # between the two, at least: of all answers, or of a guess's squared error
-ALIKE = 0.8  # errors on train, of those on validation: no gap worth the name
+ALIKE, ALIKE_LOSS = 0.8, 0.9  # errors, or the loss, on train, of that on validation: no gap worth the name
 BAD = 0.5  # of a guess's errors
 STILL_FALLING = 0.02  # of the loss, over the last third of the looks
 WORTH = 0.01  # of the loss: a smaller gain is not worth another run
@@ -49,7 +49,8 @@ class Curve(Spec):
 
 
 class Trained(Spec):
-    """A training, as the journal has it. `diagnosed`: what its watch named; `stopped`: by bad batches."""
+    """A training, as the journal has it. `diagnosed`: what its watch named; `stopped`: by bad batches; `comparable`: its training loss is
+    what validation is measured by, without smoothing or anything added."""
 
     trial: str
     stage: str
@@ -57,6 +58,7 @@ class Trained(Spec):
     rollbacks: int = 0
     stopped: bool = False
     diagnosed: str = ""
+    comparable: bool = True
     looks: tuple[Look, ...] = ()
     curve: tuple[Curve, ...] = ()
 
@@ -140,12 +142,10 @@ def overfitting(trained: Sequence[Trained], fit: Fit | None, advice: Advice) -> 
         words = f"{risen.trial}: {rise(looks)}"
         return Diagnosis(name="overfitting", numbers={"trial": risen.trial, "looks": looks}, words=words, action=action)
     last = _last(trained)
-    if (
-        fit is None
-        and last is not None
-        and last.looks[-1].train_loss <= KNOWN_BY_HEART * last.looks[-1].validation_loss
-    ):
-        look = last.looks[-1]
+    if fit is not None or last is None or not last.comparable:
+        return None
+    look = last.looks[-1]
+    if look.train_loss <= KNOWN_BY_HEART * look.validation_loss:
         words = f"{last.trial}: training loss {look.train_loss:.4f}, validation loss {look.validation_loss:.4f} at {look.progress:.0%}"
         return Diagnosis(
             name="overfitting", numbers={"trial": last.trial, **look.model_dump()}, words=words, action=action
@@ -176,7 +176,7 @@ def underfitting(trained: Sequence[Trained], fit: Fit | None, advice: Advice) ->
         )
         numbers: dict[str, Any] = {"trial": last.trial, **fit.model_dump()}
     else:
-        if look.train_loss < (1 - 0.1) * look.validation_loss:
+        if not last.comparable or look.train_loss < ALIKE_LOSS * look.validation_loss:
             return None
         words = (
             f"{last.trial}: training loss {look.train_loss:.4f} and validation loss {look.validation_loss:.4f} are alike, and both "

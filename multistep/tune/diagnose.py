@@ -111,9 +111,18 @@ def _trained(trial: Trial, outcome: Outcome) -> Trained:
     return Trained(
         trial=trial.id, stage=trial.stage, lr=float(settings.get("lr") or 0.0), rollbacks=rollbacks,
         stopped=rollbacks > MAX_ROLLBACKS, diagnosed=facts.get("diagnosis", {}).get("name", ""),
+        comparable=_comparable(trial.action.objective.model_dump()),
         looks=tuple(Look(**look) for look in facts.get("looks", ())),
         curve=tuple(Curve(**point) for point in facts.get("curve", ())),
     )  # fmt: skip
+
+
+def _comparable(objective: Mapping[str, Any]) -> bool:
+    """Whether the training loss is what validation is measured by: nothing smoothed, weighted or added."""
+    plain = (
+        not objective.get("label_smoothing") and not objective.get("class_weights") and not objective.get("focal_gamma")
+    )
+    return plain and "inner" not in objective
 
 
 def _small_validation(past: Past, known: Known) -> Diagnosis | None:
