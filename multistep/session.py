@@ -63,6 +63,8 @@ def show(progress: Progress, record: Mapping[str, Any], clock: Clock, metric: st
             if best and now:
                 words = f"validation loss {now['validation_loss']:.4f}, at its best {best['validation_loss']:.4f}"
                 progress.note(f"{record['name']}: {words}")
+            elif record.get("words"):
+                progress.note(f"{record['name']}: {record['words']}")
             progress.note(f"{record['name']}: {record['action']}")
         case "Committed":
             value, stderr = record["metrics"][metric]

@@ -304,6 +304,15 @@ class Promise(Spec):
     coverage: Annotated[float, Field(gt=0, lt=1)]
 
 
+class Diagnose(Spec):
+    """Say what is the matter with the run, and what to do next: from what is in the journal, and from what is measured where the clock can
+    pay for it. `by`: the convex model that says what rows of train it would call otherwise, and what more rows would bring; "": nothing
+    is measured."""
+
+    kind: Literal["diagnose"] = "diagnose"
+    by: Literal["", "head", "linear"] = ""
+
+
 class ReadTest(Spec):
     """Evaluate the incumbent on the test split: once, at the end."""
 
@@ -312,7 +321,7 @@ class ReadTest(Spec):
 
 Action = Annotated[
     FitLinear | FitHead | FineTune | TrainModule | TrainWriter | FitWriter | AsGiven | Profile | Average | Predict | Decode
-    | TryWay | Mix | Recount | TryRecipe | Promise | Serving | ReadTest,
+    | TryWay | Mix | Recount | TryRecipe | Promise | Serving | Diagnose | ReadTest,
     Field(discriminator="kind"),
 ]  # fmt: skip
 

@@ -181,10 +181,12 @@ class Comparison(Spec):
 
 
 class Gain(Spec):
-    """Better beyond noise on the first comparison; or not worse on it, and on the second better beyond noise at half of alpha."""
+    """Better beyond noise on the first comparison; or not worse on it, and on the second better beyond noise at half of alpha. `least`:
+    the gain on the first that rows which are too few for less may decide on; 0: they are enough."""
 
     kind: Literal["gain"] = "gain"
     alpha: float
+    least: float = 0.0
 
 
 class Finite(Spec):

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+from multistep.controllers.diagnosing import WHY
 from multistep.controllers.language_plan import PROBE_UPDATES, LanguageProblem, Plan
 from multistep.controllers.members import Found, Ground, legs
 from multistep.controllers.script import Does, Skip, Steps, left_out
@@ -20,7 +21,7 @@ from multistep.controllers.searches import SEARCHES
 from multistep.controllers.trunk import LEAST_UPDATES, averages
 from multistep.predictors.decoding import Beam
 from multistep.schedules import Constant, Linear
-from multistep.strategy import AsGiven, Decode, FitWriter, Mix, Profile, ReadTest, Recount, TrainWriter
+from multistep.strategy import AsGiven, Decode, Diagnose, FitWriter, Mix, Profile, ReadTest, Recount, TrainWriter
 from multistep.tasks.writing import LOSSES
 from multistep.types import Verdict
 
@@ -205,6 +206,7 @@ def _recount(plan: Plan) -> Steps:
 
 def _finish(plan: Plan) -> Steps:
     yield from _recount(plan)
+    yield from plan.trial("diagnose", Diagnose(), WHY)
     if plan.problem.rows["test"]:
         yield from plan.trial("test", ReadTest(), "read once, at the end")
 

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from multistep.config import OptimizerConfig, check_layer_decay
+from multistep.controllers.diagnosing import WHY
 from multistep.controllers.members import Found, Ground, legs
 from multistep.controllers.script import BasePlan, Does, Skip, Steps, Target
 from multistep.controllers.searches import SEARCHES
@@ -26,6 +27,7 @@ from multistep.strategy import (
     AsGiven,
     Average,
     BatchGrowth,
+    Diagnose,
     LayerDecay,
     Profile,
     ReadTest,
@@ -185,6 +187,7 @@ def _begin(plan: _Plan) -> Steps:
 
 
 def _finish(plan: _Plan) -> Steps:
+    yield from plan.trial("diagnose", Diagnose(), WHY)
     if plan.problem.rows.get("test"):
         yield from plan.trial("test", ReadTest(), "read once, at the end")
 

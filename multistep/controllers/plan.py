@@ -12,8 +12,10 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from multistep.config import OptimizerConfig
+from multistep.controllers.diagnosing import diagnose, set_aside
 from multistep.controllers.script import BasePlan, Does, Problem, Reserve, Skip, Step, Steps, left_out
 from multistep.controllers.space import Point, Space, settled, space_of
+from multistep.metrics.power import FEWEST_ROWS, LARGE
 from multistep.objectives import BinaryCrossEntropy, CrossEntropy, Huber, MeanAbsoluteError, MeanSquaredError, Objective
 from multistep.optimizers import AdamW
 from multistep.predictors import Predictor, Single
@@ -71,6 +73,7 @@ class Plan(BasePlan):
         self.families: dict[str, str] = {}
         self.max_length = 0
         self.ends: list[str] = []  # of fine-tunings that came to their end; all began at the same weights
+        self.kept_s = 0.0  # set aside for a diagnosis
         self.linear_s = sum(problem.characters.values()) / LINEAR_CHARACTERS_S
         self.begins: str | None = None  # the state at which every training of the encoder begins
         self.depth = 0  # how many layers they train
@@ -338,8 +341,10 @@ def encoder_rows(plan: Plan) -> Does[tuple[int, int | None]]:
             yield Skip(stage="head", why=f"{why}, and cut further the encoder would read too little")
     plan.max_length = length
     if plan.timed:
-        yield Reserve(name="finish", amount=round(plan.finish_s(with_encoder=bool(length)), 2))
-        plan.remaining = max(0.0, plan.remaining - plan.finish_s(with_encoder=bool(length)))
+        kept = round(plan.finish_s(with_encoder=bool(length)), 2)
+        yield Reserve(name="finish", amount=kept)
+        plan.remaining = max(0.0, plan.remaining - kept)
+    yield from set_aside(plan)
     return length, rows
 
 
@@ -356,7 +361,8 @@ def head(plan: Plan, rows: int | None, cut: int) -> Step:
 
 
 def finish(plan: Plan) -> Steps:
-    """Give the reservation back and read test, once."""
+    """Say what is the matter, give the reservation back and read test, once."""
+    yield from diagnose(plan)
     if plan.timed:
         yield Reserve(name="finish", amount=0.0)
     if plan.problem.rows["test"]:
@@ -370,8 +376,10 @@ def predict(plan: Plan) -> Steps:
     if skipped := left_out(plan.problem.config, "predict"):
         yield from skipped
         return
-    if plan.problem.rows["calibration"] < 20:
-        yield Skip(stage="predict", why=f"{plan.problem.rows['calibration']} calibration rows are too few to decide on")
+    rows = plan.problem.rows["calibration"]
+    if rows < FEWEST_ROWS:
+        why = f"{rows} calibration rows are too few to decide on (< {FEWEST_ROWS}: only a gain of {LARGE:g} would be seen)"
+        yield Skip(stage="predict", why=why)
         return
     if len(plan.families) > 1:
         yield from _predict(plan, "blend", "the families make different mistakes")

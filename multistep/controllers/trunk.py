@@ -9,6 +9,7 @@ from typing import Protocol
 
 from multistep.controllers.plan import MOST_EPOCHS, Plan, Step
 from multistep.controllers.script import Does, Skip, Steps, left_out
+from multistep.metrics.power import FEWEST_ROWS
 from multistep.schedules import Linear, Plateau
 from multistep.strategy import Action, Average, FineTune
 from multistep.types import Outcome, Verdict
@@ -32,6 +33,11 @@ def race_rates(plan: Plan, action: FineTune, start: str | None) -> Does[float]:
         action = action.with_(schedule=Linear())
     if plan.problem.config.optimizer.lr is not None:
         yield Skip(stage="race", why=f"the learning rate was given: {prior:g}")
+        return prior
+    if (rows := plan.problem.rows["control"]) < FEWEST_ROWS:
+        yield Skip(
+            stage="race", why=f"{rows} control rows (< {FEWEST_ROWS}) cannot tell rates apart: the prior {prior:g}"
+        )
         return prior
     share = PROBE_SHARE * plan.remaining
     if plan.updates(share, action.layers) < PROBE_UPDATES:

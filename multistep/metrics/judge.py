@@ -16,7 +16,7 @@ from multistep.metrics.base import Scored, TaskLike
 from multistep.metrics.counts import SWAPS, cells_of, swap_differences
 from multistep.metrics.known import METRICS, check_metric
 from multistep.metrics.measure import stderr_of
-from multistep.metrics.verdicts import ALPHA, better, finite, mcnemar_p, paired_t
+from multistep.metrics.verdicts import ALPHA, better, finite, large_gain, mcnemar_p, paired_t
 from multistep.types import Comparison, Finite, Verdict
 
 _ZERO_ONE = ("accuracy", "exact_match")
@@ -71,10 +71,13 @@ def judge(
     alpha: float = ALPHA,
 ) -> Verdict:
     """Accept a candidate that is better beyond noise on the metric; or not worse on it and better beyond noise on the
-    loss. All else stays with the incumbent, which is the cheaper. Outputs that are not finite lose to any that are."""
+    loss. All else stays with the incumbent, which is the cheaper. Outputs that are not finite lose to any that are.
+    Few rows decide only for a large gain (`large_gain`)."""
     if refused := not_finite("outputs", candidate.logits_NK, incumbent.logits_NK):
         return refused
     first = compare(name, task, candidate, incumbent, seed)
+    if least := large_gain(first):
+        return better((first,), alpha, least)
     loss = "mse" if task.kind == "regress" else "log_loss"
     found = better((first,), alpha)
     if found.accept or first.metric == loss:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 from multistep.metrics.known import METRICS
+from multistep.metrics.power import FEWEST_ROWS, LARGE
 from multistep.types import Admitted, Apart, Comparison, Finite, Gain, Looked, Slow, Verdict, Wanted
 
 ALPHA = 0.1  # of a gain that is none, where nothing else is asked for
@@ -48,11 +49,17 @@ def lower_is_better(metric: str) -> bool:
 # ---------------------------------------------------------------------------------------------- rules
 
 
-def better(evidence: Sequence[Comparison], alpha: float = ALPHA) -> Verdict:
+def better(evidence: Sequence[Comparison], alpha: float = ALPHA, least: float = 0.0) -> Verdict:
     """Accept what is better beyond noise on the first comparison; or not worse on it, and better beyond noise on the second, if there is
-    one, at half of alpha: the two of them together err no more often. All else stays with the incumbent, which is the cheaper."""
-    first, by, kept = evidence[0], Gain(alpha=alpha), tuple(evidence)
+    one, at half of alpha: the two of them together err no more often. All else stays with the incumbent, which is the cheaper.
+    `least`: the gain that rows which are too few for less may decide on; 0: they are enough."""
+    first, by, kept = evidence[0], Gain(alpha=alpha, least=least), tuple(evidence)
     said = f"{_said(first)}, p = {first.p:.2g}"
+    if least:
+        accept = first.difference >= least and first.difference > 0 and first.p <= alpha
+        small = "worse" if first.difference < 0 else f"too few for less than {least:.2g}"
+        rule = f"{said}, on {first.n} rows: {'better, and by much' if accept else small}"
+        return Verdict(accept=accept, rule=rule, evidence=kept, by=by)
     if first.difference > 0 and first.p <= alpha:
         return Verdict(accept=True, rule=f"{said} <= {alpha:g}: better", evidence=kept, by=by)
     if len(evidence) > 1 and first.difference >= 0:
@@ -63,6 +70,13 @@ def better(evidence: Sequence[Comparison], alpha: float = ALPHA) -> Verdict:
     if first.difference < 0:
         return Verdict(accept=False, rule=f"{_said(first)}: worse", evidence=kept, by=by)
     return Verdict(accept=False, rule=f"{said} > {alpha:g}: not better beyond noise", evidence=kept, by=by)
+
+
+def large_gain(c: Comparison) -> float:
+    """The least gain on which so few rows decide: `LARGE` of the metric, or of what a loss was; 0 where they are enough."""
+    if c.n >= FEWEST_ROWS:
+        return 0.0
+    return LARGE * (abs(c.incumbent) if lower_is_better(c.metric) else 1.0)
 
 
 def finite(by: Finite) -> Verdict:
@@ -130,7 +144,7 @@ def derived(verdict: Verdict) -> Verdict | None:
     evidence = verdict.evidence
     match verdict.by:
         case Gain() as by if evidence:
-            return better(evidence, by.alpha)
+            return better(evidence, by.alpha, by.least)
         case Finite() as by:
             return finite(by)
         case Admitted() as by if evidence and by.quality is not None:
@@ -164,6 +178,9 @@ def problems(verdict: Verdict) -> list[str]:
     """What of the evidence does not follow from the rest of it, in words."""
     read = comparisons(verdict)
     found = [problem for c in read if (problem := unsound(c))]
+    by = verdict.by.quality if isinstance(verdict.by, Admitted) else verdict.by
+    if isinstance(by, Gain) and by.least and by.least != large_gain(read[0]):
+        found.append(f"a gain of {by.least:g} was asked for on {read[0].n} rows")
     if len({c.n for c in read}) > 1:
         found.append(f"comparisons over the same rows have {' and '.join(str(c.n) for c in read)} of them")
     return found

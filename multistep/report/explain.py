@@ -188,11 +188,24 @@ def _events(run: Mapping[str, Any]) -> str:
 
 
 def _diagnosed(run: Mapping[str, Any]) -> str:
+    """What the run did about what it saw on its way, and at its end what a user can do."""
     lines = []
     for d in run["diagnosed"]:
-        line = f"- {d.get('name', '')}: {_value(d.get('numbers') or {})}"
-        lines.append(line + (f". Done: {_value(d['action'])}" if d.get("action") else ""))
-    return "\n".join(lines)
+        line = f"- {d.get('name', '')}: {d.get('words') or _value(d.get('numbers') or {})}"
+        done = "Next" if d.get("at") == "end" else "Done"
+        lines.append(line + (f". {done}: {d['action']}" if d.get("action") else ""))
+        lines += _suspects((d.get("numbers") or {}).get("suspects") or [])
+    clear = [f"- {name}: {found.get('words', '')}" for name, found in run["not_found"].items()]
+    return "\n".join([*lines, *(["\nLooked for and not found:\n"] if clear else []), *clear])
+
+
+def _suspects(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The first rows whose label is likely to be wrong."""
+    lines = [
+        f"    row {r['row']}: {r['given']}, likely {r['likely']} ({number(r['probability'], 2)}): {r['text']}"
+        for r in rows[:_WORST]
+    ]
+    return lines + ([f"    ... ({len(rows)} in the journal)"] if len(rows) > _WORST else [])
 
 
 def _test(run: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multistep.budget import Clock
-from multistep.controllers.language_plan import LanguageProblem
+from multistep.controllers.language_plan import LanguageProblem, higher_is_better
 from multistep.data.cells import Record
 from multistep.metrics.judge import compare_losses, not_finite
 from multistep.metrics.texts import judge_rows, measure_rows, statistics
@@ -31,6 +31,7 @@ from multistep.strategy import (
     AsGiven,
     Average,
     Decode,
+    Diagnose,
     FitWriter,
     Mix,
     Profile,
@@ -39,11 +40,12 @@ from multistep.strategy import (
     Shape,
     TrainWriter,
     Trial,
-)
+)  # fmt: skip
 from multistep.tasks.writing import LOSSES
+from multistep.tune.diagnose import diagnose_writer
 from multistep.tune.measuring import Profiler
 from multistep.tune.segment import Record as JournalRecord
-from multistep.tune.speakers import WATCHED_BYTES, Speakers
+from multistep.tune.speakers import Speakers
 from multistep.tune.training import averaged, run_training
 from multistep.tune.watch import Looks, checks
 from multistep.types import Cost, MetricValue, Outcome, Verdict
@@ -69,6 +71,7 @@ class LanguageWorks:
         self.incumbent: dict[str, Any] | None = None
         self.best: dict[str, str] = {}  # family -> state
         self.micro_batch = 0  # examples at once that fitted into memory when a trial's did not; 0: no limit was met
+        self.past: list[tuple[Trial, Outcome]] = []
         self._answers: dict[tuple[str, str], Answers] = {}
         self._longest_span = 0
         self._ship: Callable[[dict[str, Any]], None] | None = None
@@ -91,6 +94,12 @@ class LanguageWorks:
                 return self._mix(trial, action)
             case Recount():
                 return self._recount(trial)
+            case Diagnose():
+                s, p = self.speakers, self.problem
+                return diagnose_writer(
+                    trial, self.past, s.config, s.out, s.data.report, p.metric, higher_is_better(p.metric), self.clock.budget,
+                    has_model=bool(s.facts.get("shape")),
+                )  # fmt: skip
             case ReadTest():
                 return self._test(trial)
         raise AssertionError(f"{trial.action.kind} is not for texts that are written")
@@ -100,6 +109,7 @@ class LanguageWorks:
     def apply(self, trial: Trial, outcome: Outcome) -> bool:
         """Take an outcome into the run's standing; whether the incumbent changed. Depends on the outcome alone, so it replays."""
         self.micro_batch = outcome.facts.get("micro_batch", self.micro_batch)
+        self.past.append((trial, outcome))
         if isinstance(trial.action, Profile):
             self.speakers.facts = dict(outcome.facts)
             return False
@@ -268,20 +278,11 @@ class LanguageWorks:
             return None
         look_s = float(self.speakers.facts["look_s"])
         at = checks(trial.share, look_s) if self.clock.budget.unit == "seconds" else checks()
-        records = self._watched()
+        records = self.speakers.watched()
         return Looks(
             self.speakers.folder(f"{trial.id}.best"), lambda state: self._each(state.model, action.shape, records), at,
             overfitting=trial.watch_gap, patience=trial.patience, plateau=plateau,
         )  # fmt: skip
-
-    def _watched(self) -> list[Record]:
-        kept, size = [], 0
-        for record in self.speakers.judged("control", texts=False):
-            size += len(record.targets[0])
-            if len(kept) >= 2 and size > WATCHED_BYTES:
-                break
-            kept.append(record)
-        return kept
 
     def _each(self, model: Any, shape: Shape, records: Sequence[Record]) -> np.ndarray:
         """Nats a token of every record [N]."""

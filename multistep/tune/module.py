@@ -27,9 +27,10 @@ from multistep.objectives.base import BaseObjective
 from multistep.schedules import Plateau
 from multistep.standing import Stood
 from multistep.state import TrainState, read_folder, write_folder
-from multistep.strategy import AsGiven, Average, Profile, ReadTest, TrainModule, Trial
+from multistep.strategy import AsGiven, Average, Diagnose, Profile, ReadTest, TrainModule, Trial
 from multistep.tasks import Classify, Multilabel, Regress, Task
 from multistep.train import train
+from multistep.tune.diagnose import Known, advice_of_module, diagnoses, higher_is_better, told
 from multistep.tune.segment import Record
 from multistep.tune.soup import greedy_soup
 from multistep.tune.training import averaged, run_training
@@ -61,6 +62,7 @@ class ModuleWorks:
         self.incumbent: str | None = None
         self.micro_batch = 0  # examples at once that fitted into memory when a trial's did not; 0: no limit was met
         self.judge_s = 0.0
+        self.past: list[tuple[Trial, Outcome]] = []
         self._module = module
         self._answers: dict[str, Answers] = {}
 
@@ -76,6 +78,8 @@ class ModuleWorks:
                 return self._soup(trial, action)
             case Average() as action:
                 return self._average(trial, action)
+            case Diagnose():
+                return self._diagnose(trial)
             case ReadTest():
                 return self._test(trial)
         raise AssertionError(f"{trial.action.kind} is not for modules")
@@ -83,6 +87,7 @@ class ModuleWorks:
     def apply(self, trial: Trial, outcome: Outcome) -> bool:
         """Take an outcome into the run's standing; whether the incumbent changed. Depends on the outcome alone, so it replays."""
         self.micro_batch = outcome.facts.get("micro_batch", self.micro_batch)
+        self.past.append((trial, outcome))
         if isinstance(trial.action, Profile):
             self.judge_s = outcome.facts["judge_s"]
         stood, committed = standing.module(Stood(self.standing(), self.families()), trial, outcome)
@@ -261,6 +266,19 @@ class ModuleWorks:
             return Outcome(ok=False, failure=f"nothing improves {taken[0]} in a soup", cost=_wall(started))
         write_folder(self._folder(trial.id), {"family": "module", "start": None}, values)
         return self._decided(trial, {"members": taken}, started)
+
+    def _diagnose(self, trial: Trial) -> Run:
+        started, p = time.monotonic(), self.problem
+        assert self.incumbent is not None
+        value = self.measured(self.answers(self.incumbent))[p.metric]
+        found = diagnoses(
+            self.past,
+            Known(p.metric, value, p.rows["validation"], advice_of_module(p.optimizer.kind, f"{2 * p.budget:g} {p.unit}"),
+                  higher_is_better=higher_is_better(p.metric), seed=self.seed),
+        )  # fmt: skip
+        records, outcome = told(trial, found, {}, started)
+        yield from records
+        return outcome
 
     def _test(self, trial: Trial) -> Run:
         started = time.monotonic()

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from multistep.bundle import write_bundle
 from multistep.predictors import Predictor
 from multistep.standing import Stood, labels
-from multistep.strategy import Average, FineTune, FitHead, FitLinear, Predict, Profile, ReadTest, Trial
+from multistep.strategy import Average, Diagnose, FineTune, FitHead, FitLinear, Predict, Profile, ReadTest, Trial
 from multistep.tune.actions import (
     Bench,
     Run,
@@ -21,6 +21,7 @@ from multistep.tune.actions import (
     run_soup,
     run_test,
 )
+from multistep.tune.diagnose import run_diagnose
 from multistep.tune.fine_tune import run_fine_tune
 from multistep.types import Outcome
 
@@ -32,6 +33,7 @@ class TextWorks:
 
     def __init__(self, bench: Bench):
         self.bench, self.clock, self.stop = bench, bench.clock, bench.stop
+        self.past: list[tuple[Trial, Outcome]] = []
 
     def standing(self) -> dict[str, Any] | None:
         return self.bench.incumbent.model_dump(mode="json") if self.bench.incumbent is not None else None
@@ -56,6 +58,8 @@ class TextWorks:
                 return run_average(bench, trial, action)
             case Predict() as action:
                 return run_predict(bench, trial, action)
+            case Diagnose() as action:
+                return run_diagnose(bench, trial, action, self.past)
             case ReadTest() as action:
                 return run_test(bench, trial, action)
         raise AssertionError(f"{trial.action.kind} is not for texts")
@@ -64,6 +68,7 @@ class TextWorks:
         """Take an outcome into the run's standing; whether the incumbent changed. Depends on the outcome alone, so it replays."""
         bench, facts = self.bench, outcome.facts
         bench.micro_batch = facts.get("micro_batch", bench.micro_batch)
+        self.past.append((trial, outcome))
         if isinstance(trial.action, Profile):
             bench.bf16 = facts.get("precision") == "bf16"
             bench.work.adopt(facts)
