@@ -26,7 +26,7 @@ from _common import (
     select,
     values,
 )
-from multistep.metrics.judge import mcnemar
+from multistep.metrics.verdicts import mcnemar_p
 
 BENCH = "ablation"
 STAGES = ("linear", "race", "average", "predict")
@@ -82,7 +82,8 @@ def table(rows: list[Row]) -> str:
             by_seed = [float((a.astype(float) - b).mean()) for a, b in pairs]
             stderr = 100 * gain_N.std() / len(gain_N) ** 0.5
             worse = gain_N.mean() < 0
-            p = mcnemar(-gain_N if worse else gain_N)
+            sign = -1 if worse else 1
+            p = mcnemar_p(int((sign * gain_N > 0).sum()), int((sign * gain_N < 0).sum()))
             body.append([*line, f"{100 * statistics.fmean(by_seed):+.2f} ± {stderr:.2f}", f"{p:.2g}"])
     return (
         markdown(head, body)

@@ -21,9 +21,9 @@ from _common import Results, Row, markdown, parser, select
 from curves import COOL, DATASETS, FOLDER, MARKS, STRETCH
 from multistep.controllers.module import MODULE_CONTROLLERS, ModuleProblem
 from multistep.controllers.script import Scripted, Skip, Wait
-from multistep.metrics.judge import mcnemar, paired_t
+from multistep.metrics.verdicts import better, mcnemar_p, paired_t
 from multistep.schedules import Constant
-from multistep.strategy import AsGiven, Profile, TrainModule, Trial
+from multistep.strategy import AsGiven, Diagnose, Profile, TrainModule, Trial
 from multistep.types import Comparison, Cost, MetricValue, Outcome, Verdict
 
 BENCH = "replays"
@@ -97,6 +97,8 @@ class Machine:
                 self.places[trial.id] = Place(-1, 0, True)
             case TrainModule() as action:
                 self._train(trial, action)
+            case Diagnose():
+                return Outcome(remaining=self.remaining)
             case _:
                 return Outcome(ok=False, failure="not in the table", remaining=self.remaining)
         return self._judged(trial)
@@ -146,13 +148,14 @@ def _mark(place: Place) -> int:
 
 
 def verdict(mine_N: np.ndarray, theirs_N: np.ndarray, alpha: float) -> Verdict:
+    """As a run decides: McNemar's exact test."""
     gain_N = mine_N.astype(float) - theirs_N.astype(float)
-    gain, p, n = float(gain_N.mean()), mcnemar(gain_N), len(gain_N)
+    wins, losses, n = int((gain_N > 0).sum()), int((gain_N < 0).sum()), len(gain_N)
     compared = Comparison(
-        metric="accuracy", candidate=float(mine_N.mean()), incumbent=float(theirs_N.mean()), difference=gain,
-        stderr=float(gain_N.std() / n**0.5), p=p, n=n,
+        metric="accuracy", candidate=float(mine_N.mean()), incumbent=float(theirs_N.mean()), difference=float(gain_N.mean()),
+        stderr=float(gain_N.std(ddof=1) / n**0.5), p=mcnemar_p(wins, losses), n=n, test="mcnemar", wins=wins, losses=losses,
     )  # fmt: skip
-    return Verdict(accept=gain > 0 and p <= alpha, rule="McNemar", evidence=(compared,))
+    return better((compared,), alpha)
 
 
 def replay(controller: str, table: Table, budget: float, number: int) -> Row:

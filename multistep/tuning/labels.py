@@ -96,8 +96,8 @@ def tune_labels(
             works = Answering(
                 models, problem, rows, aside, clock, stop, models.ship_into(run_dir, bundle), started["machine"]
             )
-            controller = controller_of(problem, "", book, clock, lived)
-            return driven(works, controller, book, lived, works.quality.name, progress)
+            script = controller_of(problem, "", book, clock, lived)
+            return driven(works, script, book, lived, works.quality.name, progress)
     finally:
         book.close()
 

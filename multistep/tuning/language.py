@@ -91,8 +91,8 @@ def tune_language(
 
             neural.watch = watch
             works = LanguagePrediction(neural, problem, records, words, clock, stop, ship, started["machine"], writers)
-            controller = controller_of(problem, "", book, clock, lived)
-            return driven(works, controller, book, lived, metric, progress)
+            script = controller_of(problem, "", book, clock, lived)
+            return driven(works, script, book, lived, metric, progress)
     finally:
         book.close()
 
