@@ -168,7 +168,7 @@ def test_batches_that_are_all_bad_are_a_divergence_at_any_rate(
     done = run(config(folder / "rows.csv", tmp_path / "run", folder / "encoder"))
     seen = [r["event"] for r in of_kind(done, "Event")]
     once = ["nonfinite"] * (segment.MAX_ROLLBACKS + 1)
-    assert seen == ([*once, "divergence"]) * segment.MAX_RESTARTS + once
+    assert seen == [*once, "divergence"] * segment.MAX_RESTARTS + once
     (diagnosed,) = of_kind(done, "Diagnosed")
     assert diagnosed["name"] == "divergence" and "bad batches" in diagnosed["numbers"]["rule"]
     assert of_kind(done, "Finished") and done.predict(["alpha up"])[0].value

@@ -306,7 +306,7 @@ def test_what_diverges_at_any_rate_ends_with_a_diagnosis_and_the_incumbent_stays
         diagnosed["numbers"]["rule"] and diagnosed["numbers"]["rows"] and "lower learning rate" in diagnosed["action"]
     )
     told = next(r["outcome"] for r in result.records() if r["kind"] == "Told" and r["stage"] == "trunk")
-    assert told["facts"]["diagnosis"]["name"] == "divergence" and told["facts"]["restarts"] == segment.MAX_RESTARTS + 1
+    assert told["facts"]["diagnosis"]["name"] == "divergence" and told["facts"]["restarts"] == segment.MAX_RESTARTS
     assert result.model.calls == 0 and "divergence" in result.explain()
     for mine, theirs in zip(result.model.parameters(), Hopeless().parameters(), strict=True):
         assert torch.equal(mine, theirs)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import runs
 import torch
 from test_modules import blobs, network
 from test_modules import run as optimize
@@ -80,6 +81,25 @@ def test_the_micro_batch_that_fits_is_remembered_by_later_trials_and_a_resumed_r
     (tmp_path / "run" / "journal.jsonl").write_text("".join(lines[: second + 1]))
     again = optimize(Narrow(8), **settings)
     assert len(events(again, "out of memory")) == 2 and again.validation == whole.validation
+
+
+def test_texts_on_short_memory_are_those_with_the_small_micro_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, encoder = runs.write_rows(tmp_path / "rows.csv"), runs.tiny_encoder(tmp_path / "encoder")
+    small = runs.run(runs.config(rows, tmp_path / "small", encoder, micro_batch=4, budget="80 updates"))
+    load = Rows.load
+
+    def narrow(self: Rows, few: np.ndarray) -> Any:
+        if len(few) > 5:
+            raise SHORT[2]
+        return load(self, few)
+
+    monkeypatch.setattr(Rows, "load", narrow)
+    short = runs.run(runs.config(rows, tmp_path / "short", encoder, budget="80 updates"))
+    assert [e["micro_batch"] for e in events(short, "out of memory")] == [4]
+    assert runs.committed(short) == runs.committed(small)
+    runs.same_states(tmp_path / "small", tmp_path / "short")
 
 
 def test_one_row_too_many_is_one_clear_line() -> None:

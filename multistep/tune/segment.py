@@ -169,14 +169,15 @@ def _begin_again(
     numbers = {**found, "lr": strategy.optimizer.lr * lr_scale, "lr_scale": lr_scale}
     if measure.event:
         numbers |= {"seen": measure.event, "loss_nats": measure.loss_nats, "grad_norm": measure.grad_norm}
-    keeper.begin_again(state)
     probe = not trial.commit and not trial.watch_gap
-    if probe or keeper.restarts > MAX_RESTARTS:
+    if probe or keeper.restarts >= MAX_RESTARTS:
+        keeper.to_beginning(state)
         why = "a probe is not tried again" if probe else f"begun again {MAX_RESTARTS} times"
         action = f"back to where it began, training ends ({why}): a lower learning rate, or a look at the rows that are named"
         fields = {"name": "divergence", "numbers": {**numbers, "rows": rows}, "action": action}
         ends = {"diagnosis": fields, "best_progress": 0.0, "best_lr": numbers["lr"]}
         return "Diagnosed", {"trial": trial.id, **fields}, ends
+    keeper.begin_again(state)
     action = f"back to where the training began, learning rate times {RESTART_LR:g}, for what is left of its time"
     return "Event", {
         "trial": trial.id, "event": "divergence", "update": measure.update, "numbers": numbers, "rows": rows,
@@ -318,14 +319,20 @@ class Keeper:
         """Whether bad batches came so close together that another learning rate has to be tried, and can be."""
         return self.good_since <= CLOSE_UPDATES and self.can_restart(state)
 
+    def to_beginning(self, state: TrainState) -> None:
+        """Back to the beginning of the segment, all but the micro-batch that fits into memory."""
+        assert self._beginning is not None
+        micro_batch = state.counters.micro_batch
+        state.restore(self._beginning)
+        state.counters.micro_batch = micro_batch
+        self._tokens = state.counters.tokens
+
     def begin_again(self, state: TrainState) -> None:
         """Back to the beginning of the segment, which takes what is left of it, with a tenth of the learning rate for every time."""
-        assert self._beginning is not None
-        left, micro_batch = state.segment.left(), state.counters.micro_batch
-        self.restarts += 1
-        state.restore(self._beginning)
+        left = state.segment.left()
+        self.to_beginning(state)
         stretch(state, left)
-        state.counters.micro_batch = micro_batch
+        self.restarts += 1
         state.counters.lr_scale *= RESTART_LR**self.restarts
         self.losses.clear()
         self.course, self.rollbacks = Course(), 0
