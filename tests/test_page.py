@@ -189,6 +189,7 @@ def test_the_command_writes_it_and_says_whether_it_replays(run_dir: Path, tmp_pa
     assert "all follows from its evidence" in file.read_text(encoding="utf-8")
     assert cli.run(["explain", str(tmp_path / "no"), "--page", str(file)]) == 2
     assert cli.run(["explain", str(run_dir), "--page", str(tmp_path)]) == 2
+    assert not list(tmp_path.parent.glob("*.new"))
     capsys.readouterr()
     records = journal.read(run_dir / "journal.jsonl")
     bad = tmp_path / "bad"
