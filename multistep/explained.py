@@ -21,6 +21,9 @@ def write_page(run_dir: Path, path: Path) -> Path:
     text = page(records, run_dir.resolve().name, replayed, policy_of(run_dir))
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(new, path)
+    try:
+        new.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
     return path

@@ -17,6 +17,7 @@ from papers import live, problem
 
 from multistep import cli, journal
 from multistep.budget import Budget, parse_budget
+from multistep.controllers import CONTROLLERS
 from multistep.replay import Replayed, replay, replay_run
 from multistep.replay.found import Finding
 from multistep.types import UserError
@@ -70,6 +71,18 @@ def test_what_lived_replays_wherever_it_ends(
     )
     for end in range(len(records)):
         assert replay(records[:end]).ok, (end, replay(records[:end]).findings)
+
+
+@pytest.mark.parametrize("controller", CONTROLLERS)
+@pytest.mark.parametrize("budget", ["300s", "3000 updates"])
+def test_every_controller_replays(controller: str, budget: str, tmp_path: Path) -> None:
+    total = parse_budget(budget)
+    records = live(tmp_path / "journal.jsonl", problem(total, controller), total)
+    assert replay(records).ok, replay(records).findings
+    asked = [n for n, r in enumerate(records) if r["kind"] == "Asked"]
+    for n in asked[:: max(1, len(asked) // 5)]:
+        found = tampered(records, lambda rs, n=n: rs[n]["trial"].update(why="because"))
+        assert n in numbers(found) and replay(records[:n]).ok
 
 
 def test_what_was_interrupted_and_gone_on_with_replays(tmp_path: Path) -> None:
@@ -241,6 +254,11 @@ def test_what_a_controller_was_given_counts(lived: Records) -> None:
 def test_a_journal_of_another_version_cannot_be_replayed(lived: Records) -> None:
     old = renumbered([r for r in lived if r.get("what") != "problem"])
     assert replay(old).unknown and not replay(old).findings and "cannot be replayed" in str(replay(old))
+
+    for r in old:
+        if r["kind"] == "Asked":
+            r["trial"] = {**r["trial"], "later": True}
+    assert replay(old).unknown and not replay(old).findings
 
     def words_alone(records: Records) -> None:
         for r in records:

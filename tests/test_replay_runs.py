@@ -79,6 +79,12 @@ def test_any_module(tmp_path: Path) -> None:
     found = replay(records)
     assert found.ok and found.derived["asks"] >= 8, found.findings
     assert flips(records) >= 3
+    soups = [n for n, r in enumerate(records) if r.get("what") == "averaged" and r["facts"]["which"] == "soup"]
+    for place in range(len(records[soups[0]]["facts"]["tried"])):
+        changed = copy.deepcopy(records)
+        member = changed[soups[0]]["facts"]["tried"][place]
+        member["taken"] = not member["taken"]
+        assert soups[0] in {f.n for f in replay(changed).findings}
     (problem,) = [r for r in records if r.get("what") == "problem"]
     assert problem["facts"]["of"] == "module" and records[1]["kind"] == "Data" and problem["n"] == 2
 

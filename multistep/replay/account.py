@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from multistep.budget import Budget
+from multistep.controllers.begin import is_problem
 from multistep.journal import KINDS
 from multistep.replay.found import Found
 from multistep.strategy import Training, Trial
@@ -28,8 +29,10 @@ _ROUND_S = 0.0015  # the clock is written to milliseconds
 
 
 def whole(records: Sequence[Record], found: Found) -> list[Record]:
-    """The records that can be gone through: with a number, a clock and what their kind needs. All others are findings."""
+    """The records that can be gone through: with a number, a clock and what their kind needs. All others are findings; but what cannot be
+    read of a journal that does not hold its controller's problem was written by another version."""
     found.saw(len(records))
+    old = not any(map(is_problem, records))
     kept, expected = [], 0
     for record in records:
         n = record["n"]
@@ -41,6 +44,11 @@ def whole(records: Sequence[Record], found: Found) -> list[Record]:
         expected = record["n"] + 1
         if problem := _problem(record):
             found.wrong(record, problem, "a record of this kind has to be whole")
+        elif problem := _unread(record):
+            if old:
+                found.unknown.append("its records are those of another version")
+            else:
+                found.wrong(record, f"what cannot be read: {problem}", "a record of this kind has to be whole")
         else:
             kept.append(record)
     return kept
@@ -56,8 +64,13 @@ def _problem(record: Record) -> str:
     counts = [clock.get(k) for k in ("wall_s", "updates", "tokens")] if isinstance(clock, Mapping) else [None]
     if not all(isinstance(c, int | float) and math.isfinite(c) for c in counts):
         return f"its clock is {clock!r}"
+    return ""
+
+
+def _unread(record: Record) -> str:
+    """What of it is not what a record of its kind holds."""
     try:
-        match kind:
+        match record["kind"]:
             case "Asked":
                 Trial.parse(record["trial"], "trial")
             case "Told":
@@ -67,7 +80,7 @@ def _problem(record: Record) -> str:
             case "Reserved":
                 float(record["amount"])
     except (UserError, ValidationError, TypeError, ValueError) as error:
-        return f"what cannot be read: {error}"
+        return str(error)
     return ""
 
 

@@ -19,6 +19,8 @@ def check(records: Sequence[Record], found: Found) -> None:
     for record in records:
         if record["kind"] == "Asked" and "alpha" in record["trial"]:
             allowed[record["trial"]["id"]] = record["trial"]["alpha"]
+        if record["kind"] == "Noted" and (record.get("facts") or {}).get("which") == "soup":
+            _soup(record, record["facts"].get("tried") or [], found)
         try:
             made = list(_verdicts(record))
         except (UserError, TypeError) as error:
@@ -35,6 +37,21 @@ def check(records: Sequence[Record], found: Found) -> None:
 def _alpha(verdict: Verdict) -> float | None:
     by = verdict.by.quality if isinstance(verdict.by, Admitted) else verdict.by
     return by.alpha if isinstance(by, Gain) else None
+
+
+def _soup(record: Record, tried: Sequence[Mapping[str, Any]], found: Found) -> None:
+    """The best alone begins it; each further one is in it where the score of the mixture is no worse than before."""
+    best = max((float(t["alone"]) for t in tried), default=0.0)
+    for n, t in enumerate(tried):
+        found.derived["verdicts"] += 1
+        score = float(t["in the soup"] if n else t["alone"])
+        taken = score >= best
+        if bool(t["taken"]) != taken:
+            word = {True: "in the soup", False: "left out"}
+            found.wrong(
+                record, f"{t['state']} is {word[bool(t['taken'])]}", f"{score:.6g} against {best:.6g}: {word[taken]}"
+            )
+        best = score if taken else best
 
 
 def _verdicts(record: Record) -> Iterator[tuple[str, Verdict]]:

@@ -88,7 +88,7 @@ def _valued(metric: str, value: Any, stderr: Any) -> str:
         where = " (lower is better)" if lower_is_better(metric) else ""
         said = f"its {metric}{where} is {plus_minus(value, stderr).partition(' ± ')[0]}"
         interval = f"{number(value - _SURE * stderr, 3)} to {number(value + _SURE * stderr, 3)}" if sure else ""
-    return f"{said}, with the luck of which rows these are {interval} (95 % interval)" if sure else said
+    return f"{said} (95 % interval for the luck of the sample: {interval})" if sure else said
 
 
 def scored(metric: str, value: Any, stderr: Any, where: str) -> tuple[str, str]:
@@ -101,22 +101,31 @@ def scored(metric: str, value: Any, stderr: Any, where: str) -> tuple[str, str]:
 
 
 def _baseline(run: Mapping[str, Any]) -> list[str]:
-    """The first model that could be served, beside what stands: both on validation rows."""
+    """The first model that could be served, beside the best that was trained: both on the half of validation that judges training."""
     taken = [t for t in run["trials"] if t["status"] == "committed" and t["value"] is not None]
-    if len(taken) < 2:
-        return ["Nothing that was tried beat the first, simplest model, so that one stands."] if taken else []
-    first, last = taken[0], taken[-1]
+    trained = [t for t in taken if not of_prediction(t)]
+    if not trained:
+        return []
+    first, last = trained[0], trained[-1]
     old, new = (plus_minus(t["value"], t["stderr"]) for t in (first, last))
-    after = duration(first["at_s"]) if first.get("at_s") is not None else ""
-    when = f", which stood after {after}," if after else ""
-    return [f"The simplest model{when} has {run['metric']} {old} on validation; what stands now has {new}."]
+    when = f", which stood after {duration(first['at_s'])}," if first.get("at_s") is not None else ""
+    said = f"The simplest model{when} has {run['metric']} {old} on validation; the best that was trained has {new} on the same rows."
+    if first is last:
+        said = f"The simplest model{when} has {run['metric']} {old} on validation, and no other that was tried beat it."
+    tuned = [str(t["action"].get("what") or t["action"].get("kind")) for t in taken if of_prediction(t)]
+    return [said, f"Then its answers were improved ({', '.join(tuned)})."] if tuned else [said]
+
+
+def of_prediction(trial: Mapping[str, Any]) -> bool:
+    """Whether it changes how a model predicts, which other rows of validation judge than its training."""
+    return trial["action"].get("kind") in ("predict", "decode", "mix", "recount")
 
 
 def _took(run: Mapping[str, Any]) -> str:
     trials, wall = run["trials"], duration(run["spent"].get("wall_s"))
     decided = [t for t in trials if t["status"] in ("committed", "rolled back")]
     kept = sum(t["status"] == "committed" for t in decided)
-    tried = f"{len(decided)} candidates were judged and {kept} kept, each by a test against what stood before"
+    tried = f"{len(decided)} candidates were judged and {kept} kept; all but the first were tested against what stood"
     ends = {"finished": f"The run took {wall}", "interrupted": f"The run was interrupted after {wall}"}
     return (
         f"{ends.get(run['status'], f'The run has not ended; its journal ends after {wall}')}; {tried}."

@@ -11,7 +11,7 @@ from typing import Any
 
 from multistep.data.report import NAMED
 from multistep.report import svg
-from multistep.report.conclusion import NEXT, conclusion, scored
+from multistep.report.conclusion import NEXT, conclusion, of_prediction, scored
 from multistep.report.explain import confused, data_lines
 from multistep.report.html import Html, bullets, e, folded, join, pairs, section, table, tag
 from multistep.report.page_decisions import decisions, status
@@ -109,10 +109,9 @@ def _scores(run: Mapping[str, Any]) -> list[Html]:
         for css, words in _KEY
         if any(m.kind == css for m in marks)
     ]
-    said = (
-        f"{run['metric']} on validation rows. Line: what stood; band and bars: one standard error. Training is judged on one half of "
-        "them and prediction on the other, so the line may step where nothing changed."
-    )
+    said = f"{run['metric']} on validation rows. Line: what stood; band and bars: one standard error."
+    if any(m.other for m in marks):
+        said += " Dashed: how it predicts, which is judged on the other half of these rows, so the two do not meet."
     return [tag("figure", join([*drawn, tag("figcaption", join([said, *key]))]))]
 
 
@@ -126,7 +125,7 @@ def _mark(t: Mapping[str, Any], metric: str) -> svg.Mark | None:
     stderr = float(t["stderr"]) if _finite(t["stderr"]) else 0.0
     kind = "committed" if t["status"] == "committed" else "probe" if not t["commit"] else "rolled"
     words = f"{t['id']}: {status(t)}, {metric} {plus_minus(t['value'], t['stderr'])} after {duration(t['at_s'])}"
-    return svg.Mark(float(t["at_s"]), float(t["value"]), stderr, kind, t["stage"], words)
+    return svg.Mark(float(t["at_s"]), float(t["value"]), stderr, kind, t["stage"], words, of_prediction(t))
 
 
 def _curves(records: Sequence[Record]) -> list[Html]:

@@ -40,7 +40,8 @@ def ticks(low: float, high: float, about: int = 6) -> list[float]:
 
 
 class Mark(NamedTuple):
-    """A trial's score: `kind` is "committed", "rolled" or "probe"; `words`: what a pointer over it is told."""
+    """A trial's score: `kind` is "committed", "rolled" or "probe"; `words`: what a pointer over it is told; `other`: it was judged on the
+    other half of the rows."""
 
     at_s: float
     value: float
@@ -48,6 +49,7 @@ class Mark(NamedTuple):
     kind: str
     name: str
     words: str
+    other: bool = False
 
 
 def scores(marks: Sequence[Mark], end_s: float, metric: str, width: int) -> str:
@@ -63,9 +65,14 @@ def scores(marks: Sequence[Mark], end_s: float, metric: str, width: int) -> str:
         parts.append(
             f'<rect class="band" x="{x(now.at_s):.1f}" y="{high:.1f}" width="{x(then) - x(now.at_s):.1f}" height="{low - high:.1f}"/>'
         )
-    if stood:
-        steps = "".join(f"H{x(m.at_s):.1f}V{y(m.value):.1f}" for m in stood[1:])
-        parts.append(f'<path class="line" d="M{x(stood[0].at_s):.1f} {y(stood[0].value):.1f}{steps}H{x(x.high):.1f}"/>')
+    for half, css in ((False, "line"), (True, "line other")):  # scores of the two halves are not joined
+        here = [m for m in stood if m.other == half]
+        if here:
+            ends = min([m.at_s for m in stood if m.at_s > here[-1].at_s], default=x.high)
+            steps = "".join(f"H{x(m.at_s):.1f}V{y(m.value):.1f}" for m in here[1:])
+            parts.append(
+                f'<path class="{css}" d="M{x(here[0].at_s):.1f} {y(here[0].value):.1f}{steps}H{x(ends):.1f}"/>'
+            )
     named_to = -1e9
     for m in sorted(marks, key=lambda m: (m.kind == "committed", m.at_s)):
         inside = y.low <= m.value <= y.high
