@@ -163,6 +163,25 @@ def test_a_long_test_is_the_same_sample_for_all(monkeypatch: pytest.MonkeyPatch)
     assert np.array_equal(course_rows.test_rows("imdb", 90), np.arange(90))
 
 
+def test_nats_of_rows_are_those_of_every_character_once() -> None:
+    """With a table of pairs, which needs no context, sliding windows must give what the pairs give; a new character costs 21 bits."""
+    import torch
+
+    from peer_gpt import characters, nats_of
+
+    rng = np.random.default_rng(0)
+    found = characters("\nabc" * 30)
+    log_VV = np.log(rng.dirichlet(np.ones(4), 4))
+    rows = ["".join(rng.choice(list("abc\n"), size)) for size in (1, 40, 17, 100, 3)] + ["aé"]
+    text = "\n" + "".join(rows)
+    each = [21 * math.log(2) if c == "é" else -log_VV[found.known[b], found.known[c]] for b, c in zip(text, text[1:])]
+    ends = np.cumsum([0, *map(len, rows)])
+    wanted = [sum(each[a:b]) for a, b in zip(ends, ends[1:])]
+    table = torch.from_numpy(log_VV)
+    for context in (8, 16, 500):
+        np.testing.assert_allclose(nats_of(lambda ids_BT: table[ids_BT], found, rows, context), wanted, rtol=1e-5)
+
+
 def test_our_run_and_its_predictions_must_agree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     labels = ["x"] * 10
     answers = {"predictions": [{"value": v} for v in ["x"] * 6 + ["y"] * 4]}
