@@ -15,6 +15,8 @@ from scipy.stats import ttest_1samp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import itertools
+
 import course
 import course_ours
 import course_rows
@@ -174,9 +176,11 @@ def test_nats_of_rows_are_those_of_every_character_once() -> None:
     log_VV = np.log(rng.dirichlet(np.ones(4), 4))
     rows = ["".join(rng.choice(list("abc\n"), size)) for size in (1, 40, 17, 100, 3)] + ["aé"]
     text = "\n" + "".join(rows)
-    each = [21 * math.log(2) if c == "é" else -log_VV[found.known[b], found.known[c]] for b, c in zip(text, text[1:])]
+    each = [
+        21 * math.log(2) if c == "é" else -log_VV[found.known[b], found.known[c]] for b, c in itertools.pairwise(text)
+    ]
     ends = np.cumsum([0, *map(len, rows)])
-    wanted = [sum(each[a:b]) for a, b in zip(ends, ends[1:])]
+    wanted = [sum(each[a:b]) for a, b in itertools.pairwise(ends)]
     table = torch.from_numpy(log_VV)
     for context in (8, 16, 500):
         np.testing.assert_allclose(nats_of(lambda ids_BT: table[ids_BT], found, rows, context), wanted, rtol=1e-5)
