@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,9 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 
-import itertools
 
 import course
 import course_ours
@@ -155,6 +158,19 @@ def test_the_test_is_loaded_when_the_peer_has_ended(monkeypatch: pytest.MonkeyPa
     assert found["accuracy"] == pytest.approx(2 / 3) and found["facts"] == {"note": 1}
     assert unpack_right(found["right"]).tolist() == [1.0, 1.0, 0.0]
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)  # nothing is left that would end this process
+
+
+def test_a_peer_that_does_not_end_is_ended() -> None:
+    script = """
+import time, course_worker
+course_worker.limit = lambda budget_s: 0.3
+course_worker.load = lambda name, split: (["a"], ["x"])
+course_worker.labelled = lambda system: lambda given: time.sleep(60)
+course_worker.peer("anyone", "sst2", 5.0, 0, 100)
+"""
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], cwd=BENCHMARKS, check=False)
+    assert done.returncode == -signal.SIGALRM and time.monotonic() - begun < 50
 
 
 def test_a_long_test_is_the_same_sample_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
