@@ -28,7 +28,7 @@ def start() -> float:
     from ray import tune  # pyright: ignore[reportMissingImports]
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # else whatever runs beside them goes first
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - so Ray spells it; else whatever runs beside them goes first
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # no files of every trial
     ray.init(num_cpus=_AT_ONCE, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     begun = time.monotonic()

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 
 import course
@@ -30,6 +29,7 @@ from _paired import compared, holm, pack_nats, pack_right, unpack_nats, unpack_r
 from _peers import Fitted, Given
 from course_rows import HERO, TEXT, Cell
 
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 CELL = Cell("sst2", "60s", (0, 1))
 
 
