@@ -25,6 +25,10 @@ class Clock:
     def used_s(self) -> float:
         return time.monotonic() - self._start
 
+    def give_back(self, seconds: float) -> None:
+        """Seconds that were used and do not count."""
+        self._start += seconds
+
     @property
     def left_s(self) -> float:
         return self.limit_s - self.used_s

@@ -40,8 +40,8 @@ def labelled(system: str) -> Callable[[Given], Fitted]:
         case "trainer-asha":
             from peer_asha import asha, start
 
-            start()
-            return asha
+            empty_s = start()
+            return lambda given: asha(given, empty_s)
         case "sklearn-grid":
             from peer_sklearn import fit
 

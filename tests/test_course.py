@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 from scipy.stats import ttest_1samp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
 
 import course
 import course_ours
@@ -25,6 +29,7 @@ from _paired import compared, holm, pack_nats, pack_right, unpack_nats, unpack_r
 from _peers import Fitted, Given
 from course_rows import HERO, TEXT, Cell
 
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 CELL = Cell("sst2", "60s", (0, 1))
 
 
@@ -155,12 +160,46 @@ def test_the_test_is_loaded_when_the_peer_has_ended(monkeypatch: pytest.MonkeyPa
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)  # nothing is left that would end this process
 
 
+def test_a_peer_that_does_not_end_is_ended() -> None:
+    script = """
+import time, course_worker
+course_worker.limit = lambda budget_s: 0.3
+course_worker.load = lambda name, split: (["a"], ["x"])
+course_worker.labelled = lambda system: lambda given: time.sleep(60)
+course_worker.peer("anyone", "sst2", 5.0, 0, 100)
+"""
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], cwd=BENCHMARKS, check=False)
+    assert done.returncode == -signal.SIGALRM and time.monotonic() - begun < 50
+
+
 def test_a_long_test_is_the_same_sample_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(course_rows, "load", lambda name, split: ([""] * 90, [""] * 90))
     take = course_rows.test_rows("imdb", 40)
     assert len(set(take.tolist())) == 40 and (np.diff(take) > 0).all()
     assert np.array_equal(take, course_rows.test_rows("imdb", 40))
     assert np.array_equal(course_rows.test_rows("imdb", 90), np.arange(90))
+
+
+def test_nats_of_rows_are_those_of_every_character_once() -> None:
+    """With a table of pairs, which needs no context, sliding windows must give what the pairs give; a new character costs 21 bits."""
+    import torch
+
+    from peer_gpt import characters, nats_of
+
+    rng = np.random.default_rng(0)
+    found = characters("\nabc" * 30)
+    log_VV = np.log(rng.dirichlet(np.ones(4), 4))
+    rows = ["".join(rng.choice(list("abc\n"), size)) for size in (1, 40, 17, 100, 3)] + ["aé"]
+    text = "\n" + "".join(rows)
+    each = [
+        21 * math.log(2) if c == "é" else -log_VV[found.known[b], found.known[c]] for b, c in itertools.pairwise(text)
+    ]
+    ends = np.cumsum([0, *map(len, rows)])
+    wanted = [sum(each[a:b]) for a, b in itertools.pairwise(ends)]
+    table = torch.from_numpy(log_VV)
+    for context in (8, 16, 500):
+        np.testing.assert_allclose(nats_of(lambda ids_BT: table[ids_BT], found, rows, context), wanted, rtol=1e-5)
 
 
 def test_our_run_and_its_predictions_must_agree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
