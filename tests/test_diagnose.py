@@ -105,14 +105,14 @@ def test_clean_labels_raise_no_alarm_and_a_learning_curve_is_fitted(tmp_path: Pa
     assert "Looked for and not found" in run.explain()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.15])
+@pytest.mark.parametrize("share", [0.0, 0.2])
 def test_a_head_on_the_encoder_says_it_too(
     tmp_path: Path, encoder: Path, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Random weights tell little apart, so the words here are few; where they are blind is seen on control."""
     monkeypatch.setattr(diagnosing, "measured_by", lambda plan: "head")
-    train, bad = flip(marked(600, words=2), share)
-    data = folder(tmp_path / "d", train=train, validation=marked(400, 1, words=2), test=marked(60, 2, words=2))
+    train, bad = flip(marked(900, words=2), share)
+    data = folder(tmp_path / "d", train=train, validation=marked(800, 1, words=2), test=marked(60, 2, words=2))
     run = runs.run(runs.config(data, tmp_path / "run", encoder, budget="60 updates"))
     (asked,) = [r["trial"] for r in runs.of_kind(run, "Asked") if r["trial"]["stage"] == "diagnose"]
     assert asked["action"]["by"] == "head"
