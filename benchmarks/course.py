@@ -14,6 +14,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,25 +97,21 @@ def run(job: Job, most: int, journals: Path) -> Row:
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     )  # this clone's code, in all of it
     begun = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, error = process.communicate(timeout=limit(given_s) + TEST_S)
-    except subprocess.TimeoutExpired:
-        out, error = "", f"killed after {limit(given_s) + TEST_S:.0f} s"
-    finally:
+    with tempfile.TemporaryDirectory(prefix="course-", ignore_cleanup_errors=True) as place:
+        process = subprocess.Popen(
+            command, cwd=folder, env={**os.environ, "PYTHONPATH": paths, "TMPDIR": place}, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
         try:
-            os.killpg(process.pid, signal.SIGKILL)  # itself, where it goes on, and what it started
-        except ProcessLookupError:
-            pass
-        process.wait()
+            out, error = process.communicate(timeout=limit(given_s) + TEST_S)
+        except subprocess.TimeoutExpired:
+            out, error = "", f"killed after {limit(given_s) + TEST_S:.0f} s"
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)  # itself, where it goes on, and what it started
+            except ProcessLookupError:
+                pass
+            process.wait()
     process_s = round(time.monotonic() - begun, 2)
     try:
         row = json.loads(out)

@@ -72,8 +72,8 @@ def test_seeds_are_no_new_examples() -> None:
     found = compared(theirs, ours)
     assert found is not None
     gain_N = np.mean([theirs[s] - ours[s] for s in range(3)], axis=0)
-    t, p = ttest_1samp(gain_N, 0.0)
-    assert found.p == pytest.approx(float(p)) and found.value / found.stderr == pytest.approx(float(t))
+    t, p = np.asarray(ttest_1samp(gain_N, 0.0), np.float64)
+    assert found.p == pytest.approx(p) and found.value / found.stderr == pytest.approx(t)
     once = compared(dict.fromkeys([0, 1], theirs[0]), dict.fromkeys([0, 1], ours[0]))
     thrice = compared(dict.fromkeys(range(3), theirs[0]), dict.fromkeys(range(3), ours[0]))
     assert once is not None and thrice is not None
