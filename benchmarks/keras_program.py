@@ -105,7 +105,7 @@ def ours(data: Any, epochs: int, batch: int, seed: int) -> dict[str, Any]:
             })  # fmt: skip
             started = wall_s
     right = result.validation["accuracy"].value
-    diagnosed = [r["name"] for r in result.records() if r["kind"] == "Diagnosed"]
+    diagnosed = [r["name"] for r in result.records() if r["kind"] == "Diagnosed" and r.get("at") != "end"]
     return {
         "epochs": seen, "whole_s": whole_s, "val_loss": result.best.value, "val_accuracy": right, "diagnosed": diagnosed,
         "weights_sum": float(sum(np.abs(w).sum() for w in model.get_weights())),

@@ -229,12 +229,12 @@ class Decode(Spec):
 
 class TryWay(Spec):
     """Measure a way to write with a finished model: its latency, then its texts against those of what stands. `engine`: what writes, as
-    JSON; empty: our own. `alpha`: its share of the chance of an error that all ways together may have."""
+    JSON; empty: our own. `share`: of the judged records; with less than all of them nothing is taken."""
 
     kind: Literal["try_way"] = "try_way"
     way: Way
     engine: dict[str, Any] = Field(default_factory=dict)
-    alpha: Annotated[float, Field(gt=0, lt=1)]
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 class Mix(Spec):
@@ -282,12 +282,13 @@ class Predict(Spec):
 
 class TryRecipe(Spec):
     """Measure a way to answer with the models of a finished run: fitted on the calibration rows, judged on rows that it was not fitted
-    on, timed beside what stands. `engine`: what the encoder runs on, as JSON; empty: as it stands."""
+    on, timed beside what stands. `engine`: what the encoder runs on, as JSON; empty: as it stands. `share`: of the rows; with less than
+    all of them nothing is taken."""
 
     kind: Literal["try_recipe"] = "try_recipe"
     recipe: Recipe
     engine: dict[str, Any] = Field(default_factory=dict)
-    alpha: Annotated[float, Field(gt=0, lt=1)]  # its share of the chance of an error that all ways together may have
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 class Serving(Spec):
@@ -303,6 +304,15 @@ class Promise(Spec):
     coverage: Annotated[float, Field(gt=0, lt=1)]
 
 
+class Diagnose(Spec):
+    """Say what is the matter with the run, and what to do next: from what is in the journal, and from what is measured where the clock can
+    pay for it. `by`: the convex model that says what rows of train it would call otherwise, and what more rows would bring; "": nothing
+    is measured."""
+
+    kind: Literal["diagnose"] = "diagnose"
+    by: Literal["", "head", "linear"] = ""
+
+
 class ReadTest(Spec):
     """Evaluate the incumbent on the test split: once, at the end."""
 
@@ -311,7 +321,7 @@ class ReadTest(Spec):
 
 Action = Annotated[
     FitLinear | FitHead | FineTune | TrainModule | TrainWriter | FitWriter | AsGiven | Profile | Average | Predict | Decode
-    | TryWay | Mix | Recount | TryRecipe | Promise | Serving | ReadTest,
+    | TryWay | Mix | Recount | TryRecipe | Promise | Serving | Diagnose | ReadTest,
     Field(discriminator="kind"),
 ]  # fmt: skip
 
@@ -329,3 +339,4 @@ class Trial(Spec):
     commit: bool = True  # False: a probe, whose end is compared but never becomes the incumbent
     watch_gap: bool = False  # stop in the middle when validation loss rises while train loss falls
     patience: Annotated[int, Field(ge=0)] = 0  # looks at validation in a row without a gain that stop it; 0: any number
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.1  # the chance of a false gain that its comparisons may have, each

@@ -111,7 +111,7 @@ def test_overfitting_is_named_and_the_best_state_comes_back() -> None:
         network(hidden=256), train=(x, y), validation=blobs(400, 1, noise=3.0), metric="loss", controller="staged",
         optimizer={"kind": "adamw", "lr": 0.01}, budget="1200 updates",
     )  # fmt: skip
-    said = [r for r in result.records() if r["kind"] == "Diagnosed"]
+    said = [r for r in result.records() if r["kind"] == "Diagnosed" and r.get("at") != "end"]
     assert [s["name"] for s in said] == ["overfitting"]
     numbers = said[0]["numbers"]
     assert numbers["now"]["validation_loss"] > numbers["best"]["validation_loss"]

@@ -63,7 +63,7 @@ def test_one_training_makes_no_soup() -> None:
 
 def test_texts_try_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trunk, "PROBE_UPDATES", 5)
-    rows, encoder = runs.write_rows(tmp_path / "rows.csv"), runs.tiny_encoder(tmp_path / "encoder")
+    rows, encoder = runs.write_rows(tmp_path / "rows.csv", 600), runs.tiny_encoder(tmp_path / "encoder")
     done = runs.run(runs.config(rows, tmp_path / "run", encoder, budget="120 updates", soup=True, optimizer={}))
     asked = [r["trial"] for r in runs.of_kind(done, "Asked") if r["trial"]["stage"] == "soup"]
     assert len(asked) == 1 and len(asked[0]["action"]["members"]) >= 2

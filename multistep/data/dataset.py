@@ -38,6 +38,7 @@ class Dataset:
     report: DataReport
     fingerprint: str
     splits_given: tuple[str, ...]
+    train_rows: tuple[int, ...] = ()  # of train in its file, from 1
 
 
 def load(
@@ -91,7 +92,8 @@ def load(
     train, control, calibration, held = map(_examples, (splits.train, splits.control, splits.calibration, splits.test))
     fingerprint = _fingerprint((train, control, calibration, held), kind, seed)
     given = tuple(split for split in ("train", "validation", "test") if split in tables)
-    return Dataset(train, control, calibration, held, kind, labels, columns, report, fingerprint, given)
+    rows = tuple(item.number for item in splits.train)
+    return Dataset(train, control, calibration, held, kind, labels, columns, report, fingerprint, given, rows)
 
 
 def read_labelled(source: str | Path, columns: Columns, task_kind: TaskKind) -> list[Example]:

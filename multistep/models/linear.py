@@ -127,4 +127,7 @@ def fit_linear(
     best, facts = solve_path(problem, steps, solver or NewtonCG(tolerance=3e-3), score, deadline)
     weights_DK, bias_K = plain(best)
     model = Linear(weights_DK.astype(np.float32), bias_K.astype(np.float32), vectorizer)
-    return model, facts | {"features": vectorizer.settings.model_dump(), "n_features": vectorizer.width}
+    strength = relative[steps.index(facts["l2"])] * len(texts)  # as in `PATH`
+    return model, facts | {
+        "features": vectorizer.settings.model_dump(), "n_features": vectorizer.width, "strength": strength,
+    }  # fmt: skip

@@ -38,7 +38,8 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "chosen": [r for r in _all(records, "Noted") if r.get("what") in ("optimizer", "input", "size", "cut")],
         "skipped": _all(records, "Skipped"),
         "reserved": _all(records, "Reserved"),
-        "diagnosed": _all(records, "Diagnosed"),
+        "diagnosed": _diagnosed(records),
+        "not_found": _not_found(records),
         "events": _all(records, "Event"),
         "interruptions": _all(records, "Interrupted"),
         "resumptions": _all(records, "Resumed"),
@@ -55,6 +56,24 @@ def _status(records: Sequence[Mapping[str, Any]]) -> str:
     if not ends or ends[-1] == "Resumed":
         return "unfinished"
     return "finished" if ends[-1] == "Finished" else "interrupted"
+
+
+def _diagnosed(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What was named on the way, and of what was named at an end the newest."""
+    found, newest = _all(records, "Diagnosed"), _last_diagnosis(records)
+    return [d for d in found if d.get("at") != "end" or d.get("trial") == newest]
+
+
+def _not_found(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the last diagnosis looked for in vain, by name."""
+    newest = _last_diagnosis(records)
+    notes = [r for r in _all(records, "Noted") if r.get("what") == "not found" and r.get("trial") == newest]
+    return dict(_mapping(notes[-1].get("facts"))) if notes else {}
+
+
+def _last_diagnosis(records: Sequence[Mapping[str, Any]]) -> str:
+    trials = [_mapping(r.get("trial")) for r in records if r.get("kind") == "Asked"]
+    return next((_id(t) for t in reversed(trials) if _mapping(t.get("action")).get("kind") == "diagnose"), "")
 
 
 def _decided_after_test(records: Sequence[Mapping[str, Any]]) -> int:
@@ -83,12 +102,15 @@ def _trials(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if kind == "Asked":
             asked = _mapping(record.get("trial"))
             trials[_id(asked)] = _new_trial(asked)
+            trials[_id(asked)]["records"].append(record.get("n"))
             continue
         if "trial" not in record:
             continue
         trial = trials.setdefault(
             _id(record["trial"]), _new_trial(_mapping(record["trial"]) or {"id": record["trial"]})
         )
+        if kind in ("Told", "Committed", "RolledBack"):
+            trial["records"].append(record.get("n"))
         if kind == "Measured":
             trial["updates"] = record.get("update", trial["updates"])
             if trial["first_loss"] is None:
@@ -96,6 +118,7 @@ def _trials(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             trial["last_loss"] = record.get("loss_nats")
         elif kind == "Told":
             _take_outcome(trial, _mapping(record.get("outcome")))
+            trial["at_s"] = _mapping(record.get("clock")).get("wall_s")
         elif kind in ("Committed", "RolledBack"):
             trial["status"] = "committed" if kind == "Committed" else "rolled back"
             trial["state"] = record.get("state")
@@ -110,7 +133,8 @@ def _new_trial(asked: Mapping[str, Any]) -> dict[str, Any]:
         "what": describe(_mapping(asked.get("action"))), "action": dict(_mapping(asked.get("action"))),
         "why": str(asked.get("why") or ""), "share": asked.get("share"), "status": "unfinished", "state": None,
         "rule": "", "evidence": [], "metrics": {}, "failure": "", "cost": {}, "facts": {},
-        "updates": None, "first_loss": None, "last_loss": None,
+        "updates": None, "first_loss": None, "last_loss": None, "records": [], "at_s": None,
+        "commit": asked.get("commit", True),
     }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from multistep.predictors.temperature import fit_temperature
 from multistep.state import read_folder
 from multistep.strategy import Average, FitHead, FitLinear, Predict, Profile, ReadTest, Trial
 from multistep.subwords import encode_ids
+from multistep.tune import strength
 from multistep.tune.memory import device_memory
 from multistep.tune.soup import greedy_soup
 from multistep.tune.workbench import Workbench
@@ -83,12 +84,12 @@ def decided(bench: Bench, trial: Trial, family: str, state: str, started: float,
     for name, rival in (("family", bench.families.get(family)), ("against", trial.against)):
         if rival is not None:
             known = bench.judged(Single(model=family), {family: rival})
-            found = metrics.judge(bench.metric, task, candidate, known, seed=seed)
+            found = metrics.judge(bench.metric, task, candidate, known, seed, trial.alpha)
             facts |= {f"{name}_verdict": found.model_dump(), f"{name}_rival": rival}
     verdict = None
     if trial.commit and bench.incumbent is not None:
         incumbent = bench.judged(bench.incumbent, bench.families)
-        verdict = metrics.judge(bench.metric, task, candidate, incumbent, seed=seed)
+        verdict = metrics.judge(bench.metric, task, candidate, incumbent, seed, trial.alpha)
     return Outcome(
         state=state,
         metrics=metrics.measure(tuple(names), task, scored, seed=seed),
@@ -193,17 +194,18 @@ def _throughput(bench: Bench, lengths: np.ndarray) -> dict[str, Any]:
 def run_linear(bench: Bench, trial: Trial, action: FitLinear) -> Run:
     started = time.monotonic()
     work = bench.work
-    take = _subsample(work, action.max_rows)
+    take = subsample(work, action.max_rows)
     texts, targets = work.texts["train"], work.targets["train"]
     if take is not None:
         texts, targets = [texts[i] for i in take], targets[take]
+    few = strength.too_few(work.texts["control"], len(texts))
     model, facts = fit_linear(
         texts,
         targets,
         work.task.kind,
         work.task.n_outputs,
         features=action.features,
-        l2s=action.l2s,
+        l2s=strength.of_linear(action, texts, targets, work.task, work.config.seed) if few else action.l2s,
         solver=action.solver,
         valid=(work.texts["control"], work.targets["control"]),
         deadline=_deadline(bench, trial, started),
@@ -218,7 +220,7 @@ def run_linear(bench: Bench, trial: Trial, action: FitLinear) -> Run:
 def run_head(bench: Bench, trial: Trial, action: FitHead) -> Run:
     started = time.monotonic()
     work = bench.work
-    take = _subsample(work, action.max_rows)
+    take = subsample(work, action.max_rows)
     cut = action.cut if take is None and work.fits_hidden(work.rows("train", action.max_length)) else 0
     features: dict[str, np.ndarray] = {}
     cached = True
@@ -235,14 +237,16 @@ def run_head(bench: Bench, trial: Trial, action: FitHead) -> Run:
     standard = {
         s: (work.targets[s] - mean) / scale if work.task.kind == "regress" else work.targets[s] for s in features
     }
+    solved = standard["train"] if take is None else standard["train"][take]
+    few = strength.too_few(work.texts["control"], len(solved))
     weights_DK, bias_K, facts = solve_head(
         features["train"],
-        standard["train"] if take is None else standard["train"][take],
+        solved,
         work.task.kind,
         work.task.n_outputs,
         features["control"],
         standard["control"],
-        l2s=action.l2s,
+        l2s=strength.of_head(action, features["train"], solved, work.task, work.config.seed) if few else action.l2s,
         solver=action.solver,
         deadline=_deadline(bench, trial, time.monotonic()),
         device=work.device,
@@ -258,7 +262,8 @@ def run_head(bench: Bench, trial: Trial, action: FitHead) -> Run:
     return decided(bench, trial, "encoder", trial.id, started, facts=facts)
 
 
-def _subsample(work: Workbench, max_rows: int | None) -> np.ndarray | None:
+def subsample(work: Workbench, max_rows: int | None) -> np.ndarray | None:
+    """The rows of train that a model with `max_rows` is fitted on; None for all."""
     n = len(work.texts["train"])
     if max_rows is None or max_rows >= n:
         return None
@@ -346,7 +351,7 @@ def run_predict(bench: Bench, trial: Trial, action: Predict) -> Run:
     yield "Noted", {"trial": trial.id, "what": "fitted", "facts": {"what": action.what, **found.facts}}
     base = fitting.baseline(work.task, action.base, logits, targets)
     metric = "log_loss" if action.what == "calibrate" and work.task.kind != "regress" else bench.metric
-    verdict = metrics.judge(metric, work.task, found.scored, base, seed=seed)
+    verdict = metrics.judge(metric, work.task, found.scored, base, seed, trial.alpha)
     names_ = dict.fromkeys([bench.metric, *work.task.metrics])
     return Outcome(
         state=trial.id,

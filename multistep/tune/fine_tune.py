@@ -6,19 +6,20 @@ import time
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from multistep.diagnosis.training import rise
 from multistep.evaluate import Rows, keep_hidden
+from multistep.metrics.power import FEWEST_ROWS
 from multistep.models.base import TextEncoder
 from multistep.schedules import Plateau
 from multistep.state import TrainState
 from multistep.strategy import FineTune, Trial
-from multistep.train import TrainData
 from multistep.tune.actions import Bench, Run, decided
 from multistep.tune.augmented import AugmentedRows
-from multistep.tune.segment import mean_recent
 from multistep.tune.training import run_training
-from multistep.tune.watch import Found, Looks, checks
+from multistep.tune.watch import Found, Looks, checks, look_of
 
 GAP_CHECKS = (0.3, 0.45, 0.6, 0.75)  # progress at which train and validation loss are compared
 GAP_ROWS = 400  # of the control split, for these checks
@@ -31,7 +32,7 @@ def run_fine_tune(bench: Bench, trial: Trial, action: FineTune) -> Run:
     data = training_rows(bench, action)
     state = TrainState(work.encoder(trial.start))
     state.counters.seed = work.config.seed
-    watch = _looks(bench, trial, action) or (_GapWatch(bench, action, data) if trial.watch_gap else None)
+    watch = _looks(bench, trial, action) or _gap_watch(bench, trial, action)
     if action.objective.reads_tables() and action.trains == "top" and action.layers < state.model.n_layers:
         rule = f"{action.objective.kind} moves the outputs of the embeddings: every pass starts from token ids, none from cached states"
         yield "Noted", {"trial": trial.id, "what": "input", "facts": {"rule": rule}}
@@ -41,6 +42,10 @@ def run_fine_tune(bench: Bench, trial: Trial, action: FineTune) -> Run:
         share=share, rest=True, micro_batch=bench.micro_batch,
     )  # fmt: skip
     _keep_control_logits(bench, trial.id, state.model)
+    if isinstance(watch, _GapWatch) and "diagnosis" not in facts:
+        watch.end(state, [facts["train_loss"]], trial.id)
+    if watch is not None:
+        facts["looks"] = watch.looks()
     facts |= {"epochs": state.counters.examples / len(data.lengths_N), "examples": state.counters.examples}
     facts["tokens_s"] = spent["tokens"] / max(1e-9, time.monotonic() - started)
     if "diagnosis" in facts:  # stopped before its learning rate has decayed: not to be judged against what has
@@ -110,23 +115,44 @@ def _looks(bench: Bench, trial: Trial, action: FineTune) -> Looks | None:
     return Looks(folder, validate, checks(trial.share, look_s), patience=trial.patience, plateau=plateau)
 
 
+def _gap_watch(bench: Bench, trial: Trial, action: FineTune) -> _GapWatch | None:
+    """None where the rows are too few for a rise to mean anything."""
+    enough = len(bench.work.texts["control"]) >= FEWEST_ROWS
+    return _GapWatch(bench, action) if trial.watch_gap and enough else None
+
+
 class _GapWatch:
     """Compares train and validation loss at a few points; two rises in a row of the validation loss are a named diagnosis."""
 
-    def __init__(self, bench: Bench, action: FineTune, data: TrainData):
+    def __init__(self, bench: Bench, action: FineTune):
         self.bench, self.action = bench, action
         rows = bench.work.rows("control", action.max_length)
         self.rows = np.arange(min(len(rows.ids), GAP_ROWS))
         self.control = rows.subset(self.rows)
         self.checks = list(GAP_CHECKS)
-        self.seen: list[dict[str, float]] = []
+        self.seen: list[dict[str, Any]] = []
+        self._last_N: np.ndarray | None = None  # losses at the last look
 
     def memory(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return {"seen": list(self.seen)}, {}
+        return {"seen": list(self.seen)}, {} if self._last_N is None else {"last": torch.tensor(self._last_N)}
 
     def remember(self, memory: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.seen = memory["seen"]
+        self._last_N = tensors["last"].numpy() if "last" in tensors else None
         del self.checks[: len(self.seen)]
+
+    def looks(self) -> list[dict[str, Any]]:
+        return list(self.seen)
+
+    def end(self, state: TrainState, losses: list[float], trial: str) -> None:
+        """The last look costs nothing: the end is judged anyway."""
+        self._see(state, losses, self.bench.work.logits("encoder", trial, "control")[self.rows])
+
+    def _see(self, state: TrainState, losses: list[float], logits_NK: np.ndarray) -> None:
+        work = self.bench.work
+        now_N = np.asarray(work.task.nll_N(logits_NK, work.targets["control"][self.rows]), np.float64)
+        self.seen.append(look_of(state, losses, now_N, self._last_N, state.segment.progress()))
+        self._last_N = now_N
 
     def look(self, state: TrainState, losses: list[float]) -> Found | None:
         progress = state.segment.progress()
@@ -134,12 +160,8 @@ class _GapWatch:
             return None
         while self.checks and progress >= self.checks[0]:
             self.checks.pop(0)
-        work = self.bench.work
         state.settle(training=False)
-        logits_NK = work.encoder_logits(state.model, self.control, self.action.bf16)
-        targets = work.targets["control"][self.rows]
-        validation = float(np.mean(work.task.nll_N(logits_NK, targets)))
-        self.seen.append({"progress": progress, "train_loss": mean_recent(losses), "validation_loss": validation})
+        self._see(state, losses, self.bench.work.encoder_logits(state.model, self.control, self.action.bf16))
         if len(self.seen) < 3:
             return None
         first, second, third = (s["validation_loss"] for s in self.seen[-3:])
@@ -149,6 +171,6 @@ class _GapWatch:
             and self.seen[-1]["train_loss"] < self.seen[-3]["train_loss"]
         ):
             action = "stronger regularization on a fork, against going on as before"
-            numbers = {"checks": self.seen}
-            return Found("Diagnosed", {"name": "overfitting", "numbers": numbers, "action": action}, "diagnosis")
+            said = {"name": "overfitting", "numbers": {"checks": self.seen}, "words": rise(self.seen), "action": action}
+            return Found("Diagnosed", said, "diagnosis")
         return None

@@ -40,6 +40,7 @@ RESTART_UNTIL = (
     0.75  # of the segment: what diverges later has no time to begin again, and its beginning is not kept in memory
 )
 _LOOKED = "watch."  # before the names of tensors that a watch remembers
+CURVE_PROGRESS, CURVE_UPDATES = 0.05, 50  # between points of the training loss; a point is the mean of so many updates
 _SAVE_SHARE = 0.01  # at most this share of the time goes into writing snapshots to disk
 _A_RESTART = 10**9  # in the numbers of snapshots on disk: a segment that begins again goes back in the data
 
@@ -76,6 +77,7 @@ def run_segment(
                         return {**_facts(state, keeper), **ended}
                     again = True
                     break
+                keeper.note(state)
                 if watch is not None and (found := watch.look(state, keeper.losses)):
                     yield found.kind, {"trial": trial.id, **found.fields}
                     if found.ends:
@@ -117,6 +119,7 @@ def _facts(state: TrainState, keeper: Keeper) -> dict[str, Any]:
         "rollbacks": keeper.rollbacks,
         "progress": state.segment.progress(),
         "update": state.counters.update,
+        "curve": keeper.curve,
     }
     if keeper.restarts:
         facts["restarts"] = keeper.restarts
@@ -220,6 +223,7 @@ class Keeper:
         self.spent = {"updates": 0, "tokens": 0}
         self.losses: list[float] = []  # of the last updates, in nats
         self.course = Course()
+        self.curve: list[dict[str, float]] = []  # progress, updates, train_loss: the mean of the last updates
         self.rollbacks = self.restarts = 0
         self.good_since = 0  # updates since the first roll back
         self._tokens = 0
@@ -240,6 +244,7 @@ class Keeper:
             self.rollbacks, self.restarts = memory["rollbacks"], memory.get("restarts", 0)
             self.good_since = memory.get("good_since", 0)
             self.course = Course(**memory.get("course", {}))
+            self.curve = memory["curve"]
             self.clock.spend(**self.spent)
             if self.watch is not None:
                 looked = {k.removeprefix(_LOOKED): v for k, v in tensors.items() if k.startswith(_LOOKED)}
@@ -261,6 +266,14 @@ class Keeper:
         self.course.see(measure.loss_nats, measure.lr, state.counters.position - 1)
         return self.course.diverges()
 
+    def note(self, state: TrainState) -> None:
+        """A point of the curve, where enough has happened since the last one."""
+        progress, update = state.segment.progress(), state.counters.update
+        first = {"progress": 0.0, "updates": update - self.spent["updates"]}
+        last = self.curve[-1] if self.curve else first
+        if progress - last["progress"] >= CURVE_PROGRESS and update - last["updates"] >= CURVE_UPDATES:
+            self.curve.append({"progress": progress, "updates": update, "train_loss": mean_recent(self.losses)})
+
     def snapshot(self, state: TrainState) -> None:
         if state.segment.progress() > RESTART_UNTIL:
             self._beginning = None
@@ -275,7 +288,7 @@ class Keeper:
         memory, looked = self.watch.memory() if self.watch is not None else ({}, {})
         self._last["meta"]["memory"] = {
             "spent": self.spent, "losses": list(self.losses), "rollbacks": self.rollbacks, "restarts": self.restarts,
-            "good_since": self.good_since, "course": asdict(self.course), "watch": memory,
+            "good_since": self.good_since, "course": asdict(self.course), "curve": list(self.curve), "watch": memory,
         }  # fmt: skip
         self._last["tensors"] |= {f"{_LOOKED}{k}": v for k, v in looked.items()}
 

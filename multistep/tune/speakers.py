@@ -93,6 +93,16 @@ class Speakers:
         most, ends = int(self.facts.get("judged_bytes", JUDGED_BYTES)), np.cumsum(sizes(records))
         return list(records[: max(2, int(np.searchsorted(ends, most, side="right")))])
 
+    def watched(self) -> list[Record]:
+        """The first of the judged records: what looks during a training read."""
+        kept, size = [], 0
+        for record in self.judged("control", texts=False):
+            size += len(record.targets[0])
+            if len(kept) >= 2 and size > WATCHED_BYTES:
+                break
+            kept.append(record)
+        return kept
+
     # ------------------------------------------------------------------ tokenizer
 
     @property

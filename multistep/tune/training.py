@@ -29,6 +29,8 @@ def run_training(
             stretch(state, max(1e-3, min(state.segment.left(), clock.remaining())))
         yield "Event", {"trial": trial.id, "event": "resumed", "update": state.counters.update}
     facts = yield from run_segment(trial, state, data, keeper, watch, stop)
+    if watch is not None:
+        facts["looks"] = watch.looks()
     if isinstance(watch, Looks) and (facts.get("diagnosis", {}).get("name") == "overfitting" or "stopped" in facts):
         facts |= watch.back_to_best(state)
     state.settle(training=False)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from multistep.diagnosis.training import rise
 from multistep.metrics import judge_losses
 from multistep.schedules import Plateau
 from multistep.state import TrainState, read_folder, write_folder
@@ -51,6 +52,23 @@ class Watch(Protocol):
         """Take over what `memory` gave."""
         ...
 
+    def looks(self) -> list[dict[str, Any]]:
+        """What was seen: progress, updates, train_loss, validation_loss and the stderr of its change since the look before."""
+        ...
+
+
+def look_of(
+    state: TrainState, losses: list[float], now_N: np.ndarray, before_N: np.ndarray | None, progress: float
+) -> dict[str, Any]:
+    """A look, for the facts of a trial. `losses`: of the last training batches; `now_N`, `before_N`: of the same validation examples."""
+    change_N = np.zeros(0) if before_N is None else np.asarray(now_N, np.float64) - before_N
+    return {
+        "progress": progress, "updates": state.counters.update,
+        "train_loss": float(np.mean(losses[-50:])) if losses else float("nan"),
+        "validation_loss": float(np.mean(now_N)),
+        "change_stderr": float(change_N.std(ddof=1) / len(change_N) ** 0.5) if len(change_N) > 1 else 0.0,
+    }  # fmt: skip
+
 
 def checks(share: float = 0.0, look_s: float = 0.0) -> list[float]:
     """The progress at each look; fewer where `look_s` seconds each would be more than a tenth of the `share` seconds."""
@@ -68,7 +86,7 @@ class Looks:
     ):  # fmt: skip
         self._folder, self._validate, self._at = folder, validate, at
         self._overfitting, self._patience, self._plateau, self._every = overfitting, patience, plateau, every
-        self._seen: list[dict[str, float]] = []
+        self._seen: list[dict[str, Any]] = []
         self._without_gain, self._since_cut, self._cuts = 0, 0, 0  # looks, looks, times
         self._epoch = 0  # the last that was seen to end
         self._losses: dict[str, np.ndarray] = {}
@@ -86,6 +104,9 @@ class Looks:
         self._losses = {k: v.numpy() for k, v in tensors.items()}
         self._at = [p for p in self._at if not self._seen or p > self._seen[-1]["progress"]]
 
+    def looks(self) -> list[dict[str, Any]]:
+        return list(self._seen)
+
     def look(self, state: TrainState, losses: list[float]) -> Found | None:
         progress = state.segment.progress()
         if not self._is_time(state, progress):
@@ -94,9 +115,9 @@ class Looks:
         now_N = self._validate(state)
         state.settle(training=True)
         loss = float(now_N.mean())
-        train_loss = float(np.mean(losses[-50:])) if losses else float("nan")
-        self._seen.append({"progress": progress, "train_loss": train_loss, "validation_loss": loss})
-        verdict = judge_losses(now_N, self._losses["reference"]) if self._losses else None
+        self._seen.append(look_of(state, losses, now_N, self._losses.get("last"), progress))
+        self._losses["last"] = now_N
+        verdict = judge_losses(now_N, self._losses["reference"]) if "reference" in self._losses else None
         gain = verdict is None or verdict.accept
         if gain:
             self._losses["reference"] = now_N
@@ -110,9 +131,8 @@ class Looks:
                 write_folder(self._folder, snapshot["meta"], snapshot["tensors"])
         if self._overfitting and self._rises(now_N):
             action = "back to the best state; its learning rate decays to zero and training ends"
-            return Found(
-                "Diagnosed", {"name": "overfitting", "numbers": self._numbers(), "action": action}, "diagnosis"
-            )
+            said = {"name": "overfitting", "numbers": self._numbers(), "words": rise(self._seen), "action": action}
+            return Found("Diagnosed", said, "diagnosis")
         if verdict is None or gain:
             return self._looked(state)
         if self._patience and self._without_gain >= self._patience:
@@ -152,7 +172,8 @@ class Looks:
     def _event(self, event: str, state: TrainState, verdict: Verdict, action: str) -> dict[str, Any]:
         return {
             "event": event, "update": state.counters.update, "numbers": self._numbers(), "rule": verdict.rule,
-            "evidence": [c.model_dump() for c in verdict.evidence], "lr_scale": state.counters.lr_scale, "action": action,
+            "evidence": [c.model_dump() for c in verdict.evidence], "by": verdict.by and verdict.by.model_dump(),
+            "lr_scale": state.counters.lr_scale, "action": action,
         }  # fmt: skip
 
     def _numbers(self) -> dict[str, Any]:
