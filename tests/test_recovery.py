@@ -305,6 +305,7 @@ def test_what_diverges_at_any_rate_ends_with_a_diagnosis_and_the_incumbent_stays
     assert (
         diagnosed["numbers"]["rule"] and diagnosed["numbers"]["rows"] and "lower learning rate" in diagnosed["action"]
     )
+    assert diagnosed["numbers"]["rule"] in diagnosed["words"]
     told = next(r["outcome"] for r in result.records() if r["kind"] == "Told" and r["stage"] == "trunk")
     assert told["facts"]["diagnosis"]["name"] == "divergence" and told["facts"]["restarts"] == segment.MAX_RESTARTS
     assert result.model.calls == 0 and "divergence" in result.explain()
