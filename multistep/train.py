@@ -86,32 +86,19 @@ def train(state: TrainState, data: TrainData, bf16: bool = False) -> Iterator[Me
         moving.keep()
         try:
             loss_nats, norm = batch.gradients()
+            event = state.detector.see(loss_nats, norm, state.norms.explodes(norm))
         except OutOfMemory:
-            loss_nats = norm = float("nan")
-            short = True
-        else:
-            short = False
-        if short:
+            loss_nats, norm, event = float("nan"), float("nan"), "out of memory"
+        if event == "out of memory":
             moving.restore()
             optimizer.zero_grad(set_to_none=True)
             release()
             state.halve_micro_batch(batch.micro)
             state.segment.wall_s += (now := processes.shared_now_s(device)) - started
-            started = now
-            named = tuple(int(r) for r in rows)
-            yield Measure(
-                counters.update,
-                counters.tokens,
-                counters.examples,
-                loss_nats,
-                lr,
-                norm,
-                "out of memory",
-                named,
-                batch.micro,
-            )
+            started, named = now, tuple(int(r) for r in rows)
+            done = counters.update, counters.tokens, counters.examples
+            yield Measure(*done, loss_nats, lr, norm, event, named, batch.micro)
             continue
-        event = state.detector.see(loss_nats, norm, state.norms.explodes(norm))
         if not event:
             state.norms.see(state.norms.limit(norm, strategy.clip_z))
             for group in optimizer.param_groups:

@@ -33,7 +33,9 @@ pytestmark = pytest.mark.usefixtures("torch_seeded")
 
 
 def events(result: Any, name: str, kind: str = "Event") -> list[dict[str, Any]]:
-    return [r for r in result.records() if r["kind"] == kind and r.get("event", r.get("name")) == name]
+    """Those of the trainings; what is diagnosed of the whole run is not among them."""
+    found = [r for r in result.records() if r["kind"] == kind and r.get("at") != "end"]
+    return [r for r in found if r.get("event", r.get("name")) == name]
 
 
 # ---------------------------------------------------------------------------------------------- the rules
@@ -305,6 +307,7 @@ def test_what_diverges_at_any_rate_ends_with_a_diagnosis_and_the_incumbent_stays
     assert (
         diagnosed["numbers"]["rule"] and diagnosed["numbers"]["rows"] and "lower learning rate" in diagnosed["action"]
     )
+    assert diagnosed["numbers"]["rule"] in diagnosed["words"]
     told = next(r["outcome"] for r in result.records() if r["kind"] == "Told" and r["stage"] == "trunk")
     assert told["facts"]["diagnosis"]["name"] == "divergence" and told["facts"]["restarts"] == segment.MAX_RESTARTS
     assert result.model.calls == 0 and "divergence" in result.explain()
@@ -313,13 +316,12 @@ def test_what_diverges_at_any_rate_ends_with_a_diagnosis_and_the_incumbent_stays
 
 
 def test_a_probe_that_diverges_says_so_and_is_not_tried_again() -> None:
-    result = optimize(
-        deep(), optimizer={"kind": "sgd"}, controller="race", budget="2500 updates", clip=0.0, batch_size=64
-    )
-    probes = [r for r in result.records() if r["kind"] == "Diagnosed"]
+    result = optimize(Hopeless(), optimizer={"kind": "adamw"}, controller="race", budget="1100 updates")
+    probes = [d for d in events(result, "divergence", "Diagnosed") if "probe" in d["action"]]
     asked = {r["trial"]["id"]: r["trial"] for r in result.records() if r["kind"] == "Asked"}
-    assert all(asked[p["trial"]]["stage"] == "race" and "probe" in p["action"] for p in probes)
-    assert not events(result, "divergence") and result.best.value > 0.7
+    assert len(probes) >= 2 and {asked[p["trial"]]["stage"] for p in probes} == {"race"}
+    again = events(result, "divergence")
+    assert {asked[e["trial"]]["stage"] for e in again} == {"trunk"} and len(again) == segment.MAX_RESTARTS
 
 
 def test_texts_at_a_rate_a_hundred_times_too_high_end_at_least_at_the_incumbent(tmp_path: Path) -> None:

@@ -174,7 +174,8 @@ def _begin_again(
         keeper.to_beginning(state)
         why = "a probe is not tried again" if probe else f"begun again {MAX_RESTARTS} times"
         action = f"back to where it began, training ends ({why}): a lower learning rate, or a look at the rows that are named"
-        fields = {"name": "divergence", "numbers": {**numbers, "rows": rows}, "action": action}
+        words = f"at learning rate {numbers['lr']:.2g} {found['rule']}"
+        fields = {"name": "divergence", "numbers": {**numbers, "rows": rows}, "words": words, "action": action}
         ends = {"diagnosis": fields, "best_progress": 0.0, "best_lr": numbers["lr"]}
         return "Diagnosed", {"trial": trial.id, **fields}, ends
     keeper.begin_again(state)
@@ -269,7 +270,7 @@ class Keeper:
     def note(self, state: TrainState) -> None:
         """A point of the curve, where enough has happened since the last one."""
         progress, update = state.segment.progress(), state.counters.update
-        first = {"progress": 0.0, "updates": update - self.spent["updates"]}
+        first = {"progress": 0.0, "updates": update - self.course.seen}
         last = self.curve[-1] if self.curve else first
         if progress - last["progress"] >= CURVE_PROGRESS and update - last["updates"] >= CURVE_UPDATES:
             self.curve.append({"progress": progress, "updates": update, "train_loss": mean_recent(self.losses)})
@@ -335,7 +336,7 @@ class Keeper:
         self.restarts += 1
         state.counters.lr_scale *= RESTART_LR**self.restarts
         self.losses.clear()
-        self.course, self.rollbacks = Course(), 0
+        self.curve, self.course, self.rollbacks = [], Course(), 0
         self.snapshot(state)
 
     def clear(self) -> None:
