@@ -169,11 +169,7 @@ def test_batches_that_are_all_bad_are_a_divergence_at_any_rate(
     seen = [r["event"] for r in of_kind(done, "Event")]
     once = ["nonfinite"] * (segment.MAX_ROLLBACKS + 1)
     assert seen == [*once, "divergence"] * segment.MAX_RESTARTS + once
-<<<<<<< HEAD
-    (diagnosed,) = of_kind(done, "Diagnosed")
-=======
     (diagnosed,) = [d for d in of_kind(done, "Diagnosed") if d.get("at") != "end"]
->>>>>>> recovery
     assert diagnosed["name"] == "divergence" and "bad batches" in diagnosed["numbers"]["rule"]
     assert of_kind(done, "Finished") and done.predict(["alpha up"])[0].value
 
