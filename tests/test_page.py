@@ -111,6 +111,27 @@ def test_what_is_in_a_journal_is_text() -> None:
     assert dirty.text.count("<script>alert(1)</script>") > 30
 
 
+def test_diagnoses_name_what_to_do_and_the_rows() -> None:
+    suspects = [{"row": 7, "text": f"a {EVIL}", "given": "up", "likely": "down", "probability": 0.97}]
+    more = [
+        asked("d", "diagnose", "w", kind="diagnose"),
+        {"kind": "Diagnosed", "at": "end", "trial": "d", "name": "noisy labels", "words": "6 % are wrong", "action": "read row 7",
+         "numbers": {"share": 0.06, "suspects": suspects}, "clock": clock(116)},
+        {"kind": "Noted", "trial": "d", "what": "not found", "facts": {"leaking splits": {"words": "none leak"}}, "clock": clock(116)},
+    ]  # fmt: skip
+    said = Outline(page([*RECORDS[:-1], *more, RECORDS[-1]], "a", PASSES)).text
+    for words in (
+        "6 % are wrong",
+        "To do: read row 7",
+        "1 rows whose label",
+        "0.97",
+        f"a {EVIL}",
+        "leaking splits: none leak",
+        "Done: ",
+    ):
+        assert words in said, words
+
+
 @pytest.mark.parametrize("cut", range(len(RECORDS) + 1))
 def test_a_journal_may_end_anywhere(cut: int) -> None:
     assert not Outline(page(RECORDS[:cut], "a")).open
@@ -139,12 +160,15 @@ def test_the_paragraph() -> None:
     assert said.startswith("It learnt to give each text one label, from 9,000 rows of reviews.csv.")
     assert "The simplest model, which stood after 2.0 s, has accuracy 0.9120 ± 0.0061 on validation" in said
     assert "the best that was trained has 0.9240 ± 0.0061 on the same rows" in said
-    assert "3 candidates were judged and 2 kept; all but the first were tested" in said and said.endswith(
-        "What to do next: dropout 0.1"
-    )
+    assert said.endswith("3 candidates were judged and 2 kept; all but the first were tested against what stood.")
     without_test = [r for r in RECORDS if r["kind"] not in ("TestRead", "Diagnosed", "Finished")]
     said = " ".join(conclusion(summary(without_test)))
     assert "a little too good; no test rows were read" in said and "go on with it, by multistep resume" in said
+    ends = [{"kind": "Diagnosed", "at": "end", "trial": "d", "name": name, "numbers": {}, "words": "w", "action": f"mend {name}"}
+            for name in ("overfitting", "noisy labels")]  # fmt: skip
+    ends.insert(0, asked("d", "diagnose", "w", kind="diagnose"))
+    said = " ".join(conclusion(summary([*RECORDS[:-1], *ends, RECORDS[-1]])))
+    assert said.endswith("What to do next: mend noisy labels (noisy labels; 1 more below).")
     alone = [RECORDS[0], asked("a", "incumbent", "first", kind="fit_linear"), told("a", 0.5, 1.0)]
     alone.append({"kind": "Committed", "trial": "a", "state": "a", "rule": "first", "evidence": [], "clock": clock(3)})
     assert "no other that was tried beat it" in " ".join(conclusion(summary(alone)))

@@ -21,6 +21,10 @@ TASKS: Mapping[str, str] = {
 }
 SHARES = ("accuracy", "exact_match", "choice_accuracy", "numbers")  # metrics that are a share of right answers
 NEXT = "What to do next: "
+_GRAVE = (  # diagnoses, the one first that makes the others idle
+    "cannot be learnt", "divergence", "validation too small", "noisy labels", "budget too small", "underfitting", "too little data",
+    "leaking splits", "overfitting", "plateau",
+)  # fmt: skip
 _SURE = 1.96  # standard errors to each side: 95 of 100 times
 
 
@@ -135,13 +139,15 @@ def _took(run: Mapping[str, Any]) -> str:
 
 
 def next_step(run: Mapping[str, Any]) -> str:
-    """What the last diagnosis says to do; where there is none, whether anything is left to do."""
-    actions = [d["action"] for d in run["diagnosed"] if d.get("action")]
-    if actions:
-        return f"{NEXT}{actions[-1]}"
-    if run["status"] == "finished":
-        return "Nothing was diagnosed that has to be mended."
-    return f"{NEXT}go on with it, by multistep resume."
+    """What the gravest diagnosis at the end of the run says to do; where there is none, whether anything was looked for."""
+    at_end = [d for d in run["diagnosed"] if d.get("at") == "end" and d.get("action")]
+    if at_end:
+        worst = min(at_end, key=lambda d: _GRAVE.index(d["name"]) if d.get("name") in _GRAVE else len(_GRAVE))
+        more = f"; {len(at_end) - 1} more below" if len(at_end) > 1 else ""
+        return f"{NEXT}{worst['action']} ({worst.get('name', '')}{more})."
+    if run["status"] != "finished":
+        return f"{NEXT}go on with it, by multistep resume."
+    return "Nothing was found that has to be mended." if run["not_found"] else ""
 
 
 def short(name: str) -> str:

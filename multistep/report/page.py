@@ -65,8 +65,7 @@ _DECISIONS = (
 
 
 def _head(run: Mapping[str, Any], name: str, replayed: Replays) -> Html:
-    *said, last = conclusion(run)
-    lead = join([" ".join(said), " ", tag("span", last, "next" if last.startswith(NEXT) else "")])
+    lead = join([tag("span", f"{said} ", "next" if said.startswith(NEXT) else "") for said in conclusion(run)])
     asked = [str(run["config"].get(k) or "") for k in ("task", "metric", "controller", "model")]
     line = " · ".join([a for a in asked if a and a != "auto"] + [f"budget {_amount(run['budget'])}"])
     top = tag("header", join([tag("h1", name), tag("div", line, "soft")]))
@@ -196,10 +195,23 @@ def _percent(share: float) -> str:
 def _diagnosed(run: Mapping[str, Any]) -> Html:
     parts = []
     for d in run["diagnosed"]:
-        numbers = pairs({k.replace("_", " "): _fact(v) for k, v in (d.get("numbers") or {}).items()})
-        said = [tag("h3", d.get("name", "")), tag("p", d.get("words") or "")]
-        parts.append(join([*said, tag("p", tag("b", d.get("action", ""))), folded("its numbers", numbers)]))
-    return join(parts)
+        numbers = dict(d.get("numbers") or {})
+        suspects = [s for s in numbers.pop("suspects", None) or [] if isinstance(s, Mapping)]
+        done = "To do" if d.get("at") == "end" else "Done"
+        action = tag("p", join([tag("b", f"{done}: "), d["action"]])) if d.get("action") else ""
+        known = pairs({k.replace("_", " "): _fact(v) for k, v in numbers.items()})
+        parts.append(join([
+            tag("h3", d.get("name", "")), tag("p", d["words"]) if d.get("words") else "", action,
+            folded(f"{len(suspects)} rows whose label is likely to be wrong", _suspects(suspects)) if suspects else "",
+            folded("its numbers", known) if known else "",
+        ]))  # fmt: skip
+    clear = [f"{name}: {found.get('words', '')}" for name, found in run["not_found"].items()]
+    return join([*parts, folded("looked for and not found", bullets(clear)) if clear else ""])
+
+
+def _suspects(rows: Sequence[Mapping[str, Any]]) -> Html:
+    keys = ("row", "given", "likely", "probability", "text")
+    return table(keys, [[str(s.get(k, "")) for k in keys] for s in rows], numbers=(0, 3))
 
 
 def _fact(value: Any) -> str:
