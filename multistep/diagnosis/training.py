@@ -259,7 +259,10 @@ def budget(trained: Sequence[Trained], untrained: str, advice: Advice, seed: int
         return Diagnosis(
             name="budget too small", numbers=numbers, words=said, action=f"give it more: {advice.more_time}"
         )
-    return Diagnosis(name="budget too small", numbers=numbers, words=f"{said}: nothing beyond noise")
+    reason = (
+        f"nothing beyond noise (95 %, {len(loss_S)} points)" if not found.beyond_noise else "too little to be worth it"
+    )
+    return Diagnosis(name="budget too small", numbers=numbers, words=f"{said}: {reason}")
 
 
 def _longest(trained: Sequence[Trained]) -> Trained | None:
