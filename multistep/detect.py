@@ -24,7 +24,8 @@ MOVED = 0.1  # an exploding update moves the parameters by more than this share 
 SETTLED = 25  # norms are judged from so many on
 _FIRST, _RECENT, _EVERY = 5, 20, 10  # losses: that began the segment, that stand; updates from look to look
 _LOOKS, _STUCK = 2, 5  # in a row
-_ABSOLUTE, _RELATIVE, _NOISES = 0.3, 0.75, 4.0  # nats, of the first losses, standard errors
+_ABSOLUTE, _RELATIVE, _NOISES = 0.5, 0.75, 4.0  # nats, of the first losses, standard errors
+_LONG = 0.3  # nats, of what lasts longer
 _LEARNT, _BELOW = 0.1, 0.2  # nats, of the first losses: below by more than both was learnt, before it was lost again
 
 
@@ -102,11 +103,12 @@ class Course:
     """The losses of a segment since it began, and whether they say that it diverges.
 
     The last 20 losses *stand* when their second half is not below their first and the learning rate has not risen meanwhile. *Clearly
-    above* the first five (or those of them before they blew up, or the very first) is by 0.3, by three quarters of them and by four
+    above* the first five (or those of them before they blew up, or the very first) is by 0.5, by three quarters of them and by four
     standard errors. A segment diverges when its losses
 
         stand clearly above the first ones, twice in a row;
-        stand where the first ones were after 20 in a row were clearly below, twice in a row; or
+        stand where the first ones were after 20 in a row were clearly below, twice in a row;
+        stand above them by 0.3 (and as much of the rest), five times in a row; or
         were far above once (by 1 and twice them) and then stand where the first ones were or higher, five times in a row.
 
     Looked at every ten updates. Fine-tuning from a solved head rises at first too, but comes down again.
@@ -115,12 +117,12 @@ class Course:
     first: list[float] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
     lowest: float = float("inf")  # mean of 20 losses in a row, at the looks before
-    highest: float = -float("inf")  # mean of the worst five of them
+    highest: float = -float("inf")  # mean of five losses in a row, so far
     lr: float = 0.0  # the last
     steady: int = 0  # updates since the learning rate last rose
     seen: int = 0
-    found: int = 0  # looks in a row that saw one of the first two
-    stuck: int = 0  # looks in a row that saw the third
+    found: int = 0  # looks in a row that saw one of the first two ways
+    stuck: int = 0  # looks in a row that saw one of the others
     worst: float = -float("inf")  # of the losses that are recent ...
     worst_at: int = 0  # ... and the place in the data of its batch
 
@@ -136,6 +138,8 @@ class Course:
             self.worst, self.worst_at = loss_nats, position
         self.recent.append(loss_nats)
         del self.recent[:-_RECENT]
+        if self.seen >= _FIRST:
+            self.highest = max(self.highest, sum(self.recent[-_FIRST:]) / _FIRST)
 
     def diverges(self) -> dict[str, Any] | None:
         """The numbers of a divergence; None while all is well or nobody can say. To be asked after every update."""
@@ -146,7 +150,6 @@ class Course:
         if self.lowest < float("inf"):
             numbers |= {"lowest_loss": self.lowest, "highest_loss": self.highest}
         self.lowest = min(self.lowest, now)
-        self.highest = max(self.highest, float(np.mean(sorted(self.recent)[-_FIRST:])))
         return numbers if self.found >= _LOOKS or self.stuck >= _STUCK else None
 
     def _look(self) -> tuple[float, str, float, float]:
@@ -165,7 +168,8 @@ class Course:
         stands = self.steady >= _RECENT and np.mean(late) >= np.mean(early) - 4 * noise**0.5
         least = min(level, self.first[0])
         blown = self.highest - least > max(_far(least), 2 * _NOISES * stderr)
-        self.stuck = self.stuck + 1 if stands and blown and now >= least else 0
+        low_margin = max(_LONG, _RELATIVE * abs(level), _NOISES * stderr)
+        self.stuck = self.stuck + 1 if stands and (now - level > low_margin or (blown and now >= least)) else 0
         rule = ""
         if stands and now - level > margin:
             rule = f"{_RECENT} losses in a row stand {now - level:.3g} above the first, more than {margin:.3g}"
@@ -180,7 +184,8 @@ class Course:
             rule = f"{_RECENT} losses in a row stand where they began, after they were {level - self.lowest:.3g} below that"
         self.found = self.found + 1 if rule else 0
         if self.stuck >= _STUCK and not rule:
-            rule = f"after a rise by {self.highest - least:.3g} {_RECENT} losses in a row stand where they began or higher, {_STUCK} times"
+            high = f"stand {now - least:.3g} above the first, {_STUCK} times"
+            rule = f"after a rise by {self.highest - least:.3g} {_RECENT} losses in a row {high}"
             level = least
         return now, rule, level, stderr
 
