@@ -19,11 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+UNSHOWN = ("machine", "bench", "when", "commit", "right", "nats")  # of a row, where it is printed
 KEY = ("bench", "dataset", "budget", "system", "seed")
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "scikit-learn", "numpy", "scipy")
 
@@ -72,6 +73,12 @@ def load(name: str, split: str) -> tuple[list[str], list[str]]:
             texts.append(row["text"])
             labels.append(str(row["label"]))
     return texts, labels
+
+
+def rows_of_text(name: str, split: str) -> list[str]:
+    """The rows of a split of a running text, in order; joined they are the text."""
+    with gzip.open(data_folder(name) / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file]
 
 
 def seconds(budget: str) -> float:
@@ -130,7 +137,7 @@ class Results:
 
     def __init__(self, bench: str, folder: Path | None, table: Callable[[list[Row]], str]):
         self.bench = bench
-        self.folder = folder or ROOT / "benchmarks" / "results" / f"{datetime.date.today().isoformat()}-{bench}"
+        self.folder = folder or result_folder(bench)
         self._table = table
         self.folder.mkdir(parents=True, exist_ok=True)
         self._note_command()
@@ -152,7 +159,7 @@ class Results:
         with open(self.folder / "rows.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.write_table()
-        shown = {k: v for k, v in row.items() if k not in ("machine", "bench", "when", "commit") and v is not None}
+        shown = {k: v for k, v in row.items() if k not in UNSHOWN and v is not None}
         print(json.dumps(shown, ensure_ascii=False), flush=True)
         return row
 
@@ -172,6 +179,11 @@ class Results:
         known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         if line not in known:
             path.write_text("\n".join([*known, line]) + "\n", encoding="utf-8")
+
+
+def result_folder(bench: str) -> Path:
+    """Today's, where none is given."""
+    return ROOT / "benchmarks" / "results" / f"{datetime.date.today().isoformat()}-{bench}"
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -277,16 +289,8 @@ def fit_and_test(
         cache = Path(place) / "cache"
         ran = multistep("fit", str(folder), *options, limit_s=2 * seconds(budget) + 120, cache=cache)
         if journals is not None and (Path(out) / "journal.jsonl").exists():
-            journals.mkdir(parents=True, exist_ok=True)
-            text = (Path(out) / "journal.jsonl").read_text(encoding="utf-8")
-            for here, name in (
-                (place, "TMP"),
-                (str(folder), f"DATA/{dataset}"),
-                (sys.prefix, "PREFIX"),
-                (str(ROOT), "."),
-            ):
-                text = text.replace(here, name)  # what is published names no folder of this machine
-            (journals / f"{dataset}-{budget}-{seed}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+            said = {place: "TMP", str(folder): f"DATA/{dataset}"}
+            publish_journal(Path(out), journals / f"{dataset}-{budget}-{seed}.jsonl.gz", said)
         if ran.status != 0:
             return {"ok": False, "status": ran.status, "wall_s": round(ran.wall_s, 2), "error": ran.stderr}
         metrics = ran.payload.get("metrics") or {}
@@ -298,6 +302,15 @@ def fit_and_test(
         for name in extra_tests:
             row[f"accuracy_{name}"] = _evaluate(out, folder / f"{name}.jsonl.gz")["accuracy"]["value"]
         return row
+
+
+def publish_journal(run: Path, to: Path, said: Mapping[str, str]) -> None:
+    """Keep a run's journal beside the rows. What is published names no folder of this machine: `said` is what stands for each."""
+    text = (run / "journal.jsonl").read_text(encoding="utf-8")
+    for here, name in (*said.items(), (sys.prefix, "PREFIX"), (str(ROOT), ".")):
+        text = text.replace(here, name)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 def _evaluate(run: str, source: Path) -> Row:

@@ -36,6 +36,7 @@ from _common import (
     select,
     values,
 )
+from _peers import Fitted, Given, best_of
 
 BENCH = "peer_sklearn"
 CHINESE = {"chnsenticorp"}
@@ -101,7 +102,18 @@ def folds(dataset: str, choose: Choose, seed: int) -> Iterator[Fold]:
 
 def search(dataset: str, budget: str, system: str, seed: int, choose: Choose) -> Row:
     """Walk the grid within the budget, refit the best, read the test."""
-    limit_s = seconds(budget)
+    start = time.monotonic()
+    final, make, facts = walk(dataset, seconds(budget), system, seed, choose)
+    row: Row = {"ok": True}
+    for test in ("test", *EXTRA_TESTS.get(dataset, ())):
+        texts_t, labels_t = load(dataset, test)
+        right_N = final.predict(make.transform(texts_t)) == np.array(labels_t)
+        row["accuracy" if test == "test" else f"accuracy_{test}"] = float(right_N.mean())
+    return row | facts | {"wall_s": round(time.monotonic() - start, 2)}
+
+
+def walk(dataset: str, limit_s: float, system: str, seed: int, choose: Choose) -> tuple[Any, TfidfVectorizer, Row]:
+    """The best point of the grid that was reached in time, fitted on train + validation; its vectorizer; facts."""
     grid = GRIDS[system]
     start = time.monotonic()
     _folds[:] = folds(dataset, choose, seed)
@@ -114,7 +126,7 @@ def search(dataset: str, budget: str, system: str, seed: int, choose: Choose) ->
         finished = pool.imap_unordered(_score, jobs)
         for _ in jobs:
             # The refit: all texts once more through the vectorizer, and the best point on a few more rows.
-            refit_s = 1.3 * (featurize_s + fit_s[_best(scores)]) if scores else 0.0
+            refit_s = 1.3 * (featurize_s + fit_s[best_of(scores)]) if scores else 0.0
             left_s = limit_s - (time.monotonic() - start) - refit_s
             try:
                 # Something must come of it, however small the budget: for the first point we wait.
@@ -125,28 +137,23 @@ def search(dataset: str, budget: str, system: str, seed: int, choose: Choose) ->
         pool.terminate()
     search_s = time.monotonic() - start
 
-    best = _best(scores)
+    best = best_of(scores)
     kind, c = grid[best]
     texts, labels = (a + b for a, b in zip(load(dataset, "train"), load(dataset, "validation"), strict=True))
     make = vectorizer(dataset)
     with threadpool_limits(1):  # as it was timed in the search
         final = model(kind, c, seed).fit(make.fit_transform(texts), labels)
     train_s = time.monotonic() - start
-
-    row: Row = {"ok": True}
-    for test in ("test", *EXTRA_TESTS.get(dataset, ())):
-        texts_t, labels_t = load(dataset, test)
-        right_N = final.predict(make.transform(texts_t)) == np.array(labels_t)
-        row["accuracy" if test == "test" else f"accuracy_{test}"] = float(right_N.mean())
-    row |= {"best": f"{kind} C={c:g}", "score_chosen_by": round(scores[best], 5), "choose": choose}
-    row |= {"tried": len(scores), "points": len(grid), "features": len(make.vocabulary_)}
-    row |= {"featurize_s": round(featurize_s, 2), "search_s": round(search_s, 2), "train_s": round(train_s, 2)}
-    row |= {"wall_s": round(time.monotonic() - start, 2)}
-    return row
+    facts: Row = {"best": f"{kind} C={c:g}", "score_chosen_by": round(scores[best], 5), "choose": choose}
+    facts |= {"tried": len(scores), "points": len(grid), "features": len(make.vocabulary_)}
+    facts |= {"featurize_s": round(featurize_s, 2), "search_s": round(search_s, 2), "train_s": round(train_s, 2)}
+    return final, make, facts
 
 
-def _best(scores: dict[int, float]) -> int:
-    return min(scores, key=lambda number: (-scores[number], number))  # a tie goes to the earlier point
+def fit(given: Given) -> Fitted:
+    """The grid of both families as a peer of course.py."""
+    final, make, facts = walk(given.dataset, given.clock.left_s, "grid", given.seed, "validation")
+    return Fitted(lambda texts: [str(label) for label in final.predict(make.transform(texts))], facts)
 
 
 def table(rows: list[Row]) -> str:

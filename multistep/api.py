@@ -7,7 +7,7 @@ run.predict(["great film"]); print(run.explain()); multistep.load("runs/reviews"
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,32 @@ from multistep import data, journal, report
 from multistep.budget import Clock, parse_budget
 from multistep.bundle import Bundle, find_bundle, load_bundle
 from multistep.config import FitConfig, save_config
-from multistep.controllers import CONTROLLERS, Problem
-from multistep.controllers.more import more
-from multistep.controllers.phases import Phases
+from multistep.controllers import Problem, Target
 from multistep.controllers.plan import check_objective
 from multistep.data import Dataset
+from multistep.explained import write_page
 from multistep.export import Exported, export
 from multistep.journal import Journal
 from multistep.language import fit_language, is_language, resume_language
 from multistep.language_bundle import LanguageBundle
-from multistep.metrics import Scored, check_metric, measure, per_class
+from multistep.metrics import METRICS, Scored, check_metric, measure, per_class
 from multistep.models.linear import candidates
 from multistep.policy import Policy
+from multistep.replay import Replayed, replay_run
 from multistep.report.progress import Progress
-from multistep.session import budget_so_far, check_same_data, clock_then, left, machine_facts, show, signals, versions
+from multistep.session import (
+    budget_so_far,
+    check_same_data,
+    clock_then,
+    controller_of,
+    left,
+    machine_facts,
+    show,
+    signals,
+    versions,
+)
 from multistep.state import sweep
+from multistep.target import read_target
 from multistep.tasks import Classify, Multilabel, Regress, Task
 from multistep.text import text_facts
 from multistep.tune import tune
@@ -111,6 +122,15 @@ class Run:
         """What was tried, what was decided and why, in words and a table; and how it was tuned to predict, where it was."""
         return report.explain_run(self.out)
 
+    def explain_page(self, path: str | Path) -> Path:
+        """The same as one HTML file that needs no other: for reading in a browser, and for keeping. Raises OSError."""
+        return write_page(self.out, Path(path))
+
+    def replay(self) -> tuple[Replayed, ...]:
+        """Every decision derived again from the journal alone, and from that of a tuning where there is one: `findings` are those that
+        do not follow from their evidence, `unknown` what the journal does not say enough of."""
+        return replay_run(self.out)
+
     def summary(self) -> dict[str, Any]:
         """The journal as one dictionary; "metrics" are those of the test split, once it was read."""
         found = report.summary(self.records())
@@ -119,12 +139,19 @@ class Run:
 
     def tune(
         self, *, metric: str | None = None, latency: str | None = None, budget: str | float = "1m", data: str | None = None,
-        costs: str | Path | None = None, coverage: float | None = None,
+        costs: str | Path | None = None, coverage: float | None = None, controller: str = "staged",
     ) -> Policy:  # fmt: skip
         """Find the best way to predict under a limit such as latency="p95=20ms", and predict so from now on (multistep.tuning)."""
         self._bundle = None
         return tune_run(
-            self.out, metric=metric, latency=latency, budget=budget, data=data, costs=costs, coverage=coverage
+            self.out,
+            metric=metric,
+            latency=latency,
+            budget=budget,
+            data=data,
+            costs=costs,
+            coverage=coverage,
+            controller=controller,
         )
 
     def resume(self, budget: str | None = None) -> Run:
@@ -183,6 +210,7 @@ def fit_config(config: FitConfig, progress: Progress, started: float | None = No
     task = task_for(dataset)
     metric = check_metric(config.metric or task.default_metric, task.kind)
     check_objective(config.objective, task.kind, task.n_outputs)
+    _target(config, task, metric)
     for line in dataset.report.lines():
         progress.note(line)
     work = Workbench(config, dataset, task, out)
@@ -249,7 +277,7 @@ def _drive(
             progress.tick(done, "through the encoder")
 
         work.watch = watch
-        controller = _phases(work, metric, past)
+        controller = controller_of(_problem(work, metric), work.config.controller, book, clock, past)
         for record in tune(TextWorks(bench), controller, book, past):
             show(progress, record, clock, metric)
     run = Run(work.out)
@@ -288,15 +316,23 @@ def _card_facts(work: Workbench, run: Run, bench: Bench, clock: Clock) -> dict[s
     }
 
 
-def _phases(work: Workbench, metric: str, past: Sequence[Mapping[str, Any]]) -> Phases:
-    first = parse_budget(work.config.budget)
-    problem = Problem(
-        task=work.task.kind, n_outputs=work.task.n_outputs, metric=metric, rows={k: len(v) for k, v in work.texts.items()},
+def _target(config: FitConfig, task: Task, metric: str) -> Target | None:
+    """The score at which training ends, where one was asked for. Raises UserError."""
+    measured = tuple(dict.fromkeys([metric, *task.metrics]))
+    return read_target(
+        config.until, metric, measured, lambda name: check_metric(name, task.kind),
+        lambda name: METRICS[name].higher_is_better,
+    )  # fmt: skip
+
+
+def _problem(work: Workbench, metric: str) -> Problem:
+    first, kind = parse_budget(work.config.budget), work.task.kind
+    return Problem(
+        task=kind, n_outputs=work.task.n_outputs, metric=metric, higher_is_better=METRICS[metric].higher_is_better,
+        target=_target(work.config, work.task, metric), rows={k: len(v) for k, v in work.texts.items()},
         characters={k: sum(map(len, v)) for k, v in work.texts.items()}, budget=first.amount, unit=first.unit, config=work.config,
         linear=tuple(candidates(work.task.kind, work.task.n_outputs, text_facts(work.texts["train"]))),
     )  # fmt: skip
-    steps = CONTROLLERS[work.config.controller](problem)
-    return Phases(steps, lambda amount: more(problem.with_(budget=amount)), first, past)
 
 
 # ---------------------------------------------------------------------------------------------- small things

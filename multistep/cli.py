@@ -1,4 +1,4 @@
-"""The command line: one verb a function, at most 12 options each. Torch is imported inside the verbs that need it.
+"""The command line: one verb a function, at most 12 options each beside --quiet and --json. Torch is imported inside the verbs that need it.
 
 What verbs share (options, checks, output, how errors end them) is in terminal.py.
 """
@@ -71,7 +71,13 @@ def fit(
         str | None, typer.Option(help="auto, lstm, none, or a pretrained one: a folder or a hub name.")
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="lora: train an adapter beside a model that writes.")] = None,
-    controller: Annotated[str | None, typer.Option(help="staged, race or fixed.")] = None,
+    controller: Annotated[
+        str | None,
+        typer.Option(help="staged, fixed, race, reactive, halving, population, bayes, random.  [default: staged]"),
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(help="Stop training at a score such as f1=0.93, reached with its error.")
+    ] = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -82,6 +88,7 @@ def fit(
     options = {
         "task": task, "metric": metric, "budget": budget, "seed": seed, "out": out,
         "text": tuple(text) if text else None, "label": label, "model": model, "controller": controller, "adapter": adapter,
+        "until": until,
     }  # fmt: skip
     config = resolve(source, options, overrides or [])
     try:
@@ -114,15 +121,44 @@ def resume(
 
 
 @app.command()
-def explain(run_dir: RunArgument, as_json: JsonOption = False) -> None:
+def explain(
+    run_dir: RunArgument,
+    page: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it as an HTML page that needs no other file.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Say what was tried, what was decided and why. Works while a run is still going on."""
     from multistep import report
 
     check_run(run_dir)
+    if page is not None:
+        from multistep.explained import write_page
+
+        write_page(run_dir, page)
     if as_json:
         print_json(report.summary_of_run(run_dir))
-    else:
+    elif page is None:
         typer.echo(report.explain_run(run_dir), nl=False)
+    else:
+        typer.echo(f"Written: {page}")
+
+
+@app.command()
+def replay(run_dir: RunArgument, as_json: JsonOption = False) -> None:
+    """Derive every decision of a run again from its journal alone; exit with 1 where one does not follow from its evidence."""
+    check_run(run_dir)
+    from multistep.replay import check, replay_run
+
+    found = replay_run(run_dir)
+    if not any(r.findings for r in found):
+        check(found)
+    if as_json:
+        print_json({"ok": all(r.ok for r in found), "journals": [r.model_dump(mode="json") for r in found]})
+    else:
+        typer.echo("\n".join(str(line) for r in found for line in (*r.findings, r)))
+    if not all(r.ok for r in found):
+        raise typer.Exit(1)
 
 
 for _verb in (verbs.evaluate, verbs.predict, verbs.chat, verbs.tune, verbs.export, verbs.serve):

@@ -80,7 +80,9 @@ class FitConfig(Spec):
     text: tuple[str, ...] = ()  # None: inferred
     label: str | None = None
     model: str = "auto"  # auto, lstm (labels only), none, a folder, a hub name
-    controller: Literal["staged", "race", "fixed"] = "staged"
+    controller: Literal["staged", "race", "fixed", "reactive", "halving", "population", "bayes", "random"] = "staged"
+    skip: tuple[Literal["linear", "race", "average", "predict"], ...] = ()  # stages that are left out
+    until: str | None = None  # METRIC=VALUE at which training ends, such as f1=0.93; None: with the budget
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: Objective | None = None  # None: the task's own
     schedule: Schedule = Linear()
@@ -139,13 +141,13 @@ class FitConfig(Spec):
             raise UserError("label_smoothing: an objective was given too. Write objective.label_smoothing instead.")
         return self
 
-    @field_validator("text", mode="before")
+    @field_validator("text", "skip", mode="before")
     @classmethod
     def _text(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
 
-_TEXTS = ("task", "metric", "budget", "out", "label", "model")  # never numbers, whatever they look like
+_TEXTS = ("task", "metric", "budget", "out", "label", "model", "until")  # never numbers, whatever they look like
 
 
 def resolve(source: str, options: Mapping[str, Any], overrides: Sequence[str]) -> FitConfig:

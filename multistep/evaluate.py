@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from multistep.allocation import in_halves
 from multistep.data.batches import Batches, by_length
 from multistep.models.base import TextEncoder
 from multistep.models.encoder import pad
@@ -118,11 +119,15 @@ def encode(
     model.eval()
     features_ND = np.empty((len(rows.ids), model.width), dtype=np.float32)
     done = 0
-    for part in by_length(rows.lengths_N, model.encode_tokens, batch):
+
+    def one(part: np.ndarray) -> None:
         x, mask_BT = rows.inputs(part)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             features_BD = model.upper(x, mask_BT, rows.cut) if rows.cut else model.features(x, mask_BT)
         features_ND[part] = features_BD.float().cpu().numpy()
+
+    for part in by_length(rows.lengths_N, model.encode_tokens, batch):
+        in_halves(part, one)
         done += len(part)
         if watch is not None:
             watch(done / len(rows.ids))
@@ -135,12 +140,16 @@ def keep_hidden(model: TextEncoder, rows: Rows, cut: int, *, bf16: bool = False,
     model.eval()
     hidden_SD = torch.empty((int(rows.lengths_N.sum()), model.width), device=rows.device)
     done = 0
-    for batch in by_length(rows.lengths_N, model.encode_tokens):
-        x, mask_BT = rows.inputs(batch)
+
+    def one(part: np.ndarray) -> None:
+        x, mask_BT = rows.inputs(part)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             hidden_BTD = model.lower(x, mask_BT, cut)
-        places = np.concatenate([np.arange(int(rows.starts_N[r]), int(rows.starts_N[r + 1])) for r in batch])
+        places = np.concatenate([np.arange(int(rows.starts_N[r]), int(rows.starts_N[r + 1])) for r in part])
         hidden_SD[torch.from_numpy(places).to(rows.device)] = hidden_BTD[mask_BT].float()
+
+    for batch in by_length(rows.lengths_N, model.encode_tokens):
+        in_halves(batch, one)
         done += len(batch)
         if watch is not None:
             watch(done / len(rows.ids))

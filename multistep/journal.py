@@ -40,7 +40,7 @@ class Journal:
     def append(self, kind: str, **fields: Any) -> dict[str, Any]:
         """Write one record and return it as `read` will. Raises OSError (disk full) with the file left whole up to the last record."""
         assert kind in KINDS and "n" not in fields, (kind, fields.get("n"))
-        record: dict[str, Any] = _finite({"n": self._n, "kind": kind, **fields})
+        record: dict[str, Any] = finite({"n": self._n, "kind": kind, **fields})
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,16 +98,16 @@ def _read_and_mend(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON for pydantic models, numpy scalars and paths; a number that is not finite becomes its name ("nan", "inf")."""
     if isinstance(value, BaseModel):
-        return _finite(value.model_dump(mode="python"))
+        return finite(value.model_dump(mode="python"))
     if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     if isinstance(value, np.generic):
-        return _finite(value.item())
+        return finite(value.item())
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return str(value) if isinstance(value, Path) else value

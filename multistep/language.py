@@ -13,8 +13,8 @@ from typing import Any
 from multistep import journal, report
 from multistep.budget import Clock, parse_budget
 from multistep.config import FitConfig, save_config
-from multistep.controllers.language import LANGUAGE_CONTROLLERS, LanguageProblem, go_on
-from multistep.controllers.phases import Phases
+from multistep.controllers.language_plan import LanguageProblem, higher_is_better
+from multistep.controllers.script import Target
 from multistep.data.records import LanguageData, load_language
 from multistep.journal import Journal
 from multistep.language_bundle import write_language_bundle
@@ -22,7 +22,8 @@ from multistep.metrics.texts import check_language_metric
 from multistep.models.adapter import save_adapter
 from multistep.predictors.ways import read_way, words
 from multistep.report.progress import Progress
-from multistep.session import check_same_data, left, machine_facts, show, signals, versions
+from multistep.session import check_same_data, controller_of, left, machine_facts, show, signals, versions
+from multistep.target import read_target
 from multistep.tasks.writing import LOSSES, WRITING, writing_task
 from multistep.tune import tune
 from multistep.tune.language import LanguageWorks
@@ -88,6 +89,7 @@ class _Run:
         )
         self.task = writing_task(config.task, self.data.train)  # pyright: ignore[reportArgumentType]
         self.metric = check_language_metric(config.metric or self.task.default_metric, self.task.kind)
+        self.target()  # bad ones are told before anything is written
         self.pretrained: Pretrained = pretrained_kind(config)
         if self.metric in LOSSES and self.task.kind not in ("lm", "chat"):
             raise UserError(
@@ -106,8 +108,16 @@ class _Run:
             task=self.task, metric=self.metric, config=self.config, pretrained=self.pretrained,
             regime="adapter" if self.config.adapter == "lora" else regime,
             rows={k: len(v) for k, v in records.items()}, bytes={k: int(sizes(v).sum()) for k, v in records.items()},
-            budget=budget.amount, unit=budget.unit,
+            budget=budget.amount, unit=budget.unit, target=self.target(),
         )  # fmt: skip
+
+    def target(self) -> Target | None:
+        """The score at which training ends, where one was asked for. Raises UserError."""
+        kind = self.task.kind
+        measured = tuple(dict.fromkeys([self.metric, "bits_per_byte"]))
+        return read_target(
+            self.config.until, self.metric, measured, lambda name: check_language_metric(name, kind), higher_is_better
+        )
 
     def drive(self, clock: Clock, book: Journal, past: Sequence[dict[str, Any]], progress: Progress) -> Path:
         with signals() as stop:
@@ -122,17 +132,13 @@ class _Run:
             self.speakers.watch = watch
             works = LanguageWorks(self.speakers, self.problem(), clock, stop)
             works.ship_with(self.ship)
-            for record in tune(works, self._phases(past), book, past):
+            controller = controller_of(self.problem(), self.config.controller, book, clock, past)
+            for record in tune(works, controller, book, past):
                 show(progress, record, clock, self.metric)
         (self.out / "model" / "README.md").write_text(report.card(self._card(clock)), encoding="utf-8")
         book.append("Finished", clock=clock.save(), wall_s=clock.wall_s)
         book.close()
         return self.out
-
-    def _phases(self, past: Sequence[Mapping[str, Any]]) -> Phases:
-        problem = self.problem()
-        first = LANGUAGE_CONTROLLERS[self.config.controller](problem)
-        return Phases(first, lambda more: go_on(problem.with_(budget=more)), parse_budget(self.config.budget), past)
 
     def ship(self, standing: dict[str, Any]) -> None:
         s = self.speakers

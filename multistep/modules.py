@@ -27,18 +27,19 @@ from multistep.budget import Budget, Clock, parse_budget
 from multistep.config import OptimizerConfig
 from multistep.controllers.choose import Facts, choose, is_convex, is_regression
 from multistep.controllers.module import MODULE_CONTROLLERS, ModuleProblem
-from multistep.controllers.script import Scripted
+from multistep.controllers.script import Target
 from multistep.journal import Journal
 from multistep.loader import ModuleRows, Split, rows_of
-from multistep.metrics import check_metric
+from multistep.metrics import METRICS, check_metric
 from multistep.objectives import OBJECTIVES, Objective
 from multistep.optimizers.base import REGIMES, Regime
 from multistep.optimizers.muon import hidden_matrices
 from multistep.report.progress import Progress
 from multistep.schedules import SCHEDULES
-from multistep.session import budget_so_far, clock_then, show, signals
+from multistep.session import budget_so_far, clock_then, controller_of, show, signals
 from multistep.state import sweep
 from multistep.strategy import frozen_ids
+from multistep.target import read_target
 from multistep.tasks import Task
 from multistep.tune import tune
 from multistep.tune.memory import device_memory
@@ -81,6 +82,7 @@ def optimize(
     optimizer: str | Mapping[str, Any] | Spec = "auto",
     schedule: str | Mapping[str, Any] | Spec | None = None,
     controller: str = "staged",
+    until: str | None = None,
     regime: str = "scratch",
     batch_size: int = 32,
     micro_batch: int = 0,
@@ -109,6 +111,7 @@ def optimize(
     factor, a block of the module further from its outputs. `freeze`: names of parameters or modules that stay as they are.
     `batch_growth`: shares of a training at which the batch doubles. `soup`: also try the mean of the probes and the trunk.
     `patience`: looks at validation in a row without a gain that end the training (0: off).
+    `controller`: see `multistep list controllers`; `until`: a score at which training ends, "accuracy=0.93", reached with its error.
     `out`: a folder for journal, states and weights; a run that was stopped there goes on. Raises UserError on bad input.
     """
     started = time.monotonic()
@@ -133,7 +136,10 @@ def optimize(
     metric = metric_of(metric, task)
     if controller not in MODULE_CONTROLLERS:
         raise UserError(f"controller: {controller!r} is not known.{nearest(controller, list(MODULE_CONTROLLERS))}")
+    higher = metric != "loss" and METRICS[metric].higher_is_better
     problem = ModuleProblem.parse({
+        "seed": seed, "own_batches": rows["train"].batch_size is not None, "higher_is_better": higher,
+        "target": _target(until, metric, task),
         "objective": goal, "metric": metric, "optimizer": config, "regime": chosen,
         "schedule": None if schedule is None else spec_of(schedule, SCHEDULES, "schedule"),
         "batch_size": problem_batch, "micro_batch": micro_batch, "clip": clip, "dropout": dropout, "bf16": bf16,
@@ -149,7 +155,8 @@ def optimize(
         book, past = _open(folder, asked, metric, clock, device)
         works = ModuleWorks(module, rows, problem, clock, stop, folder, task, seed)
         works.adopt_given()
-        for record in tune(works, Scripted(MODULE_CONTROLLERS[controller](problem)), book, past):
+        steps = controller_of(problem, controller, book, clock, past)
+        for record in tune(works, steps, book, past):
             show(progress, record, clock, metric)
         if past[-1]["kind"] != "Finished":
             book.append("Finished", clock=clock.save(), wall_s=clock.wall_s)
@@ -161,6 +168,15 @@ def optimize(
     test_read = [r["metrics"] for r in journal.read(folder / "journal.jsonl") if r["kind"] == "TestRead"]
     tested = {k: MetricValue(*v) for k, v in test_read[-1].items()} if test_read else None
     return Optimized(module, metric, found[metric], found, tested, folder, temporary)
+
+
+def _target(until: str | None, metric: str, task: Task | None) -> Target | None:
+    measured = tuple(dict.fromkeys([metric, *(() if task is None else task.metrics), "loss"]))
+
+    def check(name: str) -> str:
+        return name if name == "loss" or task is None else check_metric(name, task.kind)
+
+    return read_target(until, metric, measured, check, lambda name: name != "loss" and METRICS[name].higher_is_better)
 
 
 def _open(

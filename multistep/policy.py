@@ -14,11 +14,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import numpy as np
 from pydantic import Field
 
-from multistep.types import Comparison, MetricValue, Spec, UserError, Verdict
+from multistep.metrics.verdicts import admitted
+from multistep.types import Admitted, Comparison, Finite, Gain, MetricValue, Spec, UserError, Verdict
 
-ALPHA = 0.1  # of a gain, shared by all candidates that are tried (Bonferroni)
-SAME = 0.01  # of the metric: a loss that is, less one standard error, within this is no loss
-CHEAPER = 0.9  # of the incumbent's mean latency: what counts as cheaper
 _WARM_UP = 3
 _LIMIT = re.compile(r"(p50|p95|p99|mean)\s*=\s*(\d+(?:\.\d+)?)\s*(ms|s)")
 
@@ -149,27 +147,11 @@ def admit(
     """Whether a candidate takes the incumbent's place: it has to keep the limit, and be better, or the same and cheaper. `better`: the
     paired verdict on quality; `compared`: the paired comparison on the metric; `best`: that with the best that has stood, so that many
     small losses do not add up."""
-    evidence = (compared,) if best is None else (compared, best)
-    if not candidate.within(limit):
-        assert limit is not None
-        took = getattr(candidate, limit.statistic)
-        return Verdict(
-            accept=False, rule=f"{limit.statistic} {took:.3g} ms > {limit.ms:g} ms: too slow", evidence=evidence
-        )
-    if not incumbent.within(limit):
-        return Verdict(
-            accept=True, rule=f"{better.rule}; but it keeps the limit, what stood does not", evidence=evidence
-        )
-    if better.accept:
-        return better
-    share = candidate.mean / incumbent.mean
-    worst = min(evidence, key=lambda c: c.difference - c.stderr + SAME * abs(c.incumbent))
-    floor, margin = worst.difference - worst.stderr, SAME * abs(worst.incumbent)
-    said = f"{compared.metric} {compared.difference:+.4f} ± {compared.stderr:.4f}, {share:.2f} of the time"
-    if share <= CHEAPER and floor >= -margin:
-        rule = f"{said}: the same within {margin:.4f}, and cheaper"
-        return Verdict(accept=True, rule=rule, evidence=evidence)
-    if share > CHEAPER:
-        return Verdict(accept=False, rule=f"{better.rule}; {share:.2f} of the time: not cheaper", evidence=evidence)
-    than = "" if worst is compared else f" as the best that stood ({worst.difference:+.4f} ± {worst.stderr:.4f})"
-    return Verdict(accept=False, rule=f"{said}: not the same within {margin:.4f}{than}", evidence=evidence)
+    by = Admitted(
+        quality=better.by if isinstance(better.by, Gain | Finite) else None, gain=better.evidence,
+        mean_ms=(candidate.mean, incumbent.mean),
+    )  # fmt: skip
+    if limit is not None:
+        at_ms = (getattr(candidate, limit.statistic), getattr(incumbent, limit.statistic))
+        by = by.with_(statistic=limit.statistic, limit_ms=limit.ms, at_ms=at_ms)
+    return admitted(better, (compared,) if best is None else (compared, best), by)

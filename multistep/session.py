@@ -12,6 +12,9 @@ from typing import Any
 
 from multistep import __version__
 from multistep.budget import Budget, Clock
+from multistep.controllers import Controller
+from multistep.controllers.begin import AnyProblem, begin, is_problem, noted
+from multistep.journal import Journal
 from multistep.report.progress import Progress
 from multistep.types import UserError
 
@@ -86,6 +89,17 @@ def clock_then(past: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     told = [r for r in past if r["kind"] == "Told"]
     counts = told[-1]["clock"] if told else {"updates": 0, "tokens": 0}
     return {**counts, "wall_s": past[-1]["clock"]["wall_s"]}
+
+
+def controller_of(
+    problem: AnyProblem, name: str, book: Journal, clock: Clock, past: Sequence[Mapping[str, Any]]
+) -> Controller:
+    """The run's controller; what it is given is written down once, so that the journal alone can be replayed. `past`: the journal so far,
+    which a resumed run goes on with."""
+    over = bool(past) and past[-1]["kind"] == "Finished"
+    if not over and not any(map(is_problem, past)):
+        book.append("Noted", clock=clock.save(), **noted(problem, name))
+    return begin(problem, name, past)
 
 
 def versions() -> dict[str, str]:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from multistep.budget import Budget
+from multistep.detect import Detector, Norms
 from multistep.types import UserError
 
 if TYPE_CHECKING:
@@ -43,67 +44,14 @@ class Segment:
     tokens: int = 0
 
     def progress(self) -> float:
-        done = {"seconds": self.wall_s, "updates": self.updates, "tokens": self.tokens}[self.total.unit]
-        return min(1.0, done / self.total.amount)
+        return min(1.0, self._done() / self.total.amount)
 
+    def left(self) -> float:
+        """In the budget's unit."""
+        return max(0.0, self.total.amount - self._done())
 
-@dataclass
-class Detector:
-    """Sees a loss that is not finite, or one far above all that was seen: before the update is made.
-
-    A spike is above mean + 6 sigma of the recent losses and above twice the worst of the first 20: small losses near the end of
-    fine-tuning have heavy tails that are no spikes. Thresholds: PaLM-style z-scores, see PAPERS.md.
-    """
-
-    mean: float = 0.0
-    variance: float = 0.0
-    worst_at_start: float = 0.0
-    seen: int = 0
-
-    def see(self, loss_nats: float, grad_norm: float) -> str:
-        """'' when all is well (and the loss is remembered), else 'nonfinite' or 'spike' (and it is not)."""
-        if not (abs(loss_nats) < float("inf") and abs(grad_norm) < float("inf")):  # NaN compares false
-            return "nonfinite"
-        limit = max(self.mean + 6 * self.variance**0.5, 2 * self.worst_at_start)
-        if self.seen >= 20 and loss_nats > limit:
-            return "spike"
-        if self.seen < 20:
-            self.worst_at_start = max(self.worst_at_start, loss_nats)
-        weight = max(0.02, 1 / (self.seen + 1))
-        delta = loss_nats - self.mean
-        self.mean += weight * delta
-        self.variance = (1 - weight) * (self.variance + weight * delta**2)
-        self.seen += 1
-        return ""
-
-
-@dataclass
-class Norms:
-    """Running mean and variance of the gradients' norms, by which `clip_z` tells the one that stands out.
-
-        z = (norm - mean) / deviation;  norm <- mean + (limit^2 / z) deviation  where z > limit
-
-    Source: Kumar et al. 2025 (ZClip), arXiv 2504.02507: decay 0.97, 25 updates before the first is clipped; the further out, the
-    shorter. Differs from the source: the first norms are averaged evenly. Clipped norms are remembered as what they became.
-    """
-
-    mean: float = 0.0
-    variance: float = 0.0
-    seen: int = 0
-
-    def limit(self, norm: float, z: float) -> float:
-        """What a gradient's norm becomes; the same norm when it does not stand out, or when z is 0."""
-        deviation = self.variance**0.5
-        if not z or self.seen < 25 or not self.mean + z * deviation < norm < float("inf"):
-            return norm
-        return self.mean + (z * deviation) ** 2 / (norm - self.mean)
-
-    def see(self, norm: float) -> None:
-        weight = max(0.03, 1 / (self.seen + 1))
-        delta = norm - self.mean
-        self.mean += weight * delta
-        self.variance = (1 - weight) * (self.variance + weight * delta**2)
-        self.seen += 1
+    def _done(self) -> float:
+        return {"seconds": self.wall_s, "updates": self.updates, "tokens": self.tokens}[self.total.unit]
 
 
 @dataclass
@@ -115,6 +63,15 @@ class Counters:
     lr_scale: float = 1.0  # halved by every roll back
     tail_count: int = 0
     seed: int = 0
+    micro_batch: int = 0  # examples at once that fitted into memory, where the strategy's did not; 0: no limit was met
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the model had of its own before any strategy touched it."""
+
+    requires_grad: Mapping[str, bool]  # by parameter
+    dropout: Mapping[str, float]  # by module
 
 
 @dataclass
@@ -126,31 +83,45 @@ class TrainState:
     segment: Segment = field(default_factory=Segment)
     detector: Detector = field(default_factory=Detector)
     norms: Norms = field(default_factory=Norms)
+    steps: Norms = field(default_factory=Norms)  # of the updates by their learning rates
     strategy: Training | None = None
     trained: list[tuple[str, nn.Parameter]] = field(default_factory=list)
     optimizer: torch.optim.Optimizer | None = None
     ema: list[Tensor] = field(default_factory=list)
     tail: list[Tensor] = field(default_factory=list)
     rng: Tensor = field(default_factory=lambda: torch.Generator().manual_seed(0).get_state())
+    given: Given | None = None
 
     def begin(self, strategy: Training, budget: Budget) -> None:
-        """Start a segment. Optimizer state is kept when only live fields changed, else made anew."""
-        keep = self.strategy is not None and self.optimizer is not None and strategy.same_but_live(self.strategy)
-        self.strategy = strategy
-        self.segment = Segment(total=budget)
-        if keep:
-            assert self.optimizer is not None
-            self.counters.tail_count = 0  # the tail is this segment's
-            for group in self.optimizer.param_groups:
-                group["weight_decay"] = strategy.optimizer.weight_decay if group["decays"] else 0.0
-            return
-        self._take_parameters(strategy)
-        self.counters = Counters(seed=self.counters.seed)
-        self.detector, self.norms = Detector(), Norms()
-        device = self.trained[0][1].device.type
-        self.rng = torch.Generator(device).manual_seed(self.counters.seed).get_state()
+        """Start a segment. The first one makes everything. A later one goes on in the data (by examples seen, where the batch size
+        changes); its averages begin anew. The optimizer's state is kept where the same parameters are trained with the same settings
+        but for live ones; what detectors remember and the cuts of the learning rate, where only live fields changed."""
+        before = self.strategy if self.optimizer is not None else None
+        self.strategy, self.segment = strategy, Segment(total=budget)
+        counters = self.counters
+        if before is None:
+            self._take_parameters(strategy)
+            self.counters = Counters(seed=counters.seed, micro_batch=counters.micro_batch)
+            device = self.trained[0][1].device.type
+            self.rng = torch.Generator(device).manual_seed(counters.seed).get_state()
+        elif strategy.keeps_moments(before):
+            self._set_weight_decay(strategy)
+            self._restart_averages()
+        else:
+            self._take_parameters(strategy)
+        if before is not None and strategy.batch_size != before.batch_size:
+            counters.position = round(counters.examples / strategy.batch_size)
+        self.counters.tail_count = 0  # the tail is this segment's
+        if before is None or not strategy.same_but_live(before):
+            self.detector, self.norms, self.steps = Detector(), Norms(), Norms()
+            self.counters.lr_scale = 1.0
 
     def _take_parameters(self, strategy: Training) -> None:
+        if self.given is None:
+            flags = {n: p.requires_grad for n, p in self.model.named_parameters()}
+            self.given = Given(flags, {n: m.p for n, m in self.model.named_modules() if isinstance(m, nn.Dropout)})
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self.given.requires_grad[name])
         self.trained = strategy.trained(self.model)
         names = {n for n, _ in self.trained}
         for name, parameter in self.model.named_parameters():
@@ -162,6 +133,17 @@ class TrainState:
         self.ema = [p.detach().clone() for _, p in self.trained]
         self.tail = [torch.zeros_like(p) for _, p in self.trained]
 
+    def _set_weight_decay(self, strategy: Training) -> None:
+        assert self.optimizer is not None
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = strategy.optimizer.weight_decay if group["decays"] else 0.0
+
+    def _restart_averages(self) -> None:
+        with torch.no_grad():
+            for average, tail, (_, parameter) in zip(self.ema, self.tail, self.trained, strict=True):
+                average.copy_(parameter)
+                tail.zero_()
+
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         """The trained parameters; tables of embeddings bear that word in their names, by which optimizers know them."""
         tables = {id(p) for m in self.model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
@@ -170,13 +152,29 @@ class TrainState:
     def adjust(self, strategy: Training) -> None:
         """Change live fields inside the segment: learning rate, weight decay, dropout, smoothing, clip."""
         assert self.strategy is not None and strategy.same_but_live(self.strategy), "only live fields may change"
-        segment, tail_count = self.segment, self.counters.tail_count
-        self.begin(strategy, segment.total)
-        self.segment, self.counters.tail_count = segment, tail_count
+        self.strategy = strategy
+        self._set_weight_decay(strategy)
+
+    def drop_out(self) -> None:
+        """Set the model's dropout to the strategy's; to its own where the strategy has none."""
+        if self.strategy is None or self.given is None:
+            return
+        modules = dict(self.model.named_modules())
+        for name, own in self.given.dropout.items():
+            modules[name].p = own if self.strategy.dropout is None else self.strategy.dropout
+
+    def halve_micro_batch(self, rows: int) -> None:
+        """Memory ran out with `rows` examples at once: half as many from now on. Raises UserError where one is too many."""
+        if rows <= 1:
+            raise UserError(
+                "out of memory with one example at once. Lower the length of the texts (max_length) or the layers that are trained, "
+                "or take a smaller model."
+            )
+        self.counters.micro_batch = (rows + 1) // 2
 
     def fork(self) -> TrainState:
         """A copy with the same future; nothing is shared."""
-        twin = TrainState(copy.deepcopy(self.model), strategy=self.strategy)
+        twin = TrainState(copy.deepcopy(self.model), strategy=self.strategy, given=self.given)
         if self.strategy is not None:
             twin._take_parameters(self.strategy)
         twin.restore(self.snapshot())
@@ -210,7 +208,7 @@ class TrainState:
     def snapshot(self, into: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """A copy of all that moves, as `{"meta": JSON, "tensors": {...}}`. The tensors of an earlier snapshot that nobody needs any
         more, `into`, are written over: there is never memory for two."""
-        moving = {"rng": self.rng, **{f"buffer.{name}": buffer for name, buffer in self._buffers()}}
+        moving = {"rng": self.rng, **{f"buffer.{name}": buffer for name, buffer in self.buffers()}}
         for i, (name, parameter) in enumerate(self.trained):
             moving |= {f"model.{name}": parameter, f"ema.{name}": self.ema[i]}
             if self.counters.tail_count:  # before that it holds nothing: the first that is taken in is written over it
@@ -223,6 +221,7 @@ class TrainState:
             "counters": asdict(self.counters),
             "detector": asdict(self.detector),
             "norms": asdict(self.norms),
+            "steps": asdict(self.steps),
             "segment": {**asdict(self.segment), "total": self.segment.total.model_dump()},
         }
         return {"meta": meta, "tensors": tensors}
@@ -231,21 +230,24 @@ class TrainState:
         """Go back to a snapshot of a state with the same strategy; the snapshot stays usable."""
         meta, tensors = snapshot["meta"], snapshot["tensors"]
         self.counters = Counters(**meta["counters"])
-        self.detector, self.norms = Detector(**meta["detector"]), Norms(**meta.get("norms", {}))
+        self.detector = Detector(**meta["detector"])
+        self.norms, self.steps = Norms(**meta.get("norms", {})), Norms(**meta.get("steps", {}))
         self.segment = Segment(**{**meta["segment"], "total": Budget(**meta["segment"]["total"])})
         self.rng = tensors["rng"].clone()
         with torch.no_grad():
-            for name, buffer in self._buffers():
+            for name, buffer in self.buffers():
                 buffer.copy_(tensors[f"buffer.{name}"])
             for i, (name, parameter) in enumerate(self.trained):
                 parameter.copy_(tensors[f"model.{name}"])
                 self.ema[i].copy_(tensors[f"ema.{name}"])
                 if self.counters.tail_count:
                     self.tail[i].copy_(tensors[f"tail.{name}"])
+                else:
+                    self.tail[i].zero_()
         if self.optimizer is not None:
             self.optimizer.load_state_dict(_unpack(meta["optimizer"], tensors, self.trained[0][1].device))
 
-    def _buffers(self) -> list[tuple[str, Tensor]]:
+    def buffers(self) -> list[tuple[str, Tensor]]:
         """Running statistics and their like: what moves beside the parameters."""
         kept = self.model.state_dict().keys()
         return [(n, b) for n, b in self.model.named_buffers() if n in kept]

@@ -29,6 +29,15 @@ if TYPE_CHECKING:
     from multistep.models.base import TextEncoder
 
 _LIVE = ("optimizer.lr", "optimizer.weight_decay", "dropout", "clip", "clip_z", "objective.label_smoothing", "schedule")
+_OF_MOMENTS = (
+    "optimizer",
+    "head_lr",
+    "layer_decay",
+    "trains",
+    "layers",
+    "freeze",
+    "shape",
+)  # what an optimizer is built from
 
 
 class FitLinear(Spec):
@@ -79,6 +88,7 @@ class Training(Spec):
     dropout: Annotated[float, Field(ge=0, lt=1), Tunable(0.0, 0.5, live=True)] | None = None  # None: the model's own
     layer_decay: LayerDecay = 1.0  # of the learning rate, a block further from the outputs; 1: off
     batch_growth: BatchGrowth = ()  # progress at which the batch doubles, each time
+    reshuffle: Annotated[int, Field(ge=0)] = 0  # another order of the data: added to its seed
     bf16: bool = False
 
     def trained(self, model: Any) -> list[tuple[str, nn.Parameter]]:
@@ -97,8 +107,14 @@ class Training(Spec):
         return 2 ** sum(progress >= share for share in self.batch_growth)
 
     def same_but_live(self, other: Training) -> bool:
-        """Whether going from `other` to this strategy keeps the optimizer's state."""
+        """Whether this strategy can take over from `other` inside of a segment."""
         return type(self) is type(other) and _without_live(self) == _without_live(other)
+
+    def keeps_moments(self, other: Training) -> bool:
+        """Whether a segment of this strategy goes on with the optimizer's state that one of `other` left: it trains the same parameters
+        with the same optimizer, live fields aside."""
+        one, two = _without_live(self), _without_live(other)
+        return type(self) is type(other) and all(one.get(k) == two.get(k) for k in _OF_MOMENTS)
 
 
 class FineTune(Training):
@@ -213,12 +229,12 @@ class Decode(Spec):
 
 class TryWay(Spec):
     """Measure a way to write with a finished model: its latency, then its texts against those of what stands. `engine`: what writes, as
-    JSON; empty: our own. `alpha`: its share of the chance of an error that all ways together may have."""
+    JSON; empty: our own. `share`: of the judged records; with less than all of them nothing is taken."""
 
     kind: Literal["try_way"] = "try_way"
     way: Way
     engine: dict[str, Any] = Field(default_factory=dict)
-    alpha: Annotated[float, Field(gt=0, lt=1)]
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 class Mix(Spec):
@@ -266,12 +282,13 @@ class Predict(Spec):
 
 class TryRecipe(Spec):
     """Measure a way to answer with the models of a finished run: fitted on the calibration rows, judged on rows that it was not fitted
-    on, timed beside what stands. `engine`: what the encoder runs on, as JSON; empty: as it stands."""
+    on, timed beside what stands. `engine`: what the encoder runs on, as JSON; empty: as it stands. `share`: of the rows; with less than
+    all of them nothing is taken."""
 
     kind: Literal["try_recipe"] = "try_recipe"
     recipe: Recipe
     engine: dict[str, Any] = Field(default_factory=dict)
-    alpha: Annotated[float, Field(gt=0, lt=1)]  # its share of the chance of an error that all ways together may have
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 class Serving(Spec):
@@ -322,3 +339,4 @@ class Trial(Spec):
     commit: bool = True  # False: a probe, whose end is compared but never becomes the incumbent
     watch_gap: bool = False  # stop in the middle when validation loss rises while train loss falls
     patience: Annotated[int, Field(ge=0)] = 0  # looks at validation in a row without a gain that stop it; 0: any number
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.1  # the chance of a false gain that its comparisons may have, each

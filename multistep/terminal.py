@@ -1,7 +1,7 @@
 """The border of the command line: options that verbs share, checks before torch is imported, output, and how errors end a command.
 
 Results go to standard output, all else to standard error; with --json standard output is exactly one JSON object.
-Exit codes: 0 done, 2 bad input (one line, no traceback), 130 and 143 stopped by SIGINT and SIGTERM.
+Exit codes: 0 done, 1 a journal that does not replay, 2 bad input (one line, no traceback), 130 and 143 stopped by SIGINT and SIGTERM.
 """
 
 from __future__ import annotations

@@ -1,7 +1,11 @@
 """The loop: a generator of measurements. Break to stop; nothing is lost, the state goes on from where it is.
 
-A loss that is not finite or that spikes is seen before the update is made: the update is left out, the measurement carries the
-event and the batch's rows, and the caller decides what to do (go on, or roll back and halve the learning rate).
+A loss or gradient that is not finite, that spikes or explodes is seen before the update is made: the update is left out, the
+measurement carries the event and the batch's rows, and the caller decides what to do (go on, or roll back and halve the learning rate).
+An update that explodes is seen after it was made and before the next batch: the caller has to restore the state of before. Where
+memory runs out nothing of the batch is applied, and it comes again in micro-batches of half the size.
+
+When torch.distributed is initialised, every process takes its part of each batch and all make the same updates (`processes`).
 """
 
 from __future__ import annotations
@@ -14,9 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from multistep import processes
+from multistep.allocation import OutOfMemory, out_of_memory, release
+from multistep.detect import MOVED
 from multistep.precision import training_in
-from multistep.state import TrainState, now_s
-from multistep.types import Measure
+from multistep.processes import get_rng, set_rng
+from multistep.state import TrainState
+from multistep.types import Measure, UserError
+
+_SAMPLED = 512  # entries of each trained tensor, by which the norm of an update is measured
 
 
 class TrainData(Protocol):
@@ -46,19 +56,25 @@ class Order(Protocol):
 
 
 def train(state: TrainState, data: TrainData, bf16: bool = False) -> Iterator[Measure]:
-    """Run the state's segment to its end. Yields after every batch; the state is consistent at every yield."""
-    optimizer = state.optimizer
-    assert state.strategy is not None and optimizer is not None, "begin() comes first"
-    order = data.order(state.strategy.batch_size, state.counters.seed)
-    dropouts = [m for m in state.model.modules() if isinstance(m, nn.Dropout)]
-    cuda = state.trained[0][1].device.type == "cuda"
-    started = now_s()
+    """Run the state's segment to its end. Yields after every batch; the state is consistent at every yield but that of an exploding
+    update. Raises UserError when memory runs out with one example at once."""
+    optimizer, before = state.optimizer, state.strategy
+    assert before is not None and optimizer is not None, "begin() comes first"
+    if before.optimizer.products and processes.count() > 1:
+        raise UserError(
+            f"optimizer: {before.optimizer.kind} works in one process. Choose another one, or train in one process."
+        )
+    order = data.order(before.batch_size, state.counters.seed + before.reshuffle)
+    sample, moving = Sample([p for _, p in state.trained]), Moving([b for _, b in state.buffers()])
+    device = state.trained[0][1].device
+    cuda, applied = device.type == "cuda", None
+    started = processes.shared_now_s(device)
     while state.segment.progress() < 1.0:
         counters, strategy = state.counters, state.strategy  # between yields the caller may restore or adjust the state
         assert strategy is not None
-        if strategy.dropout is not None:
-            for dropout in dropouts:
-                dropout.p = strategy.dropout
+        if strategy is not applied:
+            state.drop_out()
+            applied = strategy
         strategy.optimizer.settle(optimizer, training=True)
         if not state.model.training:  # ... or have encoded with it
             state.model.train()
@@ -66,30 +82,109 @@ def train(state: TrainState, data: TrainData, bf16: bool = False) -> Iterator[Me
         pieces = [order.at(counters.position + n) for n in range(strategy.batches(progress))]
         rows = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         batch = Batch(state, data, rows, bf16, cuda, pieces)
-        loss_nats, norm = batch.gradients()
-        event = state.detector.see(loss_nats, norm)
         lr = strategy.optimizer.lr * strategy.schedule(progress) * counters.lr_scale
+        moving.keep()
+        try:
+            loss_nats, norm = batch.gradients()
+            event = state.detector.see(loss_nats, norm, state.norms.explodes(norm))
+        except OutOfMemory:
+            loss_nats, norm, event = float("nan"), float("nan"), "out of memory"
+        if event == "out of memory":
+            moving.restore()
+            optimizer.zero_grad(set_to_none=True)
+            release()
+            state.halve_micro_batch(batch.micro)
+            state.segment.wall_s += (now := processes.shared_now_s(device)) - started
+            started, named = now, tuple(int(r) for r in rows)
+            done = counters.update, counters.tokens, counters.examples
+            yield Measure(*done, loss_nats, lr, norm, event, named, batch.micro)
+            continue
         if not event:
             state.norms.see(state.norms.limit(norm, strategy.clip_z))
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
+            sample.keep()
             if strategy.optimizer.closure:
                 optimizer.step(batch)  # pyright: ignore[reportCallIssue, reportArgumentType]
             else:
                 optimizer.step()
-            counters.update += 1
-            state.average()
+            event = sample.event(state, lr)
+            if not event:
+                counters.update += 1
+                state.average()
+        else:
+            moving.restore()
         optimizer.zero_grad(set_to_none=True)
-        state.rng = _get_rng(cuda)
+        state.rng = batch.rng_after()
         counters.position += len(pieces)
         counters.tokens += batch.tokens
         counters.examples += len(rows)
         state.segment.updates += 1  # a batch that was left out counts too: the segment must end
         state.segment.tokens += batch.tokens
-        state.segment.wall_s += (now := now_s()) - started
+        state.segment.wall_s += (now := processes.shared_now_s(device)) - started
         started = now
         named = tuple(int(r) for r in rows) if event else ()
         yield Measure(counters.update, counters.tokens, counters.examples, loss_nats, lr, norm, event, named)
+
+
+class Sample:
+    """Some hundred entries of every trained tensor, copied before and after a step: how far it went, for next to nothing."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]):
+        self._views = [_some(p.detach()) for p in parameters]
+        self._before, self._after = (torch.cat(self._views).float() for _ in range(2))
+
+    def keep(self) -> None:
+        """Remember the parameters as they are before a step."""
+        torch.cat(self._views, out=self._before)
+
+    def event(self, state: TrainState, lr: float) -> str:
+        """'' when the step was like those before it (and it is remembered), else what it was."""
+        torch.cat(self._views, out=self._after)
+        moved = float(torch.linalg.vector_norm(self._after.sub_(self._before)))
+        if not moved < float("inf"):
+            return "nonfinite"
+        if lr <= 0:
+            return ""
+        if state.steps.explodes(moved / lr) and moved > MOVED * float(torch.linalg.vector_norm(self._before)):
+            return "exploding update"
+        state.steps.see(moved / lr)
+        return ""
+
+
+def _some(tensor: Tensor) -> Tensor:
+    """A view of up to so many entries, from the middle: the first rows of a table of embeddings are special."""
+    if not tensor.is_contiguous():
+        return tensor[(0,) * (tensor.ndim - 1)]
+    count = min(_SAMPLED, tensor.numel())
+    return tensor.view(-1).narrow(0, (tensor.numel() - count) // 2, count)
+
+
+class Moving:
+    """The buffers that a forward pass changes (running statistics), so that a batch that is left out leaves no trace in them."""
+
+    def __init__(self, buffers: Sequence[Tensor]):
+        self._buffers, self._values = list(buffers), [b.clone() for b in buffers]
+        self._versions = [b._version for b in buffers]
+        self._first = True
+
+    def keep(self) -> None:
+        """Remember them as they are before a batch."""
+        if not self._buffers:
+            return
+        if not self._first:  # which ones move is known: torch counts what is written into a tensor
+            kept = [i for i, b in enumerate(self._buffers) if b._version != self._versions[i]]
+            if len(kept) < len(self._buffers):
+                self._buffers, self._values = [self._buffers[i] for i in kept], [self._values[i] for i in kept]
+                self._versions = [self._versions[i] for i in kept]
+        self._first = False
+        for value, buffer in zip(self._values, self._buffers, strict=True):
+            value.copy_(buffer)
+
+    def restore(self) -> None:
+        """Put them back to how they were before the batch."""
+        for value, buffer in zip(self._values, self._buffers, strict=True):
+            buffer.copy_(value)
 
 
 class Batch:
@@ -105,17 +200,27 @@ class Batch:
     ):  # fmt: skip
         assert state.strategy is not None
         self.state, self.strategy, self.data, self.rows = state, state.strategy, data, rows
-        self.pieces = pieces or (rows,)
+        self.pieces = [mine for piece in (pieces or (rows,)) if len(mine := processes.part(piece))]
         self.bf16, self.cuda = bf16, cuda
         self.parameters = [p for _, p in state.trained]
         self.tokens = data.tokens(rows)
+        most = max(len(piece) for piece in (pieces or (rows,)))
+        limits = (self.strategy.micro_batch, state.counters.micro_batch, -(-most // processes.count()))
+        self.micro = min(limit for limit in limits if limit)  # examples at once
         self._loaded: list[tuple[Any, Any]] = []
-        self._rng = state.rng
+        self._weight = 1.0  # what this process's rows count
+        self._rng, self._rng_after = state.rng, None
+        if processes.count() > 1:
+            self._rng, self._rng_after = processes.generators(state.rng, cuda)
         self._known: Tensor | None = None  # the loss, while the parameters and their gradients are those of `gradients`
+
+    def rng_after(self) -> Tensor:
+        """The state of the random generator that the next batch begins with."""
+        return get_rng(self.cuda) if self._rng_after is None else self._rng_after
 
     def gradients(self) -> tuple[float, float]:
         """The mean loss and the norm of its gradients, which are clipped to the strategy's norm. An optimizer with a closure gets
-        them as they are: it begins with this evaluation."""
+        them as they are: it begins with this evaluation. Raises OutOfMemory."""
         loss = self()
         loss_nats = float(loss)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -129,12 +234,27 @@ class Batch:
         return loss_nats, norm_value
 
     def __call__(self) -> Tensor:
-        """The mean loss; the gradients are made anew, in micro-batches that add up to the whole."""
+        """The mean loss; the gradients are made anew, in micro-batches that add up to the whole. Raises OutOfMemory."""
         if self._known is not None:
             known, self._known = self._known, None
             return known
         for parameter in self.parameters:
             parameter.grad = None
+        total, short = torch.zeros(()), False
+        try:
+            total = self._backward()
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            short = True
+        if processes.count() > 1:
+            found, short = processes.add_up(self.parameters, float(total), self._weight, short)
+            total = torch.tensor(found)
+        if short:
+            raise OutOfMemory(f"out of memory with {self.micro} examples at once")
+        return total
+
+    def _backward(self) -> Tensor:
         total = 0.0
         for part in self.parts():
             loss = part.loss()
@@ -144,16 +264,17 @@ class Batch:
 
     def parts(self) -> list[Part]:
         """The micro-batches, whose losses add up to the whole. To be read once each, in their order."""
-        _set_rng(self._rng, self.cuda)
+        set_rng(self._rng, self.cuda)
         if not self._loaded:  # which may draw random numbers: every evaluation begins after that
-            micro = self.strategy.micro_batch or max(map(len, self.pieces))
-            parts = [piece[start : start + micro] for piece in self.pieces for start in range(0, len(piece), micro)]
-            self._loaded = [self.data.load(part) for part in parts]
-            self._rng = _get_rng(self.cuda)
-        if len(self._loaded) == 1:
+            starts = [(piece, start) for piece in self.pieces for start in range(0, len(piece), self.micro)]
+            self._loaded = [self.data.load(piece[start : start + self.micro]) for piece, start in starts]
+            self._rng = get_rng(self.cuda)
+        alone = processes.count() == 1
+        if len(self._loaded) == 1 and alone:
             return [Part(self, *self._loaded[0], 1.0)]
         counts = [self.strategy.objective.count(targets) for _, targets in self._loaded]
-        whole = max(sum(counts), 1e-12)  # a batch whose every token is masked counts nothing
+        self._weight = float(sum(counts))
+        whole = max(self._weight, 1e-12)  # a batch whose every token is masked counts nothing
         return [Part(self, *loaded, count / whole) for loaded, count in zip(self._loaded, counts, strict=True)]
 
     def ridge(self, parameter: Tensor) -> float:
@@ -191,14 +312,3 @@ class Part(NamedTuple):
 
     def _precision(self) -> AbstractContextManager[None]:
         return training_in(self.batch.bf16, "cuda" if self.batch.cuda else "cpu")
-
-
-def _get_rng(cuda: bool) -> Tensor:
-    return torch.cuda.get_rng_state() if cuda else torch.get_rng_state()
-
-
-def _set_rng(rng: Tensor, cuda: bool) -> None:
-    if cuda:
-        torch.cuda.set_rng_state(rng)
-    else:
-        torch.set_rng_state(rng)

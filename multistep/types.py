@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -139,7 +139,7 @@ class MetricValue(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """What one update of the loop yields. `event` names something out of the ordinary ("nonfinite", "spike")."""
+    """What one update of the loop yields. `event` names something out of the ordinary ("nonfinite", "spike", "out of memory" ...)."""
 
     update: int
     tokens: int
@@ -149,6 +149,7 @@ class Measure:
     grad_norm: float
     event: str = ""
     rows: tuple[int, ...] = ()  # the batch, named only when there is an event
+    micro_batch: int = 0  # examples at once with which memory ran out: only with that event
 
 
 class Cost(Spec):
@@ -164,7 +165,8 @@ class Cost(Spec):
 
 class Comparison(Spec):
     """A paired comparison of a candidate with the incumbent over the same examples. Differences: candidate - incumbent,
-    signed so that higher is better. `p` is one-sided: the chance of such a gain if there were none."""
+    signed so that higher is better. `p` is one-sided: the chance of such a gain if there were none. `test`: where it comes from (paired
+    t, exact McNemar, swapped pairs); `wins`, `losses`: of McNemar, the examples that only the candidate, only the incumbent has right."""
 
     metric: str
     candidate: float
@@ -173,14 +175,88 @@ class Comparison(Spec):
     stderr: float
     p: float
     n: int
+    test: Literal["", "t", "mcnemar", "swap"] = ""
+    wins: int | None = None
+    losses: int | None = None
+
+
+class Gain(Spec):
+    """Better beyond noise on the first comparison; or not worse on it, and on the second better beyond noise at half of alpha. `least`:
+    the gain on the first that rows which are too few for less may decide on; 0: they are enough."""
+
+    kind: Literal["gain"] = "gain"
+    alpha: float
+    least: float = 0.0
+
+
+class Finite(Spec):
+    """Whether all of the candidate's and of the incumbent's numbers are finite; one of them is not."""
+
+    kind: Literal["finite"] = "finite"
+    what: Literal["outputs", "losses"]
+    candidate: bool
+    incumbent: bool
+
+
+class Admitted(Spec):
+    """Of ways to predict: inside the limit, and better (what `quality` makes of `gain`), or the same and cheaper. Times: of a request, in
+    milliseconds, for the candidate and for what stood; on average, and at the limit's statistic."""
+
+    kind: Literal["admitted"] = "admitted"
+    quality: Gain | Finite | None
+    gain: tuple[Comparison, ...]
+    mean_ms: tuple[float, float]
+    at_ms: tuple[float, float] | None = None  # None: there is no limit
+    statistic: str = ""
+    limit_ms: float | None = None
+
+
+class Slow(Spec):
+    """A request takes longer than so many times the limit, by this statistic of `n` requests."""
+
+    kind: Literal["slow"] = "slow"
+    statistic: str
+    ms: float
+    n: int
+    limit_ms: float
+    times: float = 1.0
+
+
+class Apart(Spec):
+    """An engine's texts are not those of our own: the share that is the same, and the metric's loss in points, where it is known."""
+
+    kind: Literal["apart"] = "apart"
+    same: float
+    points: float | None
+    words: str
+
+
+class Wanted(Spec):
+    """Taken because it was asked for, whatever its numbers."""
+
+    kind: Literal["wanted"] = "wanted"
+    words: str
+
+
+class Looked(Spec):
+    """A look at a part of what judges, by which a search goes on or not: nothing is taken."""
+
+    kind: Literal["looked"] = "looked"
+    at: int
+    of: int
+
+
+By = Annotated[Gain | Finite | Admitted | Slow | Apart | Wanted | Looked, Field(discriminator="kind")]
 
 
 class Verdict(Spec):
-    """The decision on a candidate, the rule that made it and the numbers the rule read."""
+    """The decision on a candidate, the rule that made it in words, and the numbers the rule read. `by`: the rule as data, by which
+    `metrics.verdicts.derived` makes the verdict again."""
 
     accept: bool
     rule: str
     evidence: tuple[Comparison, ...] = ()
+    by: By | None = None
 
 
 class Outcome(Spec):

@@ -131,6 +131,9 @@ def tune(
     coverage: Annotated[
         float | None, typer.Option(help="Withhold answers: the right label is a candidate this often, such as 0.95.")
     ] = None,
+    controller: Annotated[
+        str, typer.Option(help="staged, fixed, race, reactive, halving, population, bayes, random.")
+    ] = "staged",
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -143,7 +146,7 @@ def tune(
 
             policy = tune_run(
                 run_dir, metric=metric, latency=latency, budget=budget, data=data, costs=costs, coverage=coverage,
-                progress=progress,
+                controller=controller, progress=progress,
             )  # fmt: skip
     except Interrupted as stop:
         typer.echo("saved; the same command goes on", err=True)

@@ -75,7 +75,10 @@ def config(data: Path, out: Path, encoder: Path | str, **more: Any) -> FitConfig
 
 
 def run(cfg: FitConfig) -> Run:
-    return fit_config(cfg, Progress(quiet=True))
+    done = fit_config(cfg, Progress(quiet=True))
+    wrong = [str(finding) for replayed in done.replay() for finding in replayed.findings]
+    assert not wrong, wrong  # every run of the tests replays
+    return done
 
 
 def committed(run: Run) -> list[tuple[str, str]]:

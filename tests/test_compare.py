@@ -102,7 +102,7 @@ def test_the_clock_stops_while_judging(monkeypatch: pytest.MonkeyPatch) -> None:
     from multistep.comparison import arena as arenas
 
     now = [0.0]
-    monkeypatch.setattr("multistep.train.now_s", lambda: now.__setitem__(0, now[0] + 0.01) or now[0])
+    monkeypatch.setattr("multistep.processes.now_s", lambda: now.__setitem__(0, now[0] + 0.01) or now[0])
     judge = arenas.ModuleArena.judge
 
     def slow(self: Any, module: nn.Module, split: str) -> dict[str, float]:

@@ -87,7 +87,7 @@ def test_two_overrides_of_one_section() -> None:
         (["batch_size=0"], r"'batch_size': .*greater than or equal to 1"),
         (["optimizer.lr=fast"], r"'optimizer\.lr': .*number.*\(got 'fast'\)"),
         (["optimizer=adam"], r"'optimizer'"),
-        (["controller=random"], r"'controller': .*'staged'.*\(got 'random'\)"),
+        (["controller=magic"], r"'controller': .*'staged'.*\(got 'magic'\)"),
         (["precision=fp16"], r"'precision'"),
         (["budget=soon"], r"budget: 'soon' is not a budget\. Write 30s"),
         (["budget=0s"], r"budget: '0s' must be above zero"),

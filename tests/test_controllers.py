@@ -283,6 +283,16 @@ def test_what_cannot_be_finished_is_not_begun(name: str, scenario: str) -> None:
         assert "20 updates" in story.skips("trunk")[0].why
 
 
+@pytest.mark.parametrize(
+    "stage, trials", [("linear", {"linear"}), ("race", {"race"}), ("average", {"average"}), ("predict", {"predict"})]
+)
+def test_a_stage_may_be_left_out(stage: str, trials: set[str]) -> None:
+    SCENARIOS["without"] = {"problem": problem(skip=(stage,)), "better_rate": 2.0}
+    whole, story = live("staged", "plain"), live("staged", "without")
+    assert trials <= {t.stage for t in whole.trials()} and not trials & {t.stage for t in story.trials()}
+    assert [s.why for s in story.skips(stage)] == [f"left out: skip={stage} was given"]
+
+
 @pytest.mark.parametrize("name", ["staged", "race"])
 @pytest.mark.parametrize("scenario, ratio", [("plain", 1.0), ("higher rate wins", 2.0), ("lower rate wins", 0.5)])
 def test_the_trunk_takes_the_rate_that_won(name: str, scenario: str, ratio: float) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,28 +41,29 @@ class Killed(BaseException):
     """Stands for kill -9 inside one process: nothing may catch it."""
 
 
-@pytest.mark.parametrize("share", [0.05, 0.3, 0.45, 0.6, 0.75, 0.9, 0.99])
-def test_killed_at_a_journal_line_and_resumed(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+def test_killed_at_each_journal_line_in_turn_and_resumed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    straight = [r for r in journal.read(folder / "straight" / "journal.jsonl") if r["kind"] != "Measured"]
-    left = [int(share * len(straight))]  # measurements come by the clock; every other line is the same in both runs
-    append = Journal.append
+    """What is on disk when a line of the journal has been written is what a kill there leaves behind: it is kept, and resumed from."""
+    append, killed = Journal.append, []
 
-    def dying(self: Journal, kind: str, **fields: object) -> dict[str, object]:
+    def keeping(self: Journal, kind: str, **fields: object) -> dict[str, object]:
         record = append(self, kind, **fields)
-        left[0] -= kind != "Measured"
-        if left[0] <= 0:
-            raise Killed
+        if kind != "Measured":  # which come by the clock
+            killed.append(tmp_path / f"{len(killed):03d}-{kind}")
+            shutil.copytree(tmp_path / "straight", killed[-1])
         return record
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "append", dying)
-        with pytest.raises(Killed):
-            run(config(folder / "rows.csv", tmp_path / "run", folder / "encoder"))
-    resumed = api.resume(tmp_path / "run")
-    assert committed(resumed) == committed(api.Run(folder / "straight"))
-    same_states(folder / "straight", tmp_path / "run")
+        patch.setattr(Journal, "append", keeping)
+        straight = run(config(folder / "rows.csv", tmp_path / "straight", folder / "encoder", budget="60 updates"))
+    kinds = {path.name[4:] for path in killed}
+    assert kinds >= {"Started", "Data", "Asked", "Noted", "Told", "Committed", "RolledBack", "TestRead", "Finished"}
+    for path in killed:
+        resumed = api.resume(path)
+        assert committed(resumed) == committed(straight), path.name
+        same_states(tmp_path / "straight", path)
+        shutil.rmtree(path)
 
 
 def test_killed_in_the_middle_of_training(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,12 +161,26 @@ def test_a_bad_batch_is_left_out(
     assert of_kind(done, "TestRead")[0]["metrics"]["accuracy"][0] > 0.5
 
 
-def test_three_bad_batches_are_enough(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_that_are_all_bad_are_a_divergence_at_any_rate(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _spoil(monkeypatch, set(range(40, 10_000)), float("nan"))
     done = run(config(folder / "rows.csv", tmp_path / "run", folder / "encoder"))
-    events = [r for r in of_kind(done, "Event") if r["event"] == "nonfinite"]
-    assert len(events) == segment.MAX_ROLLBACKS + 1
-    assert "stopped" in events[-1]["action"]
+    seen = [r["event"] for r in of_kind(done, "Event")]
+    once = ["nonfinite"] * (segment.MAX_ROLLBACKS + 1)
+    assert seen == [*once, "divergence"] * segment.MAX_RESTARTS + once
+    (diagnosed,) = [d for d in of_kind(done, "Diagnosed") if d.get("at") != "end"]
+    assert diagnosed["name"] == "divergence" and "bad batches" in diagnosed["numbers"]["rule"]
+    assert of_kind(done, "Finished") and done.predict(["alpha up"])[0].value
+
+
+def test_bad_batches_far_apart_stop_a_training(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segment, "CLOSE_UPDATES", 20)
+    _spoil(monkeypatch, {40, 70, 100, 130}, float("nan"))
+    done = run(config(folder / "rows.csv", tmp_path / "run", folder / "encoder"))
+    events = of_kind(done, "Event")
+    assert [e["event"] for e in events] == ["nonfinite"] * (segment.MAX_ROLLBACKS + 1)
+    assert "stopped" in events[-1]["action"] and events[-1]["lr_scale"] == 0.5**4
     assert of_kind(done, "Finished") and done.predict(["alpha up"])[0].value
 
 

@@ -9,9 +9,10 @@ import pytest
 
 from multistep.config import FitConfig
 from multistep.controllers import Reserve, Scripted, Skip
-from multistep.controllers.language import LANGUAGE_CONTROLLERS, LanguageProblem
+from multistep.controllers.language import LANGUAGE_CONTROLLERS
+from multistep.controllers.language_plan import LanguageProblem
 from multistep.predictors.decoding import Greedy
-from multistep.strategy import Decode, FitWriter, Profile, ReadTest, Shape, TrainWriter, Trial
+from multistep.strategy import Decode, Diagnose, FitWriter, Profile, ReadTest, Shape, TrainWriter, Trial
 from multistep.tasks.writing import Writing
 from multistep.types import Cost, Outcome
 
@@ -41,6 +42,8 @@ class Machine:
                     "new_tokens": 50, "judge_s": GREEDY_S, "calibration_s": GREEDY_S, "judged_rows": 500, "test_rows": 1000,
                     "test_s": 5 * 2 * GREEDY_S, "why_no_model": "",
                 }  # fmt: skip
+            case Diagnose():
+                cost_s = 0.0  # it reads what is there
             case FitWriter():
                 self.standing = {"kind": "writer"}
             case TrainWriter():

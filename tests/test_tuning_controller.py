@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from multistep.controllers import decoding
+from multistep.controllers.choices import CHOOSERS, MOST, Proposals
 from multistep.controllers.decoding import SEARCHED, DecodingProblem, ladder, tuning
 from multistep.controllers.script import Scripted, Skip
-from multistep.controllers.ways import Space, WaySearch
-from multistep.policy import ALPHA
+from multistep.controllers.ways import Space, suggested
 from multistep.predictors.decoding import Beam, Greedy
 from multistep.predictors.ways import plain, texts, words
 from multistep.strategy import Profile, Trial, TryWay
 from multistep.tasks.writing import Writing
-from multistep.types import Cost, MetricValue, Outcome, Verdict
+from multistep.types import Comparison, Cost, MetricValue, Outcome, Verdict
 
 
 def problem(**more: Any) -> DecodingProblem:
@@ -39,12 +40,21 @@ def drive(p: DecodingProblem, second_s: float = 1.0) -> tuple[list[Trial], list[
         cost, facts = second_s * texts(way), {"ms": 10.0 * texts(way)}
         left -= cost
         metrics = {p.metric: MetricValue(30 + texts(way) / 10, 0.1)}
-        verdict = Verdict(accept=False, rule="no")
+        compared = Comparison(metric=p.metric, candidate=30, incumbent=30, difference=0.1, stderr=0.1, p=0.2, n=100)
+        verdict = Verdict(accept=False, rule="no", evidence=(compared,))
+        standing = {"decoding": p.default.model_dump(mode="json")}
         if texts(way) > 8:
             facts, metrics = {**facts, "refused": words(way)}, {}
         controller.tell(
             ask,
-            Outcome(metrics=metrics, verdict=verdict, facts=facts, cost=Cost(wall_s=cost), remaining=max(0.0, left)),
+            Outcome(
+                metrics=metrics,
+                verdict=verdict,
+                facts=facts,
+                cost=Cost(wall_s=cost),
+                remaining=max(0.0, left),
+                incumbent=standing,
+            ),
         )
     return trials, skips
 
@@ -62,10 +72,44 @@ def test_the_ladder_comes_first_then_the_sampler_and_nothing_twice() -> None:
     ]  # the best width
 
 
-def test_all_candidates_share_one_chance_of_an_error() -> None:
+def test_every_look_that_finds_nothing_makes_the_next_one_harder() -> None:
     trials, _ = drive(problem())
-    alphas = {t.action.alpha for t in trials if isinstance(t.action, TryWay)}
-    assert len(alphas) == 1 and alphas.pop() * (len(trials) - 1) <= ALPHA
+    levels = [t.alpha for t in trials if isinstance(t.action, TryWay)]
+    assert levels[0] == 0.1 and all(a >= b for a, b in pairwise(levels)) and levels[-1] < 0.05
+
+
+@pytest.mark.parametrize("controller", CHOOSERS)
+def test_every_controller_searches_ways_to_write(controller: str) -> None:
+    p = problem(controller=controller)
+    trials, skips = drive(p)
+    tried = [(words(t.action.way), t.action.share) for t in trials if isinstance(t.action, TryWay)]
+    assert len(set(tried)) == len(tried) and trials == drive(p)[0], "nothing twice, and the same again"
+    if controller == "fixed":
+        assert not tried
+    elif controller == "race":
+        assert [w for w, _ in tried] == [words(w) for w, _ in ladder(p) if w != p.default], "greedy stands"
+    else:
+        assert 3 <= len(tried) <= MOST + 2
+    looked = [t for t in trials if isinstance(t.action, TryWay) and t.action.share < 1]
+    assert bool(looked) == (controller == "halving")
+    if controller == "halving":
+        shares = [t.action.share for t in trials if isinstance(t.action, TryWay)]
+        assert (
+            shares == sorted(shares)
+            and shares[-1] == 1.0
+            and shares.count(0.25) > shares.count(0.5) > shares.count(1.0)
+        )
+    if controller in ("reactive", "population"):
+        assert any(
+            isinstance(t.action.way, Beam) and t.action.way.beams == 2 for t in trials if isinstance(t.action, TryWay)
+        )
+    assert not skips
+
+
+@pytest.mark.parametrize("controller", sorted(set(CHOOSERS) - {"fixed", "reactive"}))  # which has few neighbours here
+def test_no_search_begins_what_it_cannot_pay(controller: str) -> None:
+    trials, skips = drive(problem(controller=controller, budget=30.0), second_s=2.0)
+    assert skips and sum(2.0 * texts(t.action.way) for t in trials if isinstance(t.action, TryWay)) <= 60
 
 
 def test_it_replays() -> None:
@@ -116,7 +160,7 @@ def test_the_sampler_finds_the_better_side_and_is_the_same_again() -> None:
     )  # fmt: skip
 
     def asked(seed: int) -> list[Any]:
-        search, found = WaySearch(space, seed), []
+        search, found = Proposals(lambda trial: suggested(trial, space), seed), []
         for _ in range(60):
             way = search.ask()
             found.append(way)
@@ -128,7 +172,7 @@ def test_the_sampler_finds_the_better_side_and_is_the_same_again() -> None:
     assert all(plain(w).max_new_tokens == 9 and plain(w).stop == ("\n",) for w in once)
     last = [w.kind for w in once[-20:]]
     assert last.count("beam") >= 10, last
-    search = WaySearch(space, 0)
+    search = Proposals(lambda trial: suggested(trial, space), 0)
     assert search.ask() == once[0]
     search.pass_over()
     assert search.ask() is not None
@@ -138,9 +182,9 @@ def test_no_controller_of_writing_needs_torch() -> None:
     import ast
     from pathlib import Path
 
-    from multistep.controllers import ways
+    from multistep.controllers import choices, ways
 
-    for module in (decoding, ways):
+    for module in (decoding, ways, choices):
         tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
         names = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
         names += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
@@ -149,8 +193,8 @@ def test_no_controller_of_writing_needs_torch() -> None:
 
 @pytest.mark.parametrize("asks", [1, 3])
 def test_known_ways_are_passed_over(monkeypatch: pytest.MonkeyPatch, asks: int) -> None:
-    monkeypatch.setattr(WaySearch, "ask", lambda self: Greedy(max_new_tokens=20))
-    monkeypatch.setattr(WaySearch, "pass_over", lambda self: None)
+    monkeypatch.setattr(Proposals, "ask", lambda self: Greedy(max_new_tokens=20))
+    monkeypatch.setattr(Proposals, "pass_over", lambda self: None)
     monkeypatch.setattr(decoding, "AGAIN", asks)
     trials, _ = drive(problem())
     assert not [t for t in trials if t.stage == "search"]

@@ -18,10 +18,12 @@ from multistep.budget import parse_budget
 from multistep.cli import run as command
 from multistep.controllers import answering as script
 from multistep.controllers.answering import AnsweringProblem, answering
+from multistep.controllers.choices import CHOOSERS
 from multistep.controllers.script import Scripted, Skip
 from multistep.engines import Runtime
 from multistep.policy import Policy
 from multistep.predictors import Single
+from multistep.predictors.recipe import Recipe
 from multistep.report.progress import Progress
 from multistep.strategy import Profile, Promise, Serving, Trial, TryRecipe
 from multistep.tasks import Classify, Regress
@@ -298,14 +300,32 @@ def test_no_cascade_where_the_cheap_model_is_not_cheap() -> None:
     assert any(isinstance(a, Skip) and a.stage == "cascade" for a in asked)
 
 
-def test_all_that_could_be_better_share_one_chance_of_error() -> None:
-    for metric, more in (("accuracy", 0), ("f1_macro", 1)):
-        tried = [
-            a.action.alpha
-            for a in driven(problem(metric=metric), {"linear": 1.0, "encoder": 10.0})
-            if isinstance(a, Trial) and isinstance(a.action, TryRecipe)
-        ]
-        assert set(tried) == {0.1 / (2 + 1 + 2 + more)}
+def test_what_can_only_be_cheaper_pays_for_no_look() -> None:
+    asked = driven(problem(), {"linear": 1.0, "encoder": 10.0})
+    tried = [a for a in asked if isinstance(a, Trial) and isinstance(a.action, TryRecipe)]
+    cascades = [a.alpha for a in tried if a.stage == "cascade"]
+    assert cascades and set(cascades) == {0.1}
+    assert next(a.alpha for a in tried if a.stage != "cascade") == 0.1
+
+
+@pytest.mark.parametrize("controller", CHOOSERS)
+def test_every_controller_searches_ways_to_answer(controller: str) -> None:
+    p, ms = (
+        problem(metric="f1_macro", controller=controller, models=("linear", "encoder", "encoder@32")),
+        {"linear": 1.0, "encoder": 10.0},
+    )
+
+    def tries() -> list[Trial]:
+        asked = driven(p, ms, lambda recipe: recipe.calibration == "vector")
+        return [a for a in asked if isinstance(a, Trial) and isinstance(a.action, TryRecipe)]
+
+    found = tries()
+    assert found == tries()
+    recipes = [(t.action.recipe, t.action.share) for t in found if isinstance(t.action, TryRecipe)]
+    assert len(set(map(str, recipes))) == len(recipes), "nothing twice"
+    assert bool(recipes) == (controller != "fixed")
+    if controller == "reactive":
+        assert recipes[0][0] == Recipe(models=("encoder",), calibration="temperature"), "a neighbour of what stands"
 
 
 def test_thresholds_are_tried_for_metrics_that_want_them() -> None:

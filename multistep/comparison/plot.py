@@ -11,6 +11,7 @@ from typing import NamedTuple
 from multistep.comparison.book import Row
 from multistep.comparison.page import sign_of, summary
 from multistep.comparison.statistics import aligned
+from multistep.report.svg import Scale, ticks
 from multistep.report.words import number
 
 # Twelve hues that differ in lightness too; then the same again, dashed.
@@ -32,19 +33,6 @@ class Line(NamedTuple):
     mean: list[float]
     worst: list[float]
     best: list[float]
-
-
-class Scale(NamedTuple):
-    """From numbers to places: `low` is at `start`, `high` at `end`."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def __call__(self, value: float) -> float:
-        share = (value - self.low) / ((self.high - self.low) or 1.0)
-        return self.start + share * (self.end - self.start)
 
 
 def svg(rows: Sequence[Row], title: str = "") -> str:
@@ -151,15 +139,6 @@ def _legend(lines: Sequence[Line], left: float, sign: float) -> list[str]:
         parts.append(f'<path d="M{left:.1f} {at - 4}h20" stroke="{line.colour}" stroke-width="3"{dash}/>')
         parts.append(f'<text x="{left + 27:.1f}" y="{at}">{escape(line.name)}  {number(line.mean[-1])}</text>')
     return parts
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Four to nine round numbers from low to high."""
-    rough = ((high - low) or 1.0) / 6
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def _powers(low: float, high: float) -> list[float]:

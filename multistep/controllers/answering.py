@@ -1,19 +1,21 @@
-"""The script that tunes how a finished run answers: what stands is measured, then engines, models, calibrations, decisions, cascades,
+"""The script that tunes how a finished run answers: what stands is measured, then engines, decisions, models, calibrations, cascades,
 each around what stands by then, as long as the budget lasts; at the end the promise, where one was asked for.
 
-Every candidate is compared with what stands on rows that it was not fitted on. All of those that could be better may err together as
-often as one alone (`policy.ALPHA`, shared evenly: Bonferroni). A cascade can only be cheaper: the shares go up from the cheapest.
+Every candidate is compared with what stands on rows that it was not fitted on. What may be taken for its quality pays for the look
+(`Wealth`: the strongest ideas come first, and every look that finds nothing makes the next one harder). Engines and cascades can only be
+cheaper, and pay nothing; a cascade's shares go up from the cheapest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import Any
 
-from multistep.controllers.script import Ask, BasePlan, Skip, Steps
-from multistep.policy import ALPHA, Limit
+from multistep.controllers.choices import CHOOSERS
+from multistep.controllers.script import BasePlan, Does, Skip, Steps
+from multistep.metrics import METRICS
+from multistep.policy import Limit
 from multistep.predictors import Predictor
-from multistep.predictors.recipe import Recipe, calibrations, wants_thresholds
+from multistep.predictors.recipe import Decision, Recipe, calibrations, wants_thresholds
 from multistep.strategy import Action, Profile, Promise, Serving, TryRecipe
 from multistep.tasks import Task
 from multistep.types import Outcome, Spec
@@ -22,9 +24,10 @@ AGAIN = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65)  # shares of the rows that a cascade ask
 WORTH = 2.0  # times the cheap model's latency that the costly one has to take for a cascade
 FASTER = 0.9  # of what stands: an engine that is not faster than this is not tried
 MARGIN = 1.2  # what is begun has to end
+CHEAPER = ("engine", "lengths", "cascade")  # stages whose candidates are taken for what they save
 FEWEST = 20  # rows to fit on
 
-Try = Generator[Ask, Outcome | None, Outcome | None]
+Try = Does[Outcome | None]
 
 
 class AnsweringProblem(Spec):
@@ -41,6 +44,7 @@ class AnsweringProblem(Spec):
     costs: tuple[tuple[float, ...], ...] | None = None
     coverage: float | None = None
     seed: int = 0
+    controller: str = "staged"  # or one of choices.CHOOSERS
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -59,14 +63,7 @@ class _Plan(BasePlan):
         self.engines: list[dict[str, Any]] = []
         self._known: set[str] = set()
         self._trial_s = 0.0
-        self.alpha = ALPHA / max(1, len(self.could_be_better()))
-
-    def could_be_better(self) -> list[str]:
-        """What may be taken for its quality alone."""
-        p = self.problem
-        blends = ["blend"] if len(p.families) > 1 else []
-        decisions = ["costs"] if p.costs is not None else ["thresholds"] if self.thresholds else []
-        return [*p.families, *blends, *calibrations(p.task)[1:], *decisions]
+        self.seed = problem.seed
 
     @property
     def thresholds(self) -> bool:
@@ -84,10 +81,12 @@ class _Plan(BasePlan):
         found = self.standing.get("recipe")
         return None if found is None else Recipe.parse(found)
 
-    def try_(self, stage: str, recipe: Recipe, why: str, engine: dict[str, Any] | None = None) -> Try:
-        """None where it was tried already, or what is left cannot pay for it."""
-        action = TryRecipe(recipe=recipe, engine=engine or {}, alpha=self.alpha)
-        key = f"{recipe} {engine or self.standing.get('engine')}"
+    def try_(
+        self, stage: str, recipe: Recipe, why: str, engine: dict[str, Any] | None = None, share: float = 1.0
+    ) -> Try:
+        """None where it was tried already, or what is left cannot pay for it. `share`: of the rows."""
+        action = TryRecipe(recipe=recipe, engine=engine or {}, share=share)
+        key = f"{recipe} {engine or self.standing.get('engine')} {share:g}"
         if key in self._known or (recipe == self.recipe and engine is None):
             return None
         self._known.add(key)
@@ -95,7 +94,75 @@ class _Plan(BasePlan):
         if self.remaining < needed:
             yield Skip(stage=stage, why=f"{recipe}: {self.remaining:.0f} s are left, it takes about {needed:.0f} s")
             return None
-        return (yield from self.trial(stage, action, f"{recipe}: {why}"))
+        free = share < 1 or stage in CHEAPER
+        return (yield from self.trial(stage, action, f"{recipe}: {why}", judges="" if free else "calibration"))
+
+    # ------------------------------------------------------------------ the candidates of a search (choices.Choices)
+
+    def every(self) -> list[tuple[Recipe, str]]:
+        """Models alone and together with every calibration and decision; then cascades."""
+        p, found = self.problem, []
+        together = [p.families] if len(p.families) > 1 else []
+        for models in (*((m,) for m in p.families), *together):
+            for how in calibrations(p.task):
+                for decision in self._decisions():
+                    recipe = Recipe(models=models, calibration=how, decision=decision, costs=self._costs(decision))
+                    found.append((recipe, "of the list"))
+        whole = Recipe(models=p.families, calibration=calibrations(p.task)[0])
+        firsts = p.families[:1] if len(p.families) > 1 and p.task.kind != "regress" else ()
+        found += [(whole.with_(first=first, again=again), "a cascade") for first in firsts for again in AGAIN]
+        return found
+
+    def _decisions(self) -> list[Decision]:
+        if self.problem.costs is not None:
+            return ["likeliest", "costs"]
+        return ["likeliest", "thresholds"] if self.thresholds else ["likeliest"]
+
+    def _costs(self, decision: str) -> tuple[tuple[float, ...], ...] | None:
+        return self.problem.costs if decision == "costs" else None
+
+    def suggested(self, trial: Any) -> Recipe:
+        p = self.problem
+        sets = [*((m,) for m in p.models), *([p.families] if len(p.families) > 1 else [])]
+        models = sets[trial.suggest_int("models", 0, len(sets) - 1)]
+        decision = trial.suggest_categorical("decision", self._decisions())
+        recipe = Recipe(
+            models=models, calibration=trial.suggest_categorical("calibration", list(calibrations(p.task))), decision=decision,
+            costs=self._costs(decision),
+        )  # fmt: skip
+        cheap = [m for m in p.models if m not in models] if p.task.kind != "regress" else []
+        if cheap and trial.suggest_categorical("cascade", [False, True]):
+            first = cheap[trial.suggest_int("first", 0, len(p.models) - 1) % len(cheap)]
+            return recipe.with_(first=first, again=trial.suggest_categorical("again", list(AGAIN)))
+        return recipe
+
+    def neighbours(self, candidate: Recipe) -> list[Recipe]:
+        p, found = self.problem, []
+        found += [candidate.with_(calibration=how) for how in calibrations(p.task)]
+        found += [candidate.with_(decision=d, costs=self._costs(d)) for d in self._decisions()]
+        found += [candidate.with_(models=(m,), first=None, again=0.0) for m in p.models]
+        if len(p.families) > 1:
+            found.append(candidate.with_(models=p.families, first=None, again=0.0))
+        if p.task.kind != "regress":
+            firsts = [m for m in p.models if m not in candidate.models]
+            found += [candidate.with_(first=first, again=again) for first in firsts[:2] for again in AGAIN]
+        return [other for other in found if other != candidate]
+
+    def now(self) -> Recipe | None:
+        return self.recipe
+
+    def merit(self, outcome: Outcome) -> float | None:
+        found = outcome.metrics.get(self.problem.metric)
+        if found is None:
+            return None
+        lower = self.problem.metric == "cost" or not METRICS[self.problem.metric].higher_is_better
+        return -found.value if lower else found.value
+
+    def latency_ms(self, outcome: Outcome) -> float:
+        return float(outcome.facts.get("ms", 0.0))
+
+    def attempt(self, stage: str, candidate: Recipe, why: str, share: float = 1.0) -> Try:
+        return (yield from self.try_(stage, candidate, why, share=share))
 
 
 def answering(problem: AnsweringProblem) -> Steps:
@@ -108,11 +175,13 @@ def answering(problem: AnsweringProblem) -> Steps:
         yield Skip(
             stage="models", why="all: what stands is a nest of blends or cascades: its parts are not taken apart"
         )
+    elif problem.controller != "staged":
+        yield from CHOOSERS[problem.controller](plan)
     else:
         yield from _engines(plan)
+        yield from _decisions(plan)  # what was asked for comes before what may help
         yield from _models(plan)
         yield from _calibrations(plan)
-        yield from _decisions(plan)
         yield from _cascades(plan)
     if problem.coverage is not None:
         why = f"the right label among the candidates with probability {problem.coverage:g}"

@@ -1,22 +1,22 @@
 """The script that tunes how a finished model writes: what stands is measured, then a fixed ladder from the cheap to the dear, then what
 Optuna proposes, as long as the budget lasts.
 
-Every candidate is compared with what stands then, on the same records. All of them together may err as often as one alone
-(`policy.ALPHA`, shared evenly among all that could be tried: Bonferroni). A candidate whose cost what is left cannot pay is skipped.
+Every candidate is compared with what stands then, on the same records, and pays for the look (`Wealth`: what is most likely to help comes
+first, and every look that finds nothing makes the next one harder). A candidate whose cost what is left cannot pay is skipped.
 Engines come first, since what is faster makes all that follows cheaper: those that write what our own writes, or nearly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import Any
 
 from pydantic import Field
 
-from multistep.controllers.script import Ask, BasePlan, Skip, Steps
-from multistep.controllers.ways import Family, Space, WaySearch, limits_of
+from multistep.controllers.choices import CHOOSERS, Proposals
+from multistep.controllers.script import BasePlan, Does, Skip, Steps
+from multistep.controllers.ways import Family, Space, limits_of, neighbours, suggested
 from multistep.metrics.texts import LANGUAGE_METRICS
-from multistep.policy import ALPHA, Limit
+from multistep.policy import Limit
 from multistep.predictors.best_of import BestOf
 from multistep.predictors.decoding import Beam, Greedy, Sample
 from multistep.predictors.draft_revise import DraftRevise
@@ -44,7 +44,7 @@ _UTILITIES: dict[str, Utility] = {
     "bleu": "bleu", "chrf": "chrf", "rouge1": "rougeL", "rouge2": "rougeL", "rougeL": "rougeL", "f1": "f1",
 }  # fmt: skip
 
-Try = Generator[Ask, Outcome | None, Outcome | None]
+Try = Does[Outcome | None]
 
 
 class DecodingProblem(Spec):
@@ -59,6 +59,7 @@ class DecodingProblem(Spec):
     limit: Limit | None
     budget: float  # seconds
     seed: int
+    controller: str = "staged"  # or one of choices.CHOOSERS
 
 
 class _Plan(BasePlan):
@@ -69,7 +70,7 @@ class _Plan(BasePlan):
         self.problem = problem
         self.sign = 1.0 if LANGUAGE_METRICS[problem.metric].higher_is_better else -1.0
         self.known: dict[str, float | None] = {}  # name -> quality, higher is better; None: refused
-        self.alpha = ALPHA / (len(ladder(problem)) + len(PENALTIES) + SEARCHED)
+        self.seed = problem.seed
         self._text_s = 0.0  # what stands takes for a trial, as if it followed one text
         self._factor: dict[bool, float] = {}  # what the last draws and what the last others took, of what was thought
 
@@ -82,9 +83,9 @@ class _Plan(BasePlan):
             self.known[words(self.problem.default)] = self._quality(outcome)
         elif isinstance(action, TryWay):
             if "refused" not in outcome.facts:
-                thought_s = max(1e-9, self._text_s * _work(action.way))
+                thought_s = max(1e-9, action.share * self._text_s * _work(action.way))
                 self._factor[_drawn(action.way)] = outcome.cost.wall_s / thought_s
-            self.known[words(action.way)] = self._quality(outcome)
+            self.known[_key(action.way, action.share)] = self._quality(outcome)
 
     def _quality(self, outcome: Outcome) -> float | None:
         found = outcome.metrics.get(self.problem.metric)
@@ -94,22 +95,47 @@ class _Plan(BasePlan):
         """What trying it takes, as the last one of its kind did."""
         return MARGIN * self._text_s * _work(way) * self._factor.get(_drawn(way), 1.0)
 
-    def try_(self, stage: str, way: Way, why: str, engine: dict[str, Any] | None = None) -> Try:
-        """None where it was tried already, or what is left cannot pay for it. `engine`: another one than writes by now."""
-        if words(way) in self.known and engine is None:
+    def try_(self, stage: str, way: Way, why: str, engine: dict[str, Any] | None = None, share: float = 1.0) -> Try:
+        """None where it was tried already, or what is left cannot pay for it. `engine`: another one than writes by now; `share`: of
+        the judged records."""
+        if _key(way, share) in self.known and engine is None:
             return None
-        needed = self.needs_s(way)
+        needed = share * self.needs_s(way)
         if self.remaining < needed:
-            self.known[words(way)] = None  # what is left only gets less
+            self.known[_key(way, share)] = None  # what is left only gets less
             yield Skip(stage=stage, why=f"{words(way)}: {self.remaining:.0f} s are left, it takes about {needed:.0f} s")
             return None
-        return (
-            yield from self.trial(
-                stage,
-                TryWay(way=way, engine=self.engine if engine is None else engine, alpha=self.alpha),
-                f"{words(way)}: {why}",
-            )
-        )
+        runs_on = self.engine if engine is None else engine
+        action = TryWay(way=way, engine=runs_on, share=share)
+        judges = "" if share < 1 or stage == "engine" else "calibration"
+        return (yield from self.trial(stage, action, f"{words(way)}: {why}", judges=judges))
+
+    # ------------------------------------------------------------------ the candidates of a search (choices.Choices)
+
+    def every(self) -> list[tuple[Way, str]]:
+        return ladder(self.problem)
+
+    def suggested(self, trial: Any) -> Way:
+        return suggested(trial, _space(self.problem))
+
+    def neighbours(self, candidate: Way) -> list[Way]:
+        return neighbours(candidate, _space(self.problem))
+
+    def now(self) -> Way | None:
+        return None if self.way is None else read_way(self.way)
+
+    def merit(self, outcome: Outcome) -> float | None:
+        return self._quality(outcome)
+
+    def latency_ms(self, outcome: Outcome) -> float:
+        return float(outcome.facts["ms"])
+
+    def attempt(self, stage: str, candidate: Way, why: str, share: float = 1.0) -> Try:
+        return (yield from self.try_(stage, candidate, why, share=share))
+
+
+def _key(way: Way, share: float) -> str:
+    return words(way) if share == 1.0 else f"{words(way)} on {share:g} of the records"
 
 
 def _drawn(way: Way) -> bool:
@@ -173,6 +199,9 @@ def tuning(problem: DecodingProblem) -> Steps:
     """The whole script."""
     plan = _Plan(problem)
     yield from plan.trial("measure", Profile(), "what stands: its metric and the latency of a request")
+    if problem.controller != "staged":
+        yield from CHOOSERS[problem.controller](plan)
+        return
     yield from _engines(plan)
     for way, why in ladder(problem):
         yield from plan.try_("ladder", way, why)
@@ -205,7 +234,7 @@ def _penalties(plan: _Plan) -> Steps:
 
 def _searched(plan: _Plan) -> Steps:
     """What Optuna proposes, up to its number of candidates or the end of the budget."""
-    search = WaySearch(_space(plan.problem), plan.problem.seed)
+    search = Proposals(plan.suggested, plan.seed)
     found = passed = 0
     while found < SEARCHED and passed < AGAIN:
         way = search.ask()

@@ -7,14 +7,12 @@ measured only in time that is left over.
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import TYPE_CHECKING, Literal
 
-from multistep.controllers.script import Ask, Reserve, Skip
+from multistep.controllers.script import Reserve, Skip, Steps
 from multistep.diagnosis.rows import MOST_ROWS
 from multistep.diagnosis.training import GAP_ROWS
 from multistep.strategy import Diagnose
-from multistep.types import Outcome
 
 if TYPE_CHECKING:
     from multistep.controllers.plan import Plan
@@ -53,7 +51,7 @@ def price_s(plan: Plan, by: By) -> float:
     return seconds + 2 * rows * width * (6 * width + 10 * outputs) / RIDGE_FLOPS + SCORE_S * rows * outputs
 
 
-def set_aside(plan: Plan) -> Generator[Ask, Outcome | None, None]:
+def set_aside(plan: Plan) -> Steps:
     """Keep the price, where it is a small share of the budget: before training takes what there is."""
     price = price_s(plan, "head" if has_features(plan) else "linear")
     if plan.timed and price <= SHARE * plan.problem.budget:
@@ -62,7 +60,7 @@ def set_aside(plan: Plan) -> Generator[Ask, Outcome | None, None]:
         yield Reserve(name="diagnose", amount=plan.kept_s)
 
 
-def diagnose(plan: Plan) -> Generator[Ask, Outcome | None, None]:
+def diagnose(plan: Plan) -> Steps:
     """Measured where that can be paid; what is in the journal is looked at always."""
     if plan.kept_s:
         yield Reserve(name="diagnose", amount=0.0)

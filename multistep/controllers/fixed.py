@@ -10,17 +10,22 @@ from multistep.controllers.trunk import worth_training
 
 def fixed(problem: Problem) -> Steps:
     plan = Plan(problem)
+    yield from plan.until(_models(plan))
+    yield from stages.finish(plan)
+
+
+def _models(plan: Plan) -> Steps:
     yield from stages.incumbent(plan)
     yield from stages.profile(plan)
     length, rows = yield from stages.encoder_rows(plan)
-    if length:
-        layers, _ = plan.layers(plan.remaining)
-        start = None
-        if plan.scratch is None:
-            start = (yield from stages.head(plan, rows, cut=plan.facts["n_layers"] - layers)).state
-        action = plan.fine_tune(layers=layers)
-        if rows:
-            yield Skip(stage="trunk", why=stages.PARTIAL)
-        elif (yield from worth_training(plan, action)):
-            yield from plan.trial("trunk", action, "one run with the given settings", start=start, share=plan.remaining)
-    yield from stages.finish(plan)
+    if not length:
+        return
+    plan.depth, _ = plan.layers(plan.remaining)
+    if plan.scratch is None:
+        plan.begins = (yield from stages.head(plan, rows, cut=plan.facts["n_layers"] - plan.depth)).state
+    action = plan.prior()
+    if rows:
+        yield Skip(stage="trunk", why=stages.PARTIAL)
+    elif (yield from worth_training(plan, action)):
+        why = "one run with the given settings"
+        yield from plan.trial("trunk", action, why, start=plan.begins, share=plan.remaining)

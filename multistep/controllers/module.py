@@ -1,20 +1,23 @@
 """The scripts for any module: what `optimize` tries, in the order of what it costs.
 
 fixed: one run with the given settings. race: learning rates first, then the winner. staged: the race, a trunk that is watched for
-overfitting, a cool-down from its best state where it overfits, averages. Probes are compared only after their learning rate has
-decayed to zero (short-horizon bias: Wu et al. 2018).
+overfitting, a cool-down from its best state where it overfits, averages. The searches (searches.py) stand where race and trunk do.
+Probes are compared only after their learning rate has decayed to zero (short-horizon bias: Wu et al. 2018).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from multistep.config import OptimizerConfig, check_layer_decay
 from multistep.controllers.diagnosing import WHY
-from multistep.controllers.script import Ask, BasePlan, Skip, Steps
+from multistep.controllers.members import Found, Ground, legs
+from multistep.controllers.script import BasePlan, Does, Skip, Steps, Target
+from multistep.controllers.searches import SEARCHES
+from multistep.controllers.space import Point, Space, settled, space_of
 from multistep.controllers.trunk import LEAST_UPDATES, PROBE_SHARE, PROBE_UPDATES, averages
 from multistep.objectives import Objective
 from multistep.optimizers.base import Regime
@@ -66,6 +69,10 @@ class ModuleProblem(Spec):
     unit: Unit
     rows: dict[str, int]  # by split; "test" only where there is one
     choice: str  # the rule that chose the optimizer
+    seed: int = 0
+    own_batches: bool = False  # a DataLoader has its own, which a search leaves alone
+    higher_is_better: bool = False  # the metric
+    target: Target | None = None
 
     @model_validator(mode="after")
     def _layers(self) -> Self:
@@ -80,7 +87,7 @@ class _Plan(BasePlan):
     """What is left, what an update costs, and the trials so far."""
 
     def __init__(self, problem: ModuleProblem):
-        super().__init__(problem.budget)
+        super().__init__(problem.budget, problem.target)
         self.problem = problem
         self.ends: list[str] = []  # of trainings that came to their end; all began at the weights as given
 
@@ -91,6 +98,46 @@ class _Plan(BasePlan):
         whole = outcome.ok and "diagnosis" not in outcome.facts and "stopped" not in outcome.facts
         if isinstance(action, TrainModule) and whole and outcome.state is not None:
             self.ends.append(outcome.state)
+
+    # ------------------------------------------------------------------ the ground of a search (members.Ground)
+
+    begins = None
+
+    @property
+    def least_updates(self) -> float:
+        return float(LEAST_SOLVER_UPDATES if self.problem.optimizer.member.closure else PROBE_UPDATES)
+
+    @property
+    def seed(self) -> int:
+        return self.problem.seed
+
+    def overhead(self) -> float:
+        return 1.1 * self.facts["judge_s"] if self.problem.unit == "seconds" else 0.0
+
+    def training_updates(self, amount: float) -> float:
+        return self.updates(amount)
+
+    def prior(self) -> TrainModule:
+        return self.strategy()
+
+    def space(self) -> Space:
+        """What the user has not fixed."""
+        p = self.problem
+        given = {
+            "optimizer.lr": p.optimizer.lr, "dropout": p.dropout,
+            "optimizer.weight_decay": (p.optimizer.model_extra or {}).get("weight_decay"),
+        }  # fmt: skip
+        fixed = [path for path, value in given.items() if value is not None]
+        return space_of(self.prior(), fixed, batches=not p.own_batches)
+
+    def at(self, point: Point, schedule: Schedule) -> TrainModule:
+        return settled(self.strategy(schedule=schedule), point)
+
+    def merit(self, outcome: Outcome) -> float:
+        found = outcome.metrics.get(self.problem.metric)
+        return float("-inf") if found is None else found.value if self.problem.higher_is_better else -found.value
+
+    # ------------------------------------------------------------------ costs
 
     def updates(self, amount: float) -> float:
         """How many updates `amount` of the budget buys."""
@@ -133,19 +180,19 @@ class _Plan(BasePlan):
         return Constant(warmup=0.0) if whole else Linear(warmup=0.0)
 
 
-def _begin(plan: _Plan) -> Generator[Ask, Outcome | None, None]:
+def _begin(plan: _Plan) -> Steps:
     told = yield from plan.trial("profile", Profile(), "what an update and a judgement cost here")
     plan.facts = told.facts
     yield from plan.trial("incumbent", AsGiven(), "the module as it was given")
 
 
-def _finish(plan: _Plan) -> Generator[Ask, Outcome | None, None]:
+def _finish(plan: _Plan) -> Steps:
     yield from plan.trial("diagnose", Diagnose(), WHY)
     if plan.problem.rows.get("test"):
         yield from plan.trial("test", ReadTest(), "read once, at the end")
 
 
-def _race(plan: _Plan) -> Generator[Ask, Outcome | None, float]:
+def _race(plan: _Plan) -> Does[float]:
     """Probes at rates around the prior, up while that helps, else down; each decays to zero. The rate to go on with."""
     prior = plan.strategy().optimizer.lr
     if plan.problem.optimizer.lr is not None:
@@ -160,7 +207,7 @@ def _race(plan: _Plan) -> Generator[Ask, Outcome | None, float]:
         yield Skip(stage="race", why=why)
         return prior
 
-    def probe(rate: float, why: str, against: str | None = None) -> Generator[Ask, Outcome | None, Outcome]:
+    def probe(rate: float, why: str, against: str | None = None) -> Does[Outcome]:
         action = plan.strategy(rate, Linear())
         return (yield from plan.trial("race", action, why, share=share, against=against, commit=False))
 
@@ -179,7 +226,7 @@ def _race(plan: _Plan) -> Generator[Ask, Outcome | None, float]:
     return rate
 
 
-def _enough(plan: _Plan, share: float) -> Generator[Ask, Outcome | None, bool]:
+def _enough(plan: _Plan, share: float) -> Does[bool]:
     least = LEAST_SOLVER_UPDATES if plan.problem.optimizer.member.closure else LEAST_UPDATES
     if plan.updates(share) >= least:
         return True
@@ -187,12 +234,12 @@ def _enough(plan: _Plan, share: float) -> Generator[Ask, Outcome | None, bool]:
     return False
 
 
-def _averages(plan: _Plan, state: str) -> Generator[Ask, Outcome | None, None]:
+def _averages(plan: _Plan, state: str) -> Steps:
     needed = 2 * plan.facts["judge_s"]
     yield from averages(plan, state, needed, plan.problem.unit == "seconds" and plan.remaining < needed)
 
 
-def _soup(plan: _Plan) -> Generator[Ask, Outcome | None, None]:
+def _soup(plan: _Plan) -> Steps:
     """The probes and what came after them, all from the same weights: their mean, as far as it helps."""
     needed = plan.soup_s(len(plan.ends)) + plan.facts["test_s"]
     if len(plan.ends) < 2:
@@ -207,42 +254,75 @@ def _soup(plan: _Plan) -> Generator[Ask, Outcome | None, None]:
 
 
 def fixed(problem: ModuleProblem) -> Steps:
+    """One run with the given settings."""
     plan = _Plan(problem)
-    yield from _begin(plan)
-    share = plan.spare()
-    yield from plan.trial("trunk", plan.strategy(), "one run with the given settings", share=share)
+    yield from plan.until(_fixed(plan))
     yield from _finish(plan)
+
+
+def _fixed(plan: _Plan) -> Steps:
+    yield from _begin(plan)
+    yield from plan.trial("trunk", plan.strategy(), "one run with the given settings", share=plan.spare())
 
 
 def race(problem: ModuleProblem) -> Steps:
+    """Learning rates first, then the winner for the time left."""
     plan = _Plan(problem)
+    yield from plan.until(_raced(plan))
+    yield from _finish(plan)
+
+
+def _raced(plan: _Plan) -> Steps:
     yield from _begin(plan)
     rate = yield from _race(plan)
     share = plan.spare()
-    if (yield from _enough(plan, share)):
+    if plan.target is not None:
+        yield from legs(plan, {"optimizer.lr": rate})
+    elif (yield from _enough(plan, share)):
         yield from plan.trial("trunk", plan.strategy(rate), f"lr {rate:.2g} for the time left", share=share)
-    yield from _finish(plan)
 
 
 def staged(problem: ModuleProblem) -> Steps:
+    """The race, a trunk that is watched, a cool-down where it overfits, averages: the default."""
+    return _searched(problem, _race_and_trunk)
+
+
+def _searching(search: Callable[[Ground], Found]) -> ModuleScript:
+    def script(problem: ModuleProblem) -> Steps:
+        return _searched(problem, search)
+
+    return script
+
+
+def _searched(problem: ModuleProblem, train: Callable[[_Plan], Found]) -> Steps:
     plan = _Plan(problem)
-    yield from _begin(plan)
-    rate = yield from _race(plan)
-    share = plan.spare()
-    if (yield from _enough(plan, share)):
-        why = f"lr {rate:.2g}, about {plan.updates(share):.0f} updates, {problem.choice}"
-        told = yield from plan.trial("trunk", plan.strategy(rate), why, share=share, watch=True)
-        state = told.state
-        if "diagnosis" in told.facts or "stopped" in told.facts:
-            state = yield from _cool_down(plan, told, share)
-        if state is not None:
-            yield from _averages(plan, state)
-        if problem.soup:
-            yield from _soup(plan)
+    yield from plan.until(_trained(plan, train))
     yield from _finish(plan)
 
 
-def _cool_down(plan: _Plan, paused: Outcome, share: float) -> Generator[Ask, Outcome | None, str | None]:
+def _trained(plan: _Plan, train: Callable[[_Plan], Found]) -> Steps:
+    yield from _begin(plan)
+    state = yield from train(plan)
+    if state is not None:
+        yield from _averages(plan, state)
+    if plan.problem.soup:
+        yield from _soup(plan)
+
+
+def _race_and_trunk(plan: _Plan) -> Found:
+    rate, share = (yield from _race(plan)), plan.spare()
+    if not (yield from _enough(plan, share)):
+        return None
+    if plan.target is not None:
+        return (yield from legs(plan, {"optimizer.lr": rate}))
+    why = f"lr {rate:.2g}, about {plan.updates(share):.0f} updates, {plan.problem.choice}"
+    told = yield from plan.trial("trunk", plan.strategy(rate), why, share=share, watch=True)
+    if "diagnosis" in told.facts or "stopped" in told.facts:
+        return (yield from _cool_down(plan, told, share))
+    return told.state
+
+
+def _cool_down(plan: _Plan, paused: Outcome, share: float) -> Does[str | None]:
     """From the best state of a trunk that overfits or stands still: its learning rate decays to zero, and training is over."""
     lr, done = paused.facts["best_lr"], paused.facts["best_progress"]
     rest = min(plan.spare(), COOL_SHARE * done * share)
@@ -254,4 +334,6 @@ def _cool_down(plan: _Plan, paused: Outcome, share: float) -> Generator[Ask, Out
     return (yield from plan.trial("cool-down", action, why, start=paused.state, share=rest)).state
 
 
-MODULE_CONTROLLERS: Mapping[str, ModuleScript] = {"staged": staged, "race": race, "fixed": fixed}
+MODULE_CONTROLLERS: Mapping[str, ModuleScript] = {
+    "staged": staged, "race": race, "fixed": fixed, **{name: _searching(search) for name, (search, _) in SEARCHES.items()},
+}  # fmt: skip

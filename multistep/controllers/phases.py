@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from multistep.budget import Budget
-from multistep.controllers.script import Ask, Controller, Scripted, Steps
+from multistep.controllers.script import Ask, Controller, Scripted, Steps, Wait
 from multistep.strategy import Trial
 from multistep.types import Outcome
 
@@ -25,15 +25,19 @@ class Phases:
         self._make, self._prefix = more, 0
         self._now: Controller = Scripted(first)
 
-    def ask(self) -> Ask | None:
+    def ask(self) -> Ask | Wait | None:
         ask = self._now.ask()
         while ask is None and self._more:
             self._prefix += 1
             self._now = Scripted(self._make(self._more.pop(0)))
             ask = self._now.ask()
         if isinstance(ask, Trial) and self._prefix:
-            return ask.with_(id=f"{self._prefix + 1}-{ask.id}")
+            return ask.with_(id=f"{self._name()}{ask.id}")
         return ask
 
     def tell(self, trial: Trial, outcome: Outcome) -> None:
-        self._now.tell(trial, outcome)
+        self._now.tell(trial.with_(id=trial.id.removeprefix(self._name())), outcome)
+
+    def _name(self) -> str:
+        """Before the ids of a later phase: those of the first have none."""
+        return f"{self._prefix + 1}-" if self._prefix else ""

@@ -6,18 +6,20 @@ Every number here is a stated rule; where it was calibrated, LOG.md has the runs
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from multistep.config import OptimizerConfig
 from multistep.controllers.diagnosing import diagnose, set_aside
-from multistep.controllers.script import Ask, BasePlan, Problem, Reserve, Skip, Step
+from multistep.controllers.script import BasePlan, Does, Problem, Reserve, Skip, Step, Steps, left_out
+from multistep.controllers.space import Point, Space, settled, space_of
 from multistep.metrics.power import FEWEST_ROWS, LARGE
 from multistep.objectives import BinaryCrossEntropy, CrossEntropy, Huber, MeanAbsoluteError, MeanSquaredError, Objective
 from multistep.optimizers import AdamW
 from multistep.predictors import Predictor, Single
+from multistep.schedules import Schedule
 from multistep.strategy import Action, FineTune, FitHead, FitLinear, Predict, Profile, ReadTest
 from multistep.types import Outcome, Spec, TaskKind, UserError
 
@@ -64,7 +66,7 @@ class Plan(BasePlan):
     """What a script keeps track of while it runs. All methods are arithmetic on the profile and on what was told."""
 
     def __init__(self, problem: Problem):
-        super().__init__(problem.budget)
+        super().__init__(problem.budget, problem.target)
         self.problem = problem
         self.timed = problem.unit == "seconds"
         self.incumbent: Predictor | None = None
@@ -73,6 +75,8 @@ class Plan(BasePlan):
         self.ends: list[str] = []  # of fine-tunings that came to their end; all began at the same weights
         self.kept_s = 0.0  # set aside for a diagnosis
         self.linear_s = sum(problem.characters.values()) / LINEAR_CHARACTERS_S
+        self.begins: str | None = None  # the state at which every training of the encoder begins
+        self.depth = 0  # how many layers they train
 
     @property
     def scratch(self) -> Scratch | None:
@@ -84,6 +88,42 @@ class Plan(BasePlan):
         """What was asked for; where that was "auto", what the profile found by the rules of choose.py."""
         chosen = self.facts.get("optimizer")
         return self.problem.config.optimizer if chosen is None else OptimizerConfig.model_validate(chosen["settings"])
+
+    # ------------------------------------------------------------------ the ground of a search (members.Ground)
+
+    least_updates = 60.0
+
+    @property
+    def seed(self) -> int:
+        return self.problem.config.seed
+
+    def spare(self) -> float:
+        return max(0.0, self.remaining - (2 * self.encode_s(self.problem.rows["control"]) + 2.0 if self.timed else 0.0))
+
+    def overhead(self) -> float:
+        return self.encode_s(self.problem.rows["control"]) + 0.3 if self.timed else 0.0
+
+    def training_updates(self, amount: float) -> float:
+        return self.updates(amount, self.depth)
+
+    def prior(self) -> FineTune:
+        return self.fine_tune(layers=self.depth)
+
+    def space(self) -> Space:
+        """What the user has not fixed."""
+        config = self.problem.config
+        given = {
+            "optimizer.lr": config.optimizer.lr, "dropout": config.dropout,
+            "objective.label_smoothing": config.label_smoothing if config.objective is None else config.objective,
+            "optimizer.weight_decay": (config.optimizer.model_extra or {}).get("weight_decay"),
+        }  # fmt: skip
+        return space_of(self.prior(), [path for path, value in given.items() if value is not None], batches=True)
+
+    def at(self, point: Point, schedule: Schedule) -> FineTune:
+        return settled(self.prior().with_(schedule=schedule), point)
+
+    def merit(self, outcome: Outcome) -> float:
+        return self.problem.sign * outcome.metrics[self.problem.metric].value if outcome.metrics else float("-inf")
 
     # ------------------------------------------------------------------ running trials
 
@@ -288,7 +328,7 @@ def incumbent(plan: Plan) -> Step:
     return outcome
 
 
-def encoder_rows(plan: Plan) -> Generator[Ask, Outcome | None, tuple[int, int | None]]:
+def encoder_rows(plan: Plan) -> Does[tuple[int, int | None]]:
     """Choose truncation and rows for the encoder, and reserve the end of the run; (0, None) and a Skip when it cannot be."""
     if plan.facts["encoder"] == "none":
         yield Skip(stage="head", why=plan.facts["why_no_encoder"])
@@ -320,7 +360,7 @@ def head(plan: Plan, rows: int | None, cut: int) -> Step:
     return (yield from plan.trial("head", action, why, share=0.5 * plan.remaining if plan.timed else 0.0))
 
 
-def finish(plan: Plan) -> Generator[Ask, Outcome | None, None]:
+def finish(plan: Plan) -> Steps:
     """Say what is the matter, give the reservation back and read test, once."""
     yield from diagnose(plan)
     if plan.timed:
@@ -331,8 +371,11 @@ def finish(plan: Plan) -> Generator[Ask, Outcome | None, None]:
         yield Skip(stage="test", why="there is no test split")
 
 
-def predict(plan: Plan) -> Generator[Ask, Outcome | None, None]:
+def predict(plan: Plan) -> Steps:
     """Blend of the families, calibration, thresholds: each around what is committed, on the calibration split."""
+    if skipped := left_out(plan.problem.config, "predict"):
+        yield from skipped
+        return
     rows = plan.problem.rows["calibration"]
     if rows < FEWEST_ROWS:
         why = f"{rows} calibration rows are too few to decide on (< {FEWEST_ROWS}: only a gain of {LARGE:g} would be seen)"
@@ -350,4 +393,5 @@ def predict(plan: Plan) -> Generator[Ask, Outcome | None, None]:
 
 def _predict(plan: Plan, what: Any, why: str) -> Step:
     base = plan.incumbent or Single(model="linear")
-    return (yield from plan.trial("predict", Predict(what=what, base=base), f"{what}: {why}"))
+    action = Predict(what=what, base=base)
+    return (yield from plan.trial("predict", action, f"{what}: {why}", judges="calibration"))

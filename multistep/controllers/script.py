@@ -1,14 +1,20 @@
-"""The contract of a controller, and the way ours are written: as a script that yields what it asks and receives outcomes."""
+"""The contract of a controller, and the way ours are written: as a script that yields what it asks and receives outcomes.
+
+A script may yield several trials at once, as a tuple: they are asked one after the other, may be told in any order, and the script goes
+on with all of their outcomes. Until then the controller says `Wait`, so that a pool of workers knows when to tell.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from typing import Any, Protocol
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Protocol, TypeVar
 
 from multistep.config import FitConfig
+from multistep.controllers.wealth import Wealth
 from multistep.strategy import Action, Trial
 from multistep.text import NgramFeatures
-from multistep.types import Outcome, Spec, TaskKind, Unit
+from multistep.types import Outcome, Spec, TaskKind, Unit, Verdict
 
 
 class Skip(Spec):
@@ -25,6 +31,23 @@ class Reserve(Spec):
     amount: float
 
 
+class Wait(Spec):
+    """Nothing can be asked before a trial that is outstanding is told."""
+
+
+class Target(Spec):
+    """A score at which training ends: `value` of `metric`, reached with its standard error."""
+
+    metric: str
+    value: float
+    higher_is_better: bool
+
+
+def left_out(config: FitConfig, stage: str) -> list[Skip]:
+    """What says so, where a stage is not wanted; empty where it is."""
+    return [Skip(stage=stage, why=f"left out: skip={stage} was given")] if stage in config.skip else []
+
+
 class Problem(Spec):
     """What a controller knows before the first trial."""
 
@@ -37,37 +60,116 @@ class Problem(Spec):
     unit: Unit
     config: FitConfig
     linear: tuple[NgramFeatures, ...]  # feature sets for the linear family, the calibrated default first
+    higher_is_better: bool = True  # the metric
+    target: Target | None = None
+
+    @property
+    def sign(self) -> float:
+        return 1.0 if self.higher_is_better else -1.0
 
 
+T = TypeVar("T")
 Ask = Trial | Skip | Reserve
-Steps = Generator[Ask, Outcome | None, None]
-Step = Generator[Ask, Outcome | None, Outcome]
+Does = Generator[Ask | tuple[Trial, ...], Any, T]  # a part of a script that comes back with a T
+Steps = Does[None]
+Step = Does[Outcome]
 Script = Callable[[Problem], Steps]
+
+
+class Reached(Exception):
+    """The target stands: what trains ends here. Caught by `BasePlan.until`."""
 
 
 class BasePlan:
     """What every script keeps track of while it runs: the trials, by number, what is left of the budget, and what the profile found."""
 
-    def __init__(self, budget: float):
+    def __init__(self, budget: float, target: Target | None = None):
         self.remaining = budget
         self.facts: dict[str, Any] = {}
+        self.target = target
+        self.reached = ""  # by what, once it was
+        self._armed = False  # whether reaching it ends what goes on
+        self._wealth: dict[str, Wealth] = {}  # by the split that judges
         self._trials = 0
 
     def trial(
         self, stage: str, action: Action, why: str, *, start: str | None = None, share: float = 0.0,
-        against: str | None = None, commit: bool = True, watch: bool = False,
+        against: str | None = None, commit: bool = True, watch: bool = False, judges: str = "control",
     ) -> Step:  # fmt: skip
-        """Ask for a trial and take in what came of it."""
-        self._trials += 1
-        trial = Trial(
-            id=f"{self._trials:02d}-{stage}", stage=stage, action=action, start=start, share=round(share, 3), why=why,
-            against=against, commit=commit, watch_gap=watch, patience=self.patience(stage, action, commit),
-        )  # fmt: skip
+        """Ask for a trial and take in what came of it. `judges`: the split that looks at it; empty: a look
+        that finds nothing new, and pays nothing."""
+        trial = self.asked(
+            stage, action, why, start=start, share=share, against=against, commit=commit, watch=watch, judges=judges
+        )
         outcome = yield trial
         assert outcome is not None
-        self.remaining = outcome.remaining
-        self.told(action, outcome)
+        self.took(trial, outcome, judges)
+        self._stop()
         return outcome
+
+    def together(self, trials: Sequence[Trial]) -> Does[list[Outcome]]:
+        """Ask for several trials that do not wait for each other; their outcomes, in the same order."""
+        outcomes: Sequence[Outcome] = yield tuple(trials)
+        self.remaining = min(o.remaining for o in outcomes)
+        for trial, outcome in zip(trials, outcomes, strict=True):
+            self.took(trial, outcome.with_(remaining=self.remaining))
+        self._stop()
+        return list(outcomes)
+
+    def asked(
+        self, stage: str, action: Action, why: str, *, start: str | None = None, share: float = 0.0,
+        against: str | None = None, commit: bool = True, watch: bool = False, judges: str = "control",
+    ) -> Trial:  # fmt: skip
+        """The next trial, with the chance of an error that it may have."""
+        self._trials += 1
+        wealth = self._wealth.setdefault(judges or "free", Wealth())
+        return Trial(
+            id=f"{self._trials:02d}-{stage}", stage=stage, action=action, start=start, share=round(share, 3), why=why,
+            against=against, commit=commit, watch_gap=watch, patience=self.patience(stage, action, commit),
+            alpha=wealth.level(),
+        )  # fmt: skip
+
+    def took(self, trial: Trial, outcome: Outcome, judges: str = "control") -> None:
+        """Take in what came of a trial."""
+        self.remaining = outcome.remaining
+        if judges:
+            self._settle(trial, outcome, self._wealth.setdefault(judges, Wealth()))
+        self.told(trial.action, outcome)
+        taken = trial.commit and outcome.ok and (outcome.verdict is None or outcome.verdict.accept)
+        if self.target is None or self.reached or not taken:
+            return
+        found = outcome.metrics.get(self.target.metric)
+        sign = 1.0 if self.target.higher_is_better else -1.0
+        if found is not None and sign * (found.value - self.target.value) >= found.stderr:
+            better = "above" if self.target.higher_is_better else "below"
+            said = f"{found.value:.4g} ± {found.stderr:.2g}"
+            self.reached = (
+                f"{self.target.metric} {said} of {trial.id} is a standard error {better} {self.target.value:g}"
+            )
+
+    def _stop(self) -> None:
+        if self.reached and self._armed:
+            raise Reached
+
+    def _settle(self, trial: Trial, outcome: Outcome, wealth: Wealth) -> None:
+        """Pay for the comparisons that were made, and earn what was found: what is only cheaper is no find."""
+        verdicts = [outcome.verdict] if outcome.verdict is not None else []
+        if (against := outcome.facts.get("against_verdict")) is not None:
+            verdicts.append(Verdict.model_validate(against))
+        for verdict in verdicts:
+            if verdict.evidence:
+                found = any(c.difference > 0 and c.p <= trial.alpha for c in verdict.evidence)
+                wealth.settle(trial.alpha, verdict.accept and found)
+
+    def until(self, steps: Steps) -> Steps:
+        """The steps, to their end or to where the target stands."""
+        self._armed = True
+        try:
+            yield from steps
+        except Reached:
+            yield Skip(stage="training", why=f"all that is left of it: {self.reached}")
+        finally:
+            self._armed = False
 
     def patience(self, stage: str, action: Action, commit: bool) -> int:
         """Looks without improvement after which such a trial stops; 0: never."""
@@ -78,11 +180,13 @@ class BasePlan:
 
 
 class Controller(Protocol):
-    def ask(self) -> Ask | None:
-        """The next thing to do; None at the end. A trial is told before the next ask."""
+    def ask(self) -> Ask | Wait | None:
+        """The next thing to do; `Wait` while that depends on a trial that is outstanding; None at the end."""
         ...
 
-    def tell(self, trial: Trial, outcome: Outcome) -> None: ...
+    def tell(self, trial: Trial, outcome: Outcome) -> None:
+        """What came of a trial that was asked for. Several may be outstanding; they are told in any order."""
+        ...
 
 
 class Scripted:
@@ -90,14 +194,39 @@ class Scripted:
 
     def __init__(self, steps: Steps):
         self._steps = steps
-        self._outcome: Outcome | None = None
+        self._begun = self._ended = False
+        self._queue: deque[Trial] = deque()  # of several that were yielded at once: not asked yet
+        self._group: tuple[Trial, ...] = ()  # whose outcomes the script waits for
+        self._alone = False  # it waits for one outcome, not for a list
+        self._told: dict[str, Outcome] = {}
 
-    def ask(self) -> Ask | None:
-        outcome, self._outcome = self._outcome, None
-        try:
-            return self._steps.send(outcome)
-        except StopIteration:
+    def ask(self) -> Ask | Wait | None:
+        if self._ended:
             return None
+        if self._queue:
+            return self._queue.popleft()
+        if len(self._told) < len(self._group):
+            return Wait()
+        outcomes = [self._told[t.id] for t in self._group]
+        answer = (outcomes[0] if self._alone else outcomes) if self._group else None
+        self._group, self._told = (), {}
+        try:
+            asked = self._steps.send(answer) if self._begun else next(self._steps)
+        except StopIteration:
+            self._ended = True
+            return None
+        self._begun = True
+        if isinstance(asked, tuple):
+            assert asked, "an empty group waits for ever"
+            self._group, self._alone = asked, False
+            self._queue.extend(asked[1:])
+            return asked[0]
+        if isinstance(asked, Trial):
+            self._group, self._alone = (asked,), True
+        return asked
 
     def tell(self, trial: Trial, outcome: Outcome) -> None:
-        self._outcome = outcome
+        assert any(t.id == trial.id for t in self._group) and trial.id not in self._told, (
+            f"{trial.id} is not outstanding"
+        )
+        self._told[trial.id] = outcome

@@ -1,35 +1,61 @@
 """staged, the default: calibrated prior -> short race whose probes decay to zero -> one trunk -> averaging -> prediction.
 
 There is an incumbent from the first minutes on; what the clock cannot finish is not begun; the end of the run is reserved first.
+The searches over strategies (random, halving, population, bayes, reactive) stand where the race and the trunk do; all else is the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable
 
 from multistep.controllers import plan as stages
+from multistep.controllers.members import Found, legs
 from multistep.controllers.plan import Plan
-from multistep.controllers.script import Ask, Problem, Skip, Steps
+from multistep.controllers.script import Problem, Script, Skip, Steps, left_out
 from multistep.controllers.trunk import average, race_rates, soup, trunk, worth_training
 from multistep.strategy import FitLinear
 from multistep.types import Outcome
 
+Train = Callable[[Plan], Found]
+
 
 def staged(problem: Problem) -> Steps:
+    """A calibrated prior, a short race, one trunk, averages, prediction: the default."""
+    return _run(problem, _race_and_trunk)
+
+
+def searching(search: Train, what: str) -> Script:
+    """The same around a search over strategies."""
+
+    def script(problem: Problem) -> Steps:
+        return _run(problem, search)
+
+    script.__doc__ = what
+    return script
+
+
+def _run(problem: Problem, train: Train) -> Steps:
     plan = Plan(problem)
+    yield from plan.until(_models(plan, train))
+    yield from stages.predict(plan)
+    yield from stages.finish(plan)
+
+
+def _models(plan: Plan, train: Train) -> Steps:
     first = yield from stages.incumbent(plan)  # needs no profile, so that it stands a few seconds sooner
     yield from stages.profile(plan)
     length, rows = yield from stages.encoder_rows(plan)
     yield from more_linear(plan, first, long=not length)
     if length:
-        yield from encoder(plan, rows)
-    yield from stages.predict(plan)
-    yield from stages.finish(plan)
+        yield from encoder(plan, rows, train)
 
 
-def more_linear(plan: Plan, first: Outcome, long: bool) -> Generator[Ask, Outcome | None, None]:
+def more_linear(plan: Plan, first: Outcome, long: bool) -> Steps:
     """The linear family on all rows and with other features: all of them where there is no encoder, else what is nearly free."""
     rows, features = plan.problem.rows["train"], plan.problem.linear
+    if skipped := left_out(plan.problem.config, "linear"):
+        yield from skipped
+        return
     if first.facts["rows"] < rows:
         if plan.timed and plan.linear_s > (0.9 if long else 0.2) * plan.remaining:
             yield Skip(
@@ -49,29 +75,33 @@ def more_linear(plan: Plan, first: Outcome, long: bool) -> Generator[Ask, Outcom
         yield from plan.trial("linear", FitLinear(features=other), "other features", share=share)
 
 
-def encoder(plan: Plan, rows: int | None) -> Generator[Ask, Outcome | None, None]:
-    """Head, race, trunk, averages."""
+def encoder(plan: Plan, rows: int | None, train: Train) -> Steps:
+    """Head, training, averages."""
     scratch = plan.scratch
-    start = None
     if scratch is None:
         left = plan.remaining - plan.encode_s(rows or plan.problem.rows["train"])
         layers, _ = plan.layers(left)
-        start = (yield from stages.head(plan, rows, cut=plan.facts["n_layers"] - layers)).state
+        plan.begins = (yield from stages.head(plan, rows, cut=plan.facts["n_layers"] - layers)).state
         if rows:
             yield Skip(stage="trunk", why=stages.PARTIAL)
             return
-    layers, _ = plan.layers(plan.remaining)
+    plan.depth, _ = plan.layers(plan.remaining)
     if scratch:
-        layers, epochs = plan.facts["n_layers"], plan.epochs(plan.remaining, plan.facts["n_layers"])
+        plan.depth, epochs = plan.facts["n_layers"], plan.epochs(plan.remaining, plan.facts["n_layers"])
         if epochs < scratch.least_epochs:
             why = f"an encoder from scratch would see {epochs:.1f} epochs (< {scratch.least_epochs:g})"
             yield Skip(stage="trunk", why=why)
             return
-    action = plan.fine_tune(layers=layers)
-    if not (yield from worth_training(plan, action)):
+    if not (yield from worth_training(plan, plan.prior())):
         return
-    rate = yield from race_rates(plan, action, start)
-    state = yield from trunk(plan, plan.fine_tune(lr=rate, layers=layers), start)
+    state = yield from train(plan)
     if state is not None:
         yield from average(plan, state)
         yield from soup(plan)
+
+
+def _race_and_trunk(plan: Plan) -> Found:
+    rate = yield from race_rates(plan, plan.prior(), plan.begins)
+    if plan.target is not None:
+        return (yield from legs(plan, {"optimizer.lr": rate}))
+    return (yield from trunk(plan, plan.fine_tune(lr=rate, layers=plan.depth), plan.begins))

@@ -5,11 +5,10 @@ Probes and candidates are compared only after their learning rate has decayed to
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import Protocol
 
 from multistep.controllers.plan import MOST_EPOCHS, Plan, Step
-from multistep.controllers.script import Ask, Skip
+from multistep.controllers.script import Does, Skip, Steps, left_out
 from multistep.metrics.power import FEWEST_ROWS
 from multistep.schedules import Linear, Plateau
 from multistep.strategy import Action, Average, FineTune
@@ -21,12 +20,15 @@ SOUP_SHARE = 0.2  # of what is left at most is kept for a soup; one that costs m
 LEAST_UPDATES = 30  # a trunk shorter than this is not begun
 LEAST_EPOCHS = 1.0  # nor one that does not see train once: it only disturbs the solved head (measured, LOG.md)
 
-Finetuned = Generator[Ask, Outcome | None, str | None]
+Finetuned = Does[str | None]
 
 
-def race_rates(plan: Plan, action: FineTune, start: str | None) -> Generator[Ask, Outcome | None, float]:
+def race_rates(plan: Plan, action: FineTune, start: str | None) -> Does[float]:
     """Short probes at learning rates around the prior, each decaying to zero; the prior wins ties. The rate to go on with."""
     prior = action.optimizer.lr
+    if skipped := left_out(plan.problem.config, "race"):
+        yield from skipped
+        return prior
     if isinstance(action.schedule, Plateau):  # a probe has no time to wait for one: it decays
         action = action.with_(schedule=Linear())
     if plan.problem.config.optimizer.lr is not None:
@@ -60,7 +62,7 @@ def race_rates(plan: Plan, action: FineTune, start: str | None) -> Generator[Ask
     return best_rate
 
 
-def worth_training(plan: Plan, action: FineTune) -> Generator[Ask, Outcome | None, bool]:
+def worth_training(plan: Plan, action: FineTune) -> Does[bool]:
     """Whether enough training fits into what is left; a Skip when it does not."""
     updates, epochs = plan.updates(plan.remaining, action.layers), plan.epochs(plan.remaining, action.layers)
     if updates < LEAST_UPDATES or (plan.timed and epochs < LEAST_EPOCHS):
@@ -82,7 +84,7 @@ def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
     if action.augment.on:
         why += ", words changed anew every epoch and so read as token ids"
     told = yield from plan.trial("trunk", action, why, start=start, share=share, watch=True)
-    if "diagnosis" not in told.facts:
+    if told.facts.get("diagnosis", {}).get("name") != "overfitting":
         return told.state
     rest = share * (1 - told.facts["progress"])
     return (yield from _fork(plan, action, told, min(rest, 0.48 * (plan.remaining - end_s(plan, 2)))))
@@ -120,7 +122,7 @@ def end_s(plan: Plan, more: int) -> float:
     return average_s(plan) + (needed if needed <= SOUP_SHARE * plan.remaining else 0.0)
 
 
-def soup(plan: Plan) -> Generator[Ask, Outcome | None, None]:
+def soup(plan: Plan) -> Steps:
     """Where it was asked for: the mean of the probes, the trunk and its forks, all from the same weights, as far as it helps."""
     if not plan.problem.config.soup:
         return
@@ -136,8 +138,11 @@ def soup(plan: Plan) -> Generator[Ask, Outcome | None, None]:
         yield from plan.trial("soup", Average(which="soup", members=tuple(plan.ends)), why)
 
 
-def average(plan: Plan, state: str) -> Generator[Ask, Outcome | None, None]:
+def average(plan: Plan, state: str) -> Steps:
     """The averages of the trunk's weights, each against what is committed."""
+    if skipped := left_out(plan.problem.config, "average"):
+        yield from skipped
+        return
     needed = average_s(plan)
     yield from averages(plan, state, needed, plan.timed and plan.remaining < 0.5 * needed)
 
@@ -150,7 +155,7 @@ class Trials(Protocol):
     def trial(self, stage: str, action: Action, why: str, *, start: str | None = None) -> Step: ...
 
 
-def averages(plan: Trials, state: str, needed: float, short: bool) -> Generator[Ask, Outcome | None, None]:
+def averages(plan: Trials, state: str, needed: float, short: bool) -> Steps:
     """Both averages that a training kept, where the `needed` seconds are there to judge them."""
     if short:
         yield Skip(stage="average", why=f"{plan.remaining:.1f} s are left, two averages take {needed:.1f} s to judge")

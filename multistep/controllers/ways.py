@@ -1,9 +1,4 @@
-"""Search over ways to write with Optuna's tree-structured Parzen estimator: what next, from what quality and latency came of the last.
-
-Two objectives, quality up and milliseconds down. Deterministic given its seed and what it was told; it holds no clock and no file.
-Sources: Bergstra et al. 2011 (TPE); Ozaki et al. 2022 (with several objectives); Akiba et al. 2019, arXiv 1907.10902 (Optuna).
-No torch here.
-"""
+"""The space of ways to write: any of them from the numbers that a trial of Optuna draws, and what lies beside one. No torch here."""
 
 from __future__ import annotations
 
@@ -19,7 +14,6 @@ from multistep.predictors.ways import Way
 from multistep.types import Spec
 
 Family = Literal["beam", "draw", "mbr", "best_of", "vote", "few_shot"]
-_DRAWN_AT_RANDOM = 4  # of the asks, before the estimator has anything to go by
 
 
 class Space(Spec):
@@ -30,35 +24,6 @@ class Space(Spec):
     utility: Utility | None
     numbers: bool
     examples: int = 0
-
-
-class WaySearch:
-    """`ask` gives a way, `tell` takes in what came of it; one after the other."""
-
-    def __init__(self, space: Space, seed: int):
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=_DRAWN_AT_RANDOM)
-        self._space = space
-        self._study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
-        self._trial: Any = None
-        self._worst = 0.0
-
-    def ask(self) -> Way:
-        self._trial = self._study.ask()
-        return suggested(self._trial, self._space)
-
-    def tell(self, quality: float | None, ms: float) -> None:
-        """`quality`: higher is better; None where it was not measured: then as bad as the worst so far."""
-        self._worst = min(self._worst, quality) if quality is not None else self._worst
-        self._study.tell(self._trial, [self._worst if quality is None else quality, ms])
-
-    def pass_over(self) -> None:
-        """What was asked for is known already."""
-        import optuna
-
-        self._study.tell(self._trial, state=optuna.trial.TrialState.FAIL)
 
 
 def suggested(trial: Any, space: Space) -> Way:
@@ -110,3 +75,51 @@ def limits_of(base: Decoding) -> dict[str, Any]:
 
 def _one_of(trial: Any, name: str, values: Sequence[Any]) -> Any:
     return trial.suggest_categorical(name, list(values))
+
+
+def neighbours(way: Way, space: Space) -> list[Way]:
+    """Ways that differ in one number, inside of what is searched; and what wraps or replaces a plain one."""
+    match way:
+        case Greedy():
+            draws = Sample(temperature=0.7, **limits_of(way))
+            return [Beam(beams=2, **limits_of(way)), *_wrapped(draws, space, 4)]
+        case Beam():
+            widths = [
+                Greedy(**limits_of(way)) if n < 2 else way.with_(beams=n)
+                for n in (way.beams // 2, 2 * way.beams)
+                if n <= 16
+            ]
+            return [
+                *widths,
+                *(
+                    way.with_(length_penalty=round(way.length_penalty + d, 1))
+                    for d in (-0.4, 0.4)
+                    if way.length_penalty + d >= 0
+                ),
+            ]
+        case Sample():
+            return _cooler_warmer(way)
+        case Mbr(inner=Beam()):
+            return [way.inner]
+        case Mbr() | BestOf() | Vote():
+            sizes = [way.with_(n=n) for n in (way.n // 2, 2 * way.n) if 2 <= n <= 64]
+            return [*sizes, *(way.with_(inner=inner) for inner in _cooler_warmer(way.inner))]
+        case FewShot():
+            counts = [way.with_(k=k) for k in (way.k - 1, way.k + 1) if 1 <= k <= space.examples]
+            other = "text" if way.template == "turns" else "turns"
+            return [*counts, way.with_(template=other), way.inner]
+        case _:
+            return []
+
+
+def _cooler_warmer(way: Any) -> list[Any]:
+    return [way.with_(temperature=t) for d in (-0.2, 0.2) if 0 < (t := round(way.temperature + d, 1)) <= 1.5]
+
+
+def _wrapped(draws: Sample, space: Space, n: int) -> list[Way]:
+    found: list[Way] = []
+    if "mbr" in space.families and space.utility is not None:
+        found.append(Mbr(inner=draws, n=n, utility=space.utility))
+    if "vote" in space.families:
+        found.append(Vote(inner=draws, n=n, reads="number" if space.numbers else "text"))
+    return [*found, BestOf(inner=draws, n=n)]

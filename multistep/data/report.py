@@ -11,6 +11,7 @@ from multistep.types import Spec, TaskKind
 
 _SHOWN = 3  # rows named for a finding
 _WIDTH = 80  # characters shown of a text
+NAMED = 11  # characters of a line before what it says
 
 
 class Lengths(Spec):
@@ -106,7 +107,7 @@ class DataReport(Spec):
 
 
 def entry(name: str, text: str) -> str:
-    return f"{name:<11}{text}"
+    return f"{name:<{NAMED}}{text}"
 
 
 def in_words(lengths: Lengths) -> str:

@@ -16,6 +16,7 @@ from multistep.data.cells import Record
 from multistep.evaluate import TextModel
 from multistep.metrics import TaskLike
 from multistep.metrics.texts import measure_rows, statistics
+from multistep.metrics.verdicts import POINTS, TEXTS, agrees
 from multistep.tasks.writing import LOSSES
 from multistep.types import Spec
 from multistep.writing import Speaker
@@ -23,8 +24,6 @@ from multistep.writing import Speaker
 DECISIONS = 0.99  # of decisions that are equal, at least
 MEAN = 0.01  # |p - p'|, at most
 LARGEST = 0.1
-POINTS = 0.3  # of 100, of a metric of texts, at most below the reference
-TEXTS = 0.98  # of texts that are equal, where no right answers are known
 _SAME_LOGITS = 1e-3
 _ALONE = 64  # texts that are judged alone too
 _IN_POINTS = ("bleu", "chrf")  # metrics whose values are of 100, not of 1
@@ -84,11 +83,12 @@ def agree_texts(
     answers = [r.targets for r in records]
     points: float | None = None
     said = f"{100 * same:.1f} % of {len(records)} texts the same"
-    ok, rule = same >= TEXTS, f"needs {100 * TEXTS:.0f} %"
+    rule = f"needs {100 * TEXTS:.0f} %"
     if metric is not None and metric not in LOSSES and all(answers):
         points = _points(metric, b, answers) - _points(metric, a, answers)
         said += f", {metric} {points:+.2f}"
-        ok, rule = same == 1.0 or points >= -POINTS, f"needs {metric} {-POINTS} at least"
+        rule = f"needs {metric} {-POINTS} at least"
+    ok = agrees(same, points)
     return Agreement(ok=ok, n=len(records), same=same, points=points, words=said if ok else f"refused: {said}; {rule}")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from multistep.export.checked import TEXTS, check_logits
-from multistep.export.labels import LabelModel, write_readme
+from multistep.export.labels import LabelModel, token_lines, write_readme
 from multistep.models.encoder import Encoder, pad
 from multistep.models.lstm import Lstm
 from multistep.types import UserError
@@ -30,7 +30,11 @@ def to_keras(model: LabelModel, into: Path) -> str:
     twin = keras_twin(model)
     twin.save(str(into / FILE))
     model.save_beside(into)
-    write_readme(into, "A text model in Keras", _README.format(says=model.says(), pad=model.encoder.pad_id))
+    write_readme(
+        into,
+        "A text model in Keras",
+        _README.format(says=model.says(), tokens=token_lines(model.encoder.pad_id, "int32")),
+    )
     loaded = keras.saving.load_model(str(into / FILE), safe_mode=True)
     return check_logits(outputs(loaded, model, TEXTS), model.expected(TEXTS), "keras")
 
@@ -160,12 +164,7 @@ import keras
 import numpy as np
 from tokenizers import Tokenizer
 
-folder, texts = ".", ["a text", "another one"]
-tokenizer = Tokenizer.from_file(f"{{folder}}/tokenizer.json")
-tokenizer.enable_truncation(json.load(open(f"{{folder}}/labels.json"))["max_length"])
-tokenizer.enable_padding(pad_id={pad})
-rows = tokenizer.encode_batch(texts)
-ids, mask = (np.array([getattr(r, name) for r in rows], np.int32) for name in ("ids", "attention_mask"))
+{tokens}
 logits = keras.saving.load_model(f"{{folder}}/model.keras").predict([ids, mask], verbose=0)
 ```
 """

@@ -195,12 +195,26 @@ def to_onnx(model: LabelModel, into: Path) -> str:
     check_installed(Runtime(runtime="onnx"))
     write_graph(model.network, into / "model.onnx", model.scale, model.shift)
     model.save_beside(into)
-    write_readme(into, "A text model as an ONNX graph", _ONNX.format(says=model.says(), pad=model.encoder.pad_id))
+    write_readme(
+        into,
+        "A text model as an ONNX graph",
+        _ONNX.format(says=model.says(), tokens=token_lines(model.encoder.pad_id, "int64")),
+    )
     found = OnnxText(
         session_of(into / "model.onnx", torch.get_num_threads()), model.encoder.tokenize, model.encoder.pad_id,
         model.network.head.out_features, model.network.encode_tokens,
     )  # fmt: skip
     return check_logits(found.logits(TEXTS), model.expected(TEXTS), "onnx")
+
+
+def token_lines(pad: int, whole: str) -> str:
+    """Python that makes ids and mask of texts, of this whole-number type: for the READMEs of files that read such."""
+    return f"""folder, texts = ".", ["a text", "another one"]
+tokenizer = Tokenizer.from_file(f"{{folder}}/tokenizer.json")
+tokenizer.enable_truncation(json.load(open(f"{{folder}}/labels.json"))["max_length"])
+tokenizer.enable_padding(pad_id={pad})
+rows = tokenizer.encode_batch(texts)
+ids, mask = (np.array([getattr(r, name) for r in rows], np.{whole}) for name in ("ids", "attention_mask"))"""
 
 
 _ONNX = """
@@ -213,12 +227,7 @@ import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
-folder, texts = ".", ["a text", "another one"]
-tokenizer = Tokenizer.from_file(f"{{folder}}/tokenizer.json")
-tokenizer.enable_truncation(json.load(open(f"{{folder}}/labels.json"))["max_length"])
-tokenizer.enable_padding(pad_id={pad})
-rows = tokenizer.encode_batch(texts)
-ids, mask = (np.array([getattr(r, name) for r in rows], np.int64) for name in ("ids", "attention_mask"))
+{tokens}
 logits = onnxruntime.InferenceSession(f"{{folder}}/model.onnx").run(["logits"], {{"ids": ids, "mask": mask}})[0]
 ```
 """

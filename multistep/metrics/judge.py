@@ -1,4 +1,4 @@
-"""The paired comparison of two predictors on the same rows, and the verdict.
+"""The paired comparison of two predictors on the same rows, and the verdict (its rules: verdicts.py).
 
 Tests, all one-sided: exact McNemar for scores that are 0 or 1; paired t on the rows' pulls for other metrics of the
 influence form; the swap test for metrics of the counts form.
@@ -8,6 +8,7 @@ Source: McNemar 1947, "Note on the sampling error of the difference between corr
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 
@@ -15,8 +16,8 @@ from multistep.metrics.base import Scored, TaskLike
 from multistep.metrics.counts import SWAPS, cells_of, swap_differences
 from multistep.metrics.known import METRICS, check_metric
 from multistep.metrics.measure import stderr_of
-from multistep.metrics.power import FEWEST_ROWS, LARGE
-from multistep.types import Comparison, Verdict
+from multistep.metrics.verdicts import ALPHA, better, finite, large_gain, mcnemar_p, paired_t
+from multistep.types import Comparison, Finite, Verdict
 
 _ZERO_ONE = ("accuracy", "exact_match")
 
@@ -33,7 +34,9 @@ def compare(name: str, task: TaskLike, candidate: Scored, incumbent: Scored, see
         gain = sign * (new - old)
         gain_pull_N = sign * (new_pull_N - old_pull_N)
         stderr = stderr_of(gain_pull_N)
-        p = mcnemar(gain_pull_N + gain) if metric.name in _ZERO_ONE else paired_t(gain, stderr, n)
+        if metric.name in _ZERO_ONE:
+            return counted(metric.name, new, old, gain, stderr, gain_pull_N + gain)
+        p, test = paired_t(gain, stderr, n), "t"
     else:
         assert metric.of is not None
         cells = cells_of(task, candidate.targets, candidate.decisions, incumbent.decisions)
@@ -43,26 +46,20 @@ def compare(name: str, task: TaskLike, candidate: Scored, incumbent: Scored, see
         spread = (metric.of(cells.counts(0, w_BU)) - metric.of(cells.counts(1, w_BU))).std()
         stderr = float(spread) if n > 1 else math.nan
         by_chance = sign * swap_differences(cells, metric.of, seed)
-        p = float((1 + np.sum(by_chance >= gain - 1e-12)) / (SWAPS + 1))
-    return Comparison(metric=metric.name, candidate=new, incumbent=old, difference=gain, stderr=stderr, p=p, n=n)
+        p, test = float((1 + np.sum(by_chance >= gain - 1e-12)) / (SWAPS + 1)), "swap"
+    return Comparison(
+        metric=metric.name, candidate=new, incumbent=old, difference=gain, stderr=stderr, p=p, n=n, test=test
+    )
 
 
-def mcnemar(gain_N: np.ndarray) -> float:
-    """Exact: of the rows where only one is right, at least this many won by the candidate, were each a coin toss."""
-    from scipy.special import bdtrc
-
-    won, lost = int((gain_N > 0.5).sum()), int((gain_N < -0.5).sum())
-    return float(bdtrc(won - 1, won + lost, 0.5)) if won else 1.0
-
-
-def paired_t(gain: float, stderr: float, n: int) -> float:
-    from scipy.special import stdtr
-
-    if math.isnan(gain) or n < 2:
-        return 1.0
-    if stderr == 0:
-        return 0.0 if gain > 0 else 1.0
-    return float(stdtr(n - 1, -gain / stderr))
+def counted(metric: str, new: float, old: float, gain: float, stderr: float, gain_N: np.ndarray) -> Comparison:
+    """The comparison of scores that are 0 or 1 by exact McNemar. `gain_N`: 1 where only the candidate is right, -1 where only the
+    incumbent is."""
+    wins, losses = int((gain_N > 0.5).sum()), int((gain_N < -0.5).sum())
+    return Comparison(
+        metric=metric, candidate=new, incumbent=old, difference=gain, stderr=stderr, p=mcnemar_p(wins, losses),
+        n=len(gain_N), test="mcnemar", wins=wins, losses=losses,
+    )  # fmt: skip
 
 
 def judge(
@@ -71,64 +68,39 @@ def judge(
     candidate: Scored,
     incumbent: Scored,
     seed: int = 0,
-    alpha: float = 0.1,
+    alpha: float = ALPHA,
 ) -> Verdict:
     """Accept a candidate that is better beyond noise on the metric; or not worse on it and better beyond noise on the
     loss. All else stays with the incumbent, which is the cheaper. Outputs that are not finite lose to any that are.
-    Fewer than `FEWEST_ROWS` rows decide only for a large gain on the metric: `LARGE` of it, or of what a loss was."""
-    if not np.isfinite(candidate.logits_NK).all():
-        return Verdict(accept=False, rule="the candidate's outputs are not finite: refused")
-    if not np.isfinite(incumbent.logits_NK).all():
-        return Verdict(accept=True, rule="the incumbent's outputs are not finite, the candidate's are: better")
+    Few rows decide only for a large gain (`large_gain`)."""
+    if refused := not_finite("outputs", candidate.logits_NK, incumbent.logits_NK):
+        return refused
     first = compare(name, task, candidate, incumbent, seed)
-    said, evidence = _said(first), [first]
-    if first.n < FEWEST_ROWS:
-        least = LARGE * (1.0 if METRICS[first.metric].higher_is_better else abs(first.incumbent))
-        accept = first.difference >= least and first.difference > 0 and first.p <= alpha
-        word = (
-            "better, and by much"
-            if accept
-            else "worse"
-            if first.difference < 0
-            else f"too few for less than {least:.2g}"
-        )
-        rule = f"{said}, p = {first.p:.2g}, on {first.n} rows (< {FEWEST_ROWS}): {word}"
-        return Verdict(accept=accept, rule=rule, evidence=(first,))
-    if first.difference > 0 and first.p <= alpha:
-        return Verdict(accept=True, rule=f"{said}, p = {first.p:.2g} <= {alpha:g}: better", evidence=(first,))
+    if least := large_gain(first):
+        return better((first,), alpha, least)
     loss = "mse" if task.kind == "regress" else "log_loss"
-    if first.metric != loss:
-        second = compare(loss, task, candidate, incumbent, seed)
-        evidence.append(second)
-        if first.difference >= 0 and second.difference > 0 and second.p <= alpha / 2:
-            rule = f"{said}: not worse; {_said(second)}, p = {second.p:.2g} <= {alpha / 2:g}: better"
-            return Verdict(accept=True, rule=rule, evidence=tuple(evidence))
-    reason = "worse" if first.difference < 0 else f"p = {first.p:.2g} > {alpha:g}: not better beyond noise"
-    return Verdict(
-        accept=False, rule=f"{said}{': ' if first.difference < 0 else ', '}{reason}", evidence=tuple(evidence)
-    )
+    found = better((first,), alpha)
+    if found.accept or first.metric == loss:
+        return found
+    return better((first, compare(loss, task, candidate, incumbent, seed)), alpha)
 
 
-def judge_losses(candidate_N: np.ndarray, incumbent_N: np.ndarray, alpha: float = 0.1) -> Verdict:
+def judge_losses(candidate_N: np.ndarray, incumbent_N: np.ndarray, alpha: float = ALPHA) -> Verdict:
     """The verdict on the losses of the same examples, where no other metric is asked for: paired t, one-sided."""
-    if not np.isfinite(candidate_N).all():
-        return Verdict(accept=False, rule="the candidate's losses are not finite: refused")
-    if not np.isfinite(incumbent_N).all():
-        return Verdict(accept=True, rule="the incumbent's losses are not finite, the candidate's are: better")
+    return not_finite("losses", candidate_N, incumbent_N) or better((compare_losses(candidate_N, incumbent_N),), alpha)
+
+
+def compare_losses(candidate_N: np.ndarray, incumbent_N: np.ndarray) -> Comparison:
+    """Paired over the examples; lower is better."""
     gain_N = np.asarray(incumbent_N, np.float64) - np.asarray(candidate_N, np.float64)
     gain, stderr = float(gain_N.mean()), stderr_of(gain_N)
-    p = paired_t(gain, stderr, len(gain_N))
-    found = Comparison(
+    return Comparison(
         metric="loss", candidate=float(candidate_N.mean()), incumbent=float(incumbent_N.mean()), difference=gain,
-        stderr=stderr, p=p, n=len(gain_N),
+        stderr=stderr, p=paired_t(gain, stderr, len(gain_N)), n=len(gain_N), test="t",
     )  # fmt: skip
-    accept = gain > 0 and p <= alpha
-    word = "better" if accept else "worse" if gain < 0 else "not better beyond noise"
-    rule = f"loss gain {gain:+.4f} ± {stderr:.4f}, p = {p:.2g} {'<=' if p <= alpha else '>'} {alpha:g}: {word}"
-    return Verdict(accept=accept, rule=rule, evidence=(found,))
 
 
-def _said(c: Comparison) -> str:
-    """'accuracy +0.0120 ± 0.0040'; for errors and losses the sign says gain, so the word does too."""
-    word = "" if METRICS[c.metric].higher_is_better else " gain"
-    return f"{c.metric}{word} {c.difference:+.4f} ± {c.stderr:.4f}"
+def not_finite(what: Literal["outputs", "losses"], candidate: np.ndarray, incumbent: np.ndarray) -> Verdict | None:
+    """The verdict where numbers of one of them are not finite; None where all are."""
+    sound = bool(np.isfinite(candidate).all()), bool(np.isfinite(incumbent).all())
+    return None if all(sound) else finite(Finite(what=what, candidate=sound[0], incumbent=sound[1]))

@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 
 from multistep.metrics.counts import ratio
-from multistep.metrics.judge import mcnemar, paired_t
+from multistep.metrics.judge import counted, not_finite
 from multistep.metrics.measure import stderr_of
+from multistep.metrics.verdicts import ALPHA, better, paired_t
 from multistep.metrics.words import f1, last_number, normalized, rouge, rouge_words, unspaced
 from multistep.text import unspaced_share
 from multistep.types import Comparison, MetricValue, UserError, Verdict, nearest
@@ -296,7 +297,9 @@ def compare_rows(name: str, candidate_NS: np.ndarray, incumbent_NS: np.ndarray, 
     if metric.mean:
         gain_N = candidate_NS[:, 0] - incumbent_NS[:, 0]
         stderr = stderr_of(gain_N)
-        p = mcnemar(gain_N) if metric.zero_one else paired_t(gain, stderr, n)
+        if metric.zero_one:
+            return counted(metric.name, new, old, gain, stderr, gain_N)
+        p, test = paired_t(gain, stderr, n), "t"
     else:
         drawn = resampled(np.concatenate([candidate_NS, incumbent_NS], axis=1), seed)
         again = [metric.value(part) for part in np.split(drawn, 2, axis=1)]
@@ -304,8 +307,10 @@ def compare_rows(name: str, candidate_NS: np.ndarray, incumbent_NS: np.ndarray, 
         differ = (candidate_NS != incumbent_NS).any(axis=1)
         moved_BS = _swapped((candidate_NS - incumbent_NS)[differ], seed)
         by_chance = sign * (metric.value(new_S - moved_BS) - metric.value(old_S + moved_BS))
-        p = float((1 + np.sum(by_chance >= gain - 1e-9 * abs(new))) / (SWAPS + 1))
-    return Comparison(metric=metric.name, candidate=new, incumbent=old, difference=gain, stderr=stderr, p=p, n=n)
+        p, test = float((1 + np.sum(by_chance >= gain - 1e-9 * abs(new))) / (SWAPS + 1)), "swap"
+    return Comparison(
+        metric=metric.name, candidate=new, incumbent=old, difference=gain, stderr=stderr, p=p, n=n, test=test
+    )
 
 
 def _swapped(difference_NS: np.ndarray, seed: int) -> np.ndarray:
@@ -316,21 +321,12 @@ def _swapped(difference_NS: np.ndarray, seed: int) -> np.ndarray:
 
 
 def judge_rows(
-    name: str, candidate_NS: np.ndarray, incumbent_NS: np.ndarray, seed: int = 0, alpha: float = 0.1
+    name: str, candidate_NS: np.ndarray, incumbent_NS: np.ndarray, seed: int = 0, alpha: float = ALPHA
 ) -> Verdict:
     """Accept a candidate that is better beyond noise. Losses that are not finite lose to any that are."""
-    if not np.isfinite(candidate_NS).all():
-        return Verdict(accept=False, rule="the candidate's losses are not finite: refused")
-    if not np.isfinite(incumbent_NS).all():
-        return Verdict(accept=True, rule="the incumbent's losses are not finite, the candidate's are: better")
-    c = compare_rows(name, candidate_NS, incumbent_NS, seed)
-    word = "" if _metric(name).higher_is_better else " gain"
-    said = f"{c.metric}{word} {c.difference:+.4f} ± {c.stderr:.4f}"
-    if c.difference < 0:
-        return Verdict(accept=False, rule=f"{said}: worse", evidence=(c,))
-    accept = c.difference > 0 and c.p <= alpha
-    verdict = f"<= {alpha:g}: better" if accept else f"> {alpha:g}: not better beyond noise"
-    return Verdict(accept=accept, rule=f"{said}, p = {c.p:.2g} {verdict}", evidence=(c,))
+    if refused := not_finite("losses", candidate_NS, incumbent_NS):
+        return refused
+    return better((compare_rows(name, candidate_NS, incumbent_NS, seed),), alpha)
 
 
 def judge_texts(
@@ -339,7 +335,7 @@ def judge_texts(
     incumbent: Sequence[str],
     references: References,
     seed: int = 0,
-    alpha: float = 0.1,
+    alpha: float = ALPHA,
 ) -> Verdict:
     """The verdict on two systems' answers to the same examples."""
     new_NS, old_NS = (statistics(name, outputs, references) for outputs in (candidate, incumbent))

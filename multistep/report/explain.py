@@ -76,15 +76,20 @@ def _state_of(run: Mapping[str, Any]) -> str:
 
 def _data(run: Mapping[str, Any]) -> str:
     report = dict(run["data"])
-    try:
-        kind = LanguageReport if "shape" in report else DataReport
-        return "\n".join(f"    {line}" for line in kind.model_validate(report).lines())
-    except ValidationError:  # a journal of another version: say what is there
-        pass
+    if lines := data_lines(report):
+        return "\n".join(f"    {line}" for line in lines)
     warnings = report.pop("warnings", None) or []
     lines = [f"- {_words(key)}: {_value(value)}" for key, value in report.items() if value not in (None, "", [], {})]
     lines += [f"- **warning**: {_value(warning)}" for warning in warnings]
     return "\n".join(lines)
+
+
+def data_lines(report: Mapping[str, Any]) -> list[str]:
+    """The report on the data, a line each; none where it is that of another version."""
+    try:
+        return (LanguageReport if "shape" in report else DataReport).model_validate(dict(report)).lines()
+    except ValidationError:
+        return []
 
 
 def _machine(run: Mapping[str, Any]) -> str:
@@ -222,13 +227,13 @@ def _test(run: Mapping[str, Any]) -> str:
         rows = [[str(c.get("label", "")), *(_fixed(c.get(k)) for k in ("precision", "recall", "f1")), c.get("support")]
                 for c in worst]  # fmt: skip
         parts += [title, table(["class", "precision", "recall", "f1", "rows"], rows)]
-    confused = _confused(test.get("confusion"), [str(c.get("label", "")) for c in classes])
-    if confused:
-        parts.append("Most often confused (right class, then predicted): " + "; ".join(confused) + ".")
+    most = confused(test.get("confusion"), [str(c.get("label", "")) for c in classes])
+    if most:
+        parts.append("Most often confused (right class, then predicted): " + "; ".join(most) + ".")
     return "\n\n".join(parts)
 
 
-def _confused(confusion: Any, names: list[str]) -> list[str]:
+def confused(confusion: Any, names: list[str]) -> list[str]:
     """The largest cells off the diagonal. `confusion`: rows (right class) of counts, or {'labels', 'matrix'}."""
     if isinstance(confusion, Mapping):
         names = [str(label) for label in confusion.get("labels") or names]

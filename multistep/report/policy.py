@@ -21,10 +21,10 @@ def explain_policy(policy: Mapping[str, Any]) -> str:
     asked = f"{limit['statistic']} at most {number(limit['ms'])} ms" if limit else "no limit on latency"
     lines = [f"Judged by {metric} on {policy['rows']:,} rows ({policy['data']}); {asked}."]
     if pick == before:
-        lines.append(f"{pick} stays: nothing else was admitted." + _over(limit, entries, pick))
+        lines.append(f"{pick} stays: nothing else was admitted." + over(limit, entries, pick))
     else:
         lines.append(f"{pick} takes the place of {before}: {policy['rule']}.")
-        lines += _against(metric, entries, pick, before)
+        lines += against(metric, entries, pick, before)
     parts = ["\n".join(lines), _table(metric, entries, policy)]
     if serving := policy.get("serving"):
         speeds = ", ".join(f"{number(v)} ({k})" for k, v in serving.get("texts_s", {}).items())
@@ -37,7 +37,7 @@ def explain_policy(policy: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _against(metric: str, entries: Sequence[Mapping[str, Any]], pick: str, before: str) -> list[str]:
+def against(metric: str, entries: Sequence[Mapping[str, Any]], pick: str, before: str) -> list[str]:
     """The pick beside what stood before, as far as both were measured."""
     found = {e["name"]: e for e in entries}
     if pick not in found or before not in found:
@@ -48,7 +48,7 @@ def _against(metric: str, entries: Sequence[Mapping[str, Any]], pick: str, befor
     return [f"{metric} {values} now; a request takes {cost} of the time, on average."]
 
 
-def _over(limit: Mapping[str, Any] | None, entries: Sequence[Mapping[str, Any]], pick: str) -> str:
+def over(limit: Mapping[str, Any] | None, entries: Sequence[Mapping[str, Any]], pick: str) -> str:
     """That what is picked breaks the limit, where it does."""
     took = next((e["latency"][limit["statistic"]] for e in entries if limit and e["name"] == pick), None)
     if limit is None or took is None or took <= limit["ms"]:

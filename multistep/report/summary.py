@@ -102,12 +102,15 @@ def _trials(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if kind == "Asked":
             asked = _mapping(record.get("trial"))
             trials[_id(asked)] = _new_trial(asked)
+            trials[_id(asked)]["records"].append(record.get("n"))
             continue
         if "trial" not in record:
             continue
         trial = trials.setdefault(
             _id(record["trial"]), _new_trial(_mapping(record["trial"]) or {"id": record["trial"]})
         )
+        if kind in ("Told", "Committed", "RolledBack"):
+            trial["records"].append(record.get("n"))
         if kind == "Measured":
             trial["updates"] = record.get("update", trial["updates"])
             if trial["first_loss"] is None:
@@ -115,6 +118,7 @@ def _trials(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             trial["last_loss"] = record.get("loss_nats")
         elif kind == "Told":
             _take_outcome(trial, _mapping(record.get("outcome")))
+            trial["at_s"] = _mapping(record.get("clock")).get("wall_s")
         elif kind in ("Committed", "RolledBack"):
             trial["status"] = "committed" if kind == "Committed" else "rolled back"
             trial["state"] = record.get("state")
@@ -129,7 +133,8 @@ def _new_trial(asked: Mapping[str, Any]) -> dict[str, Any]:
         "what": describe(_mapping(asked.get("action"))), "action": dict(_mapping(asked.get("action"))),
         "why": str(asked.get("why") or ""), "share": asked.get("share"), "status": "unfinished", "state": None,
         "rule": "", "evidence": [], "metrics": {}, "failure": "", "cost": {}, "facts": {},
-        "updates": None, "first_loss": None, "last_loss": None,
+        "updates": None, "first_loss": None, "last_loss": None, "records": [], "at_s": None,
+        "commit": asked.get("commit", True),
     }  # fmt: skip
 
 

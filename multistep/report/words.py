@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
+
+_PATH = re.compile(r"(?<![\w.:/])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\,;'\"()]+[/\\])+([^\s/\\,;'\"()]+)")
 
 
 def number(value: Any, digits: int = 4) -> str:
@@ -63,6 +66,11 @@ def clip(text: str, width: int) -> str:
     """One line of at most `width` characters."""
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def without_folders(text: str) -> str:
+    """Of every path only its last part: what is shown to others does not tell a machine's folders."""
+    return _PATH.sub(r"\1", text)
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -9,19 +9,17 @@ Folders of this machine are not told: of a path only its last part is left.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from multistep import journal
 from multistep.report.summary import summary
-from multistep.report.words import plus_minus
+from multistep.report.words import plus_minus, without_folders
 from multistep.types import UserError
 
 _POINTS = 160  # of a curve
 _CURVES = 12  # the longest ones
-_PATH = re.compile(r"(?<![\w.:/])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\,;'\"()]+[/\\])+([^\s/\\,;'\"()]+)")
 
 
 def explain(path: Path, info: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,5 +130,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, str):
-        return _PATH.sub(r"\1", value)
+        return without_folders(value)
     return value if value is None or isinstance(value, int) else str(value)

@@ -12,7 +12,9 @@ from typing import Any, Protocol
 
 from multistep.budget import Clock
 from multistep.controllers import Controller, Reserve, Skip
+from multistep.controllers.begin import record_of, same
 from multistep.journal import Journal
+from multistep.standing import Stood, settlement
 from multistep.strategy import Trial
 from multistep.types import Interrupted, Outcome, UserError
 
@@ -54,30 +56,36 @@ def tune(
     told = {r["trial"]: Outcome(**r["outcome"]) for r in past if r["kind"] == "Told"}
     settled = {r["trial"] for r in past if r["kind"] in ("Committed", "RolledBack")}
     stale = False  # the bundle on disk may be older than what was committed
-    while (ask := controller.ask()) is not None:
-        lived = asked.popleft() if asked else None
-        _check_replay(lived, ask)
-        if isinstance(ask, Reserve):
-            bench.clock.reserve(ask.name, ask.amount)
-        if lived is None:
-            yield _append(bench, journal, **_record(ask))
-        if isinstance(ask, Skip | Reserve):
+    outstanding: deque[Trial] = deque()
+    while (ask := controller.ask()) is not None or outstanding:
+        if isinstance(ask, Trial | Skip | Reserve):
+            lived = asked.popleft() if asked else None
+            _check_replay(lived, ask)
+            if isinstance(ask, Reserve):
+                bench.clock.reserve(ask.name, ask.amount)
+            if lived is None:
+                yield _append(bench, journal, **record_of(ask))
+            if isinstance(ask, Trial):
+                outstanding.append(ask)
             continue
-        outcome = told.get(ask.id)
+        assert outstanding, "the controller waits for nothing"
+        trial = outstanding.popleft()
+        outcome = told.get(trial.id)
         if outcome is None:
             if stale:
                 bench.ship()
                 stale = False
-            outcome = yield from _run(bench, ask, journal)
-            yield _append(bench, journal, kind="Told", trial=ask.id, stage=ask.stage, outcome=outcome)
-        committed = bench.apply(ask, outcome)
+            outcome = yield from _run(bench, trial, journal)
+            yield _append(bench, journal, kind="Told", trial=trial.id, stage=trial.stage, outcome=outcome)
+        committed = bench.apply(trial, outcome)
         stale = stale or committed
-        if ask.id not in settled and (committed or outcome.verdict is not None):
+        decision = settlement(Stood(bench.standing(), bench.families()), trial, outcome, committed)
+        if trial.id not in settled and decision is not None:
             if committed:
                 bench.ship()
                 stale = False
-            yield _append(bench, journal, **_settlement(bench, ask, outcome, committed))
-        controller.tell(ask, outcome.with_(incumbent=bench.standing(), families=bench.families()))
+            yield _append(bench, journal, **decision)
+        controller.tell(trial, outcome.with_(incumbent=bench.standing(), families=bench.families()))
     if stale:
         bench.ship()
 
@@ -98,46 +106,16 @@ def _run(bench: Works, trial: Trial, journal: Journal) -> Iterator[dict[str, Any
     return outcome.with_(remaining=bench.clock.remaining())
 
 
-def _settlement(bench: Works, trial: Trial, outcome: Outcome, committed: bool) -> dict[str, Any]:
-    verdict = outcome.verdict
-    return {
-        "kind": "Committed" if committed else "RolledBack",
-        "trial": trial.id,
-        "stage": trial.stage,
-        "state": outcome.state,
-        "incumbent": bench.standing(),
-        "families": bench.families(),
-        "metrics": outcome.metrics,
-        "rule": verdict.rule if verdict is not None else "the first servable model",
-        "evidence": [c.model_dump() for c in verdict.evidence] if verdict is not None else [],
-    }
-
-
-def _record(ask: Trial | Skip | Reserve) -> dict[str, Any]:
-    if isinstance(ask, Trial):
-        return {"kind": "Asked", "trial": ask.model_dump(mode="json")}
-    if isinstance(ask, Skip):
-        return {"kind": "Skipped", "stage": ask.stage, "why": ask.why}
-    return {"kind": "Reserved", "name": ask.name, "amount": ask.amount}
-
-
 def _check_replay(lived: dict[str, Any] | None, ask: Trial | Skip | Reserve) -> None:
     """The controller, told the same, must ask the same: else the journal and the code do not belong together."""
     if lived is None:
         return
-    now = _record(ask)
-    then = {k: lived.get(k) for k in now}
-    if _plain(now) != _plain(then):
+    now = record_of(ask)
+    if not same(now, lived):
         raise UserError(
             f"journal: record {lived['n']} ({lived['kind']}) does not follow from its evidence: the controller now asks {now}. "
             "The run was made by another version of multistep; start it again."
         )
-
-
-def _plain(value: Any) -> Any:
-    import json
-
-    return json.loads(json.dumps(value))
 
 
 def _append(bench: Works, journal: Journal, kind: str, **fields: Any) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class Bench:
     families: dict[str, str] = field(default_factory=dict)  # the best state of each family ("linear", "encoder")
     incumbent: Predictor | None = None
     bf16: bool = False
+    micro_batch: int = 0  # examples at once that fitted into memory when a trial's did not; 0: no limit was met
 
     def control(self, family: str, state: str) -> Scored:
         """A state's answers on the control split, as they are."""
@@ -83,12 +84,12 @@ def decided(bench: Bench, trial: Trial, family: str, state: str, started: float,
     for name, rival in (("family", bench.families.get(family)), ("against", trial.against)):
         if rival is not None:
             known = bench.judged(Single(model=family), {family: rival})
-            found = metrics.judge(bench.metric, task, candidate, known, seed=seed)
+            found = metrics.judge(bench.metric, task, candidate, known, seed, trial.alpha)
             facts |= {f"{name}_verdict": found.model_dump(), f"{name}_rival": rival}
     verdict = None
     if trial.commit and bench.incumbent is not None:
         incumbent = bench.judged(bench.incumbent, bench.families)
-        verdict = metrics.judge(bench.metric, task, candidate, incumbent, seed=seed)
+        verdict = metrics.judge(bench.metric, task, candidate, incumbent, seed, trial.alpha)
     return Outcome(
         state=state,
         metrics=metrics.measure(tuple(names), task, scored, seed=seed),
@@ -350,7 +351,7 @@ def run_predict(bench: Bench, trial: Trial, action: Predict) -> Run:
     yield "Noted", {"trial": trial.id, "what": "fitted", "facts": {"what": action.what, **found.facts}}
     base = fitting.baseline(work.task, action.base, logits, targets)
     metric = "log_loss" if action.what == "calibrate" and work.task.kind != "regress" else bench.metric
-    verdict = metrics.judge(metric, work.task, found.scored, base, seed=seed)
+    verdict = metrics.judge(metric, work.task, found.scored, base, seed, trial.alpha)
     names_ = dict.fromkeys([bench.metric, *work.task.metrics])
     return Outcome(
         state=trial.id,

@@ -19,17 +19,18 @@ from multistep.budget import Clock
 from multistep.controllers.answering import AnsweringProblem
 from multistep.evaluate import Engine, TextModel
 from multistep.metrics import METRICS, Scored, compare, judge, measure
-from multistep.metrics.judge import paired_t
 from multistep.metrics.measure import stderr_of
+from multistep.metrics.verdicts import better, looked, paired_t
 from multistep.policy import Entry, Latency, Policy, admit, front, one_by_one, side_by_side
 from multistep.predictors import Predictor, Single, predict
 from multistep.predictors.conformal import fit_conformal
 from multistep.predictors.costs import cost_N
 from multistep.predictors.fit import baseline
 from multistep.predictors.recipe import Recipe, prepare, recipe_of
+from multistep.standing import Stood, answers
 from multistep.strategy import Profile, Promise, Serving, Trial, TryRecipe
 from multistep.tune.segment import Record
-from multistep.types import Comparison, Cost, MetricValue, Outcome, Verdict
+from multistep.types import Comparison, Cost, Looked, MetricValue, Outcome, Verdict, Wanted
 
 LATENCY_SHARE = 0.01  # of the budget: timing single requests ends after it, with 20 at least
 TIMED = 200  # requests at most
@@ -87,11 +88,8 @@ class Answering:
             stop,
         )
         self.machine = dict(machine)
-        self.entries: list[Entry] = []
-        self.refused: list[dict[str, str]] = []
+        self.stood = Stood()
         self.quality = Quality(problem)
-        self._pick, self._rule = "", ""
-        self._stood: set[str] = set()
         self.serving: dict[str, Any] = {}
         self._ship = ship
         self._logits: dict[tuple[str, str], np.ndarray] = {}
@@ -113,33 +111,22 @@ class Answering:
 
     def apply(self, trial: Trial, outcome: Outcome) -> bool:
         """Take an outcome into the standing; whether something else stands. Depends on the outcome alone, so it replays."""
-        self.refused += outcome.facts.get("refused", [])
         self.serving = outcome.facts.get("serving", self.serving)
-        if "entry" not in outcome.facts:
-            return False
-        rule = "what stood before" if outcome.verdict is None else outcome.verdict.rule
-        self.entries.append(Entry(**outcome.facts["entry"]).with_(rule=rule))
-        if outcome.verdict is not None and not outcome.verdict.accept:
-            return False
-        self._pick, self._rule = self.entries[-1].name, rule
-        self._stood.add(self._pick)
-        return outcome.verdict is not None
+        self.stood, taken = answers(self.stood, trial, outcome)
+        return taken
 
     @property
     def incumbent(self) -> Entry:
-        return next(e for e in reversed(self.entries) if e.name == self._pick)
+        return self.stood.entry
 
     def _best(self) -> Entry:
         """Of what has stood, what was best."""
-        sign = 1.0 if self.quality.higher_is_better else -1.0
-        stood = [self.entries[0], *(e for e in self.entries[1:] if e.name in self._stood)]
+        sign, entries = (1.0 if self.quality.higher_is_better else -1.0), self.stood.entries
+        stood = [entries[0], *(e for e in entries[1:] if e.name in self.stood.stood)]
         return max(stood, key=lambda e: sign * e.metrics[self.quality.name].value)
 
     def standing(self) -> dict[str, Any] | None:
-        if not self.entries:
-            return None
-        now = self.incumbent
-        return {"name": now.name, "predictor": now.predictor, "engine": now.engine, "recipe": now.facts.get("recipe")}
+        return self.stood.incumbent
 
     def families(self) -> dict[str, str]:
         return {}
@@ -150,11 +137,11 @@ class Answering:
 
     def policy(self, skipped: Sequence[Mapping[str, str]] = ()) -> Policy:
         """All that was found so far. `skipped`: what was not begun, and why."""
-        q = self.quality
+        q, now = self.quality, self.stood
         return Policy(
-            metric=q.name, limit=self.problem.limit, rows=len(self.rows.texts), data=self.rows.words, default=self.entries[0].name,
-            pick=self._pick, rule=self._rule, entries=tuple(self.entries), front=front(self.entries, q.name, q.higher_is_better),
-            refused=(*self.refused, *map(dict, skipped)), machine=self.machine, serving=self.serving,
+            metric=q.name, limit=self.problem.limit, rows=len(self.rows.texts), data=self.rows.words, default=now.entries[0].name,
+            pick=now.entry.name, rule=now.rule, entries=now.entries, front=front(now.entries, q.name, q.higher_is_better),
+            refused=(*now.refused, *map(dict, skipped)), machine=self.machine, serving=self.serving,
         )  # fmt: skip
 
     # ------------------------------------------------------------------ trials
@@ -190,6 +177,8 @@ class Answering:
         started, p, now = time.monotonic(), self.problem, self.incumbent
         engine = action.engine or now.engine
         outputs = self._outputs(action.recipe.names(), engine)
+        if action.share < 1:
+            return self._looked(action, outputs, started)
         found = prepare(action.recipe, p.task, outputs, self.rows.targets, self.quality.fitted_for, p.seed)
         if found is None:
             return Outcome(ok=False, failure=f"{action.recipe}: nothing to offer here", cost=_wall(started))
@@ -197,16 +186,27 @@ class Answering:
         new = Standing(found.predictor, engine if _encodes(action.recipe) else {})
         old = Standing(_PREDICTOR.validate_python(now.predictor), now.engine)
         latency, now_takes = side_by_side(self._answer(new), self._answer(old), self._requests(), self._seconds())
-        better, compared = self.quality.judged(found.scored, self._known(now), action.alpha)
+        quality, compared = self.quality.judged(found.scored, self._known(now), trial.alpha)
         best = self._best()
-        anchor = (
-            None if best.name == now.name else self.quality.judged(found.scored, self._known(best), action.alpha)[1]
-        )
-        verdict = admit(better, compared, latency, now_takes, p.limit, anchor)
+        anchor = None if best.name == now.name else self.quality.judged(found.scored, self._known(best), trial.alpha)[1]
+        verdict = admit(quality, compared, latency, now_takes, p.limit, anchor)
         made = {**found.facts, "recipe": action.recipe.model_dump(mode="json")}
         entry = self._entry(_name(action.recipe, new.engine), new, found.scored, latency, made)
-        facts = {"entry": entry.model_dump(mode="json"), "beside_ms": now_takes.mean}
+        facts = {"entry": entry.model_dump(mode="json"), "ms": latency.mean, "beside_ms": now_takes.mean}
         return Outcome(state=entry.name, metrics=entry.metrics, verdict=verdict, cost=_wall(started), facts=facts)
+
+    def _looked(self, action: TryRecipe, outputs: Mapping[str, np.ndarray], started: float) -> Outcome:
+        """What it is worth on a part of the rows: a search drops it or looks at more of them."""
+        count, p = max(2, round(action.share * len(self.rows.texts))), self.problem
+        some = {name: logits_NK[:count] for name, logits_NK in outputs.items()}
+        found = prepare(action.recipe, p.task, some, self.rows.targets[:count], self.quality.fitted_for, p.seed)
+        if found is None:
+            return Outcome(ok=False, failure=f"{action.recipe}: nothing to offer here", cost=_wall(started))
+        verdict = looked(Looked(at=count, of=len(self.rows.texts)))
+        measured = self.quality.measured(
+            Scored(self.rows.targets[:count], found.scored.logits_NK, found.scored.decisions)
+        )
+        return Outcome(metrics=measured, verdict=verdict, cost=_wall(started), facts={"looked": str(action.recipe)})
 
     def _promise(self, trial: Trial, action: Promise) -> Run:
         started, p, now = time.monotonic(), self.problem, self.incumbent
@@ -228,7 +228,7 @@ class Answering:
         new = Standing(found, now.engine)
         entry = self._entry(f"{now.name}, promise {action.coverage:g}", new, self._known(now), now.latency, facts)
         return Outcome(
-            state=entry.name, metrics=entry.metrics, verdict=Verdict(accept=True, rule=rule), cost=_wall(started),
+            state=entry.name, metrics=entry.metrics, verdict=Verdict(accept=True, rule=rule, by=Wanted(words=rule)), cost=_wall(started),
             facts={"entry": entry.model_dump(mode="json")},
         )  # fmt: skip
 
@@ -270,7 +270,7 @@ class Answering:
         if entry.name not in self._scored:
             predictor, p = _PREDICTOR.validate_python(entry.predictor), self.problem
             outputs, found = self._outputs(predictor.models(), entry.engine), None
-            if entry.name != self.entries[0].name and (recipe := entry.facts.get("recipe")) is not None:
+            if entry.name != self.stood.entries[0].name and (recipe := entry.facts.get("recipe")) is not None:
                 found = prepare(
                     Recipe.parse(recipe), p.task, outputs, self.rows.targets, self.quality.fitted_for, p.seed
                 )
@@ -333,11 +333,9 @@ class Quality:
         gain, stderr, n = float((old - new).mean()), stderr_of(old - new), len(old)
         compared = Comparison(
             metric="cost", candidate=float(new.mean()), incumbent=float(old.mean()), difference=gain, stderr=stderr,
-            p=paired_t(gain, stderr, n), n=n,
+            p=paired_t(gain, stderr, n), n=n, test="t",
         )  # fmt: skip
-        accept = gain > 0 and compared.p <= alpha
-        rule = f"cost gain {gain:+.4f} ± {stderr:.4f}, p = {compared.p:.2g}, {alpha:.2g} allowed: {'better' if accept else 'not better'}"
-        return Verdict(accept=accept, rule=rule, evidence=(compared,)), compared
+        return better((compared,), alpha), compared
 
 
 def _encodes(recipe: Recipe) -> bool:

@@ -18,11 +18,13 @@ from multistep.controllers.decoding import DecodingProblem
 from multistep.data.cells import Record
 from multistep.engines import Agreement, agree_texts
 from multistep.metrics.texts import LANGUAGE_METRICS, compare_rows, judge_rows, measure_rows, statistics
+from multistep.metrics.verdicts import looked, slow
 from multistep.policy import Entry, Latency, Policy, admit, front, one_by_one
 from multistep.predictors.ways import Way, one_text, read_way, words
+from multistep.standing import Stood, ways
 from multistep.strategy import Profile, Trial, TryWay
 from multistep.tune.segment import Record as JournalRecord
-from multistep.types import Cost, Outcome, Verdict
+from multistep.types import Apart, Cost, Looked, Outcome, Slow, Verdict
 from multistep.writing import Neural
 
 FIRST = 3  # requests, after which a way that is clearly too slow is stopped
@@ -72,11 +74,8 @@ class LanguagePrediction:
         self.engines = engines or OurOwn(neural)
         self.neural, self.problem, self.records, self.clock, self.stop = neural, problem, list(records), clock, stop
         self.data, self.machine = data, dict(machine or {})
-        self.entries: list[Entry] = []
-        self.refused: list[dict[str, str]] = []
+        self.stood = Stood()
         self.judged = 0
-        self.rule = ""  # by which what stands was taken
-        self._pick = ""
         self._ship = ship
         self._rows: dict[str, np.ndarray] = {}
 
@@ -92,41 +91,31 @@ class LanguagePrediction:
 
     def apply(self, trial: Trial, outcome: Outcome) -> bool:
         """Take an outcome into the standing; whether another way stands. Depends on the outcome alone, so it replays."""
-        if "refused" in outcome.facts:
-            assert outcome.verdict is not None
-            self.refused.append({"name": outcome.facts["refused"], "why": outcome.verdict.rule})
-            return False
         if isinstance(trial.action, Profile):
             self.judged = int(outcome.facts["judged"])
-        rule = "what stood before" if outcome.verdict is None else outcome.verdict.rule
-        self.entries.append(Entry(**outcome.facts["entry"]).with_(rule=rule))
-        if outcome.verdict is not None and not outcome.verdict.accept:
-            return False
-        self._pick, self.rule = self.entries[-1].name, rule
-        return outcome.verdict is not None
+        self.stood, taken = ways(self.stood, trial, outcome)
+        return taken
 
     @property
     def incumbent(self) -> Entry:
-        return next(e for e in self.entries if e.name == self._pick)
+        return self.stood.entry
 
     def standing(self) -> dict[str, Any] | None:
-        if not self.entries:
-            return None
-        return {"name": self._pick, "decoding": self.incumbent.predictor, "engine": self.incumbent.engine}
+        return self.stood.incumbent
 
     def families(self) -> dict[str, str]:
         return {}
 
-    def ship(self) -> None:
-        self._ship(read_way(self.incumbent.predictor), self.incumbent.engine, self.policy())
+    def ship(self, policy: Policy | None = None) -> None:
+        self._ship(read_way(self.incumbent.predictor), self.incumbent.engine, policy or self.policy())
 
     def policy(self, skipped: Sequence[Mapping[str, str]] = ()) -> Policy:
         """All that was found so far. `skipped`: what was not begun, and why."""
-        p = self.problem
-        best = front(self.entries, p.metric, LANGUAGE_METRICS[p.metric].higher_is_better)
+        p, now = self.problem, self.stood
+        best = front(now.entries, p.metric, LANGUAGE_METRICS[p.metric].higher_is_better)
         return Policy(
-            metric=p.metric, limit=p.limit, rows=self.judged, data=self.data, default=self.entries[0].name, pick=self._pick,
-            rule=self.rule, entries=tuple(self.entries), front=best, refused=(*self.refused, *map(dict, skipped)),
+            metric=p.metric, limit=p.limit, rows=self.judged, data=self.data, default=now.entries[0].name,
+            pick=now.entry.name, rule=now.rule, entries=now.entries, front=best, refused=(*now.refused, *map(dict, skipped)),
             machine=self.machine,
         )  # fmt: skip
 
@@ -160,20 +149,37 @@ class LanguagePrediction:
             {"trial": trial.id, "what": "decoding", "facts": {**way.model_dump(mode="json"), "engine": engine}},
         )
         if limit is not None and (first := self._first(way, engine)) > CLEARLY * limit.ms:
-            rule = f"the fastest of the first {FIRST} requests took {first:.3g} ms, more than {CLEARLY:g} x {limit.ms:g} ms"
-            return self._refused(way, engine, rule, first, started)
+            by = Slow(statistic="fastest", ms=first, n=FIRST, limit_ms=limit.ms, times=CLEARLY)
+            return self._refused(way, engine, slow(by), first, started)
         if engine and engine != self.incumbent.engine:
             agreement = self._agreement(way, engine)
             yield "Noted", {"trial": trial.id, "what": "agreement", "facts": agreement.model_dump()}
             if not agreement.ok:
-                return self._refused(way, engine, agreement.words, 0.0, started)
+                by = Apart(same=agreement.same, points=agreement.points, words=agreement.words)
+                verdict = Verdict(accept=False, rule=agreement.words, by=by)
+                return self._refused(way, engine, verdict, 0.0, started)
+        if action.share < 1:
+            return self._looked(way, engine, action.share, started)
         latency = self._latency(way, engine)
         if limit is not None and not latency.within(limit):
             took = getattr(latency, limit.statistic)
-            rule = f"{limit.statistic} {took:.3g} ms > {limit.ms:g} ms, over {latency.n} requests: too slow"
-            return self._refused(way, engine, rule, latency.mean, started)
-        verdict = self._verdict(way, engine, latency, action.alpha)
+            by = Slow(statistic=limit.statistic, ms=took, n=latency.n, limit_ms=limit.ms)
+            return self._refused(way, engine, slow(by), latency.mean, started)
+        verdict = self._verdict(way, engine, latency, trial.alpha)
         return self._outcome(way, engine, latency, verdict, started)
+
+    def _looked(self, way: Way, engine: dict[str, Any], share: float, started: float) -> Outcome:
+        """What it is worth on a part of the records: a search drops it or looks at more of them. What was written is kept for that."""
+        count = max(2, round(share * self.judged))
+        metric, rows_NS = self.problem.metric, self._statistics(way, engine, count)
+        begun = time.perf_counter()
+        self._write(way, engine, self.records[:1])
+        ms = 1000 * (time.perf_counter() - begun)
+        verdict = looked(Looked(at=count, of=self.judged))
+        return Outcome(
+            metrics={metric: measure_rows(metric, rows_NS, self.problem.seed)}, verdict=verdict,
+            cost=Cost(wall_s=time.monotonic() - started), facts={"looked": named(way, engine), "ms": ms},
+        )  # fmt: skip
 
     def _verdict(self, way: Way, engine: dict[str, Any], latency: Latency, alpha: float) -> Verdict:
         metric, seed, now = self.problem.metric, self.problem.seed, self.incumbent
@@ -190,8 +196,7 @@ class LanguagePrediction:
             cost=Cost(wall_s=time.monotonic() - started), facts={"entry": entry, "ms": latency.mean},
         )  # fmt: skip
 
-    def _refused(self, way: Way, engine: dict[str, Any], rule: str, ms: float, started: float) -> Outcome:
-        verdict = Verdict(accept=False, rule=rule)
+    def _refused(self, way: Way, engine: dict[str, Any], verdict: Verdict, ms: float, started: float) -> Outcome:
         cost = Cost(wall_s=time.monotonic() - started)
         return Outcome(verdict=verdict, cost=cost, facts={"refused": named(way, engine), "ms": ms})
 
@@ -210,14 +215,16 @@ class LanguagePrediction:
         writer.decoding = way
         return [str(p.value) for p in writer.write(records)]
 
-    def _statistics(self, way: Way, engine: dict[str, Any]) -> np.ndarray:
-        """[N,S], made once in a process for each way."""
-        name = named(way, engine)
-        if name not in self._rows:
-            records = self.records[: self.judged]
+    def _statistics(self, way: Way, engine: dict[str, Any], count: int | None = None) -> np.ndarray:
+        """[N,S] of the first `count` judged records, or of all; each is written once in a process for each way."""
+        name, count = named(way, engine), self.judged if count is None else count
+        done = len(self._rows.get(name, ()))
+        if done < count:
+            records = self.records[done:count]
             texts = self._write(way, engine, records)
-            self._rows[name] = statistics(self.problem.metric, texts, [r.targets for r in records])
-        return self._rows[name]
+            new_NS = statistics(self.problem.metric, texts, [r.targets for r in records])
+            self._rows[name] = np.concatenate([self._rows[name], new_NS]) if done else new_NS
+        return self._rows[name][:count]
 
     def _first(self, way: Way, engine: Mapping[str, Any]) -> float:
         """Milliseconds of the fastest of the first few requests, each alone."""

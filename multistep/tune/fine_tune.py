@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from multistep.budget import Budget
 from multistep.diagnosis.training import rise
 from multistep.evaluate import Rows, keep_hidden
 from multistep.metrics.power import FEWEST_ROWS
 from multistep.models.base import TextEncoder
 from multistep.schedules import Plateau
-from multistep.state import TrainState, read_folder, write_folder
+from multistep.state import TrainState
 from multistep.strategy import FineTune, Trial
 from multistep.tune.actions import Bench, Run, decided
 from multistep.tune.augmented import AugmentedRows
-from multistep.tune.segment import Keeper, run_segment, stretch
+from multistep.tune.training import run_training
 from multistep.tune.watch import Found, Looks, checks, look_of
 
 GAP_CHECKS = (0.3, 0.45, 0.6, 0.75)  # progress at which train and validation loss are compared
@@ -34,36 +32,20 @@ def run_fine_tune(bench: Bench, trial: Trial, action: FineTune) -> Run:
     data = training_rows(bench, action)
     state = TrainState(work.encoder(trial.start))
     state.counters.seed = work.config.seed
-    paused = trial.start is not None and _paused(work.state_folder(trial.start), action)
-    if paused:
-        assert trial.start is not None
-        _go_on(state, work.state_folder(trial.start), action)
-        state.adjust(action)
-        stretch(state, trial.share)
-    else:
-        state.begin(action, _length(bench, trial, data, started))
     watch = _looks(bench, trial, action) or _gap_watch(bench, trial, action)
-    keeper = Keeper(work.out / "states", trial.id, bench.clock, watch)
-    if keeper.load(state):
-        if bench.timed():  # loading and encoding took time again, and the end of the run stays where it is
-            left = (1 - state.segment.progress()) * state.segment.total.amount
-            stretch(state, max(0.5, min(left, bench.clock.remaining())))
-        yield "Event", {"trial": trial.id, "event": "resumed", "update": state.counters.update}
     if action.objective.reads_tables() and action.trains == "top" and action.layers < state.model.n_layers:
         rule = f"{action.objective.kind} moves the outputs of the embeddings: every pass starts from token ids, none from cached states"
         yield "Noted", {"trial": trial.id, "what": "input", "facts": {"rule": rule}}
-    facts = yield from run_segment(trial, state, data, keeper, watch, bench.stop)
-    if isinstance(watch, Looks) and "stopped" in facts:
-        facts |= watch.back_to_best(state)
-    state.settle(training=False)
-    _save_whole(state, work.state_folder(trial.id), trial.start, action)
-    keeper.clear()
+    share = max(0.5, trial.share - (time.monotonic() - started)) if bench.timed() else trial.share
+    facts, spent = yield from run_training(
+        trial, action, state, data, watch, work.out / "states", bench.clock, bench.stop, {"family": "encoder"},
+        share=share, rest=True, micro_batch=bench.micro_batch,
+    )  # fmt: skip
     _keep_control_logits(bench, trial.id, state.model)
     if isinstance(watch, _GapWatch) and "diagnosis" not in facts:
-        watch.end(state, keeper.losses, trial.id)
+        watch.end(state, [facts["train_loss"]], trial.id)
     if watch is not None:
         facts["looks"] = watch.looks()
-    spent = keeper.spent
     facts |= {"epochs": state.counters.examples / len(data.lengths_N), "examples": state.counters.examples}
     facts["tokens_s"] = spent["tokens"] / max(1e-9, time.monotonic() - started)
     if "diagnosis" in facts:  # stopped before its learning rate has decayed: not to be judged against what has
@@ -71,7 +53,7 @@ def run_fine_tune(bench: Bench, trial: Trial, action: FineTune) -> Run:
     return decided(bench, trial, "encoder", trial.id, started, facts=facts, **spent)
 
 
-# ---------------------------------------------------------------------------------------------- data and length
+# ---------------------------------------------------------------------------------------------- data
 
 
 def training_rows(bench: Bench, action: FineTune) -> Rows | AugmentedRows:
@@ -83,7 +65,10 @@ def training_rows(bench: Bench, action: FineTune) -> Rows | AugmentedRows:
     cut = _cut(model, action)
     for split in ("train", "control"):
         part = work.rows(split, action.max_length)
-        if part.cut > cut:  # cached above what is trained now
+        if part.cut not in (
+            0,
+            cut,
+        ):  # cached above what is trained now, or below: then dropout would reach layers that stand still
             part.hidden_SD, part.cut = None, 0
     if action.augment.on:
         return AugmentedRows(rows, work.texts["train"], action.augment, work.tokenize)
@@ -99,42 +84,10 @@ def _cut(model: TextEncoder, action: FineTune) -> int:
     return model.n_layers - action.layers
 
 
-def _length(bench: Bench, trial: Trial, data: Rows | AugmentedRows, started: float) -> Budget:
-    """The segment: the trial's share, less the time to judge its end."""
-    if not bench.timed():
-        return Budget(amount=trial.share, unit=bench.clock.budget.unit)
-    return Budget(amount=max(0.5, trial.share - (time.monotonic() - started)))
-
-
 def _keep_control_logits(bench: Bench, state: str, model: TextEncoder) -> None:
     work = bench.work
     rows = work.rows("control", work.max_length)
     work.keep_logits(state, "control", work.encoder_logits(model, rows, bench.bf16))
-
-
-# ---------------------------------------------------------------------------------------------- whole states
-
-
-def _save_whole(state: TrainState, folder: Path, start: str | None, action: FineTune) -> None:
-    snapshot = state.snapshot()
-    meta = {**snapshot["meta"], "family": "encoder", "start": start, "strategy": action.model_dump()}
-    write_folder(folder, meta, snapshot["tensors"])
-
-
-def _paused(folder: Path, action: FineTune) -> bool:
-    """Whether the state there is a training that was stopped in the middle and that this strategy can go on with."""
-    meta, _ = read_folder(folder)
-    if "segment" not in meta:
-        return False
-    total, unit = meta["segment"]["total"]["amount"], meta["segment"]["total"]["unit"]
-    done = meta["segment"]["wall_s" if unit == "seconds" else unit]
-    return done < total and action.same_but_live(FineTune(**meta["strategy"]))
-
-
-def _go_on(state: TrainState, folder: Path, action: FineTune) -> None:
-    meta, tensors = read_folder(folder)
-    state.begin(FineTune(**meta["strategy"]), Budget(**meta["segment"]["total"]))
-    state.restore({"meta": meta, "tensors": tensors})
 
 
 # ---------------------------------------------------------------------------------------------- the gap

@@ -14,16 +14,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multistep.budget import Clock
-from multistep.controllers.language import LanguageProblem, higher_is_better
+from multistep.controllers.language_plan import LanguageProblem, higher_is_better
 from multistep.data.cells import Record
-from multistep.metrics import judge_losses
-from multistep.metrics.texts import compare_rows, judge_rows, measure_rows, statistics
+from multistep.metrics.judge import compare_losses, not_finite
+from multistep.metrics.texts import judge_rows, measure_rows, statistics
+from multistep.metrics.verdicts import better
 from multistep.metrics.words import f1
 from multistep.models.ngram import NGram
 from multistep.other_writers import Mixed, Spans, measured, mixed_nats
 from multistep.predictors.decoding import Greedy, Sample
 from multistep.schedules import Plateau
 from multistep.spans import best_least
+from multistep.standing import Stood, language
 from multistep.state import TrainState, write_folder
 from multistep.strategy import (
     AsGiven,
@@ -68,6 +70,7 @@ class LanguageWorks:
         self.speakers, self.problem, self.clock, self.stop = speakers, problem, clock, stop
         self.incumbent: dict[str, Any] | None = None
         self.best: dict[str, str] = {}  # family -> state
+        self.micro_batch = 0  # examples at once that fitted into memory when a trial's did not; 0: no limit was met
         self.past: list[tuple[Trial, Outcome]] = []
         self._answers: dict[tuple[str, str], Answers] = {}
         self._longest_span = 0
@@ -105,26 +108,14 @@ class LanguageWorks:
 
     def apply(self, trial: Trial, outcome: Outcome) -> bool:
         """Take an outcome into the run's standing; whether the incumbent changed. Depends on the outcome alone, so it replays."""
+        self.micro_batch = outcome.facts.get("micro_batch", self.micro_batch)
         self.past.append((trial, outcome))
         if isinstance(trial.action, Profile):
             self.speakers.facts = dict(outcome.facts)
             return False
-        if not outcome.ok or "standing" not in outcome.facts:
-            return False
-        standing, family = outcome.facts["standing"], outcome.facts["family"]
-        if trial.stage == "trunk":
-            self.best["trunk"] = standing["state"]  # from where more budget goes on
-        if family == "ngram":
-            self.best["ngram"] = standing["state"]
-        if not trial.commit or "diagnosis" in outcome.facts or "stopped" in outcome.facts:
-            return False
-        better = "family_verdict" not in outcome.facts or Verdict(**outcome.facts["family_verdict"]).accept
-        if better and family in ("model", "spans"):
-            self.best[family] = standing["state"]
-        if self.incumbent is None or (outcome.verdict is not None and outcome.verdict.accept):
-            self.incumbent = standing
-            return True
-        return False
+        stood, committed = language(Stood(self.incumbent, self.best), trial, outcome)
+        self.incumbent, self.best = stood.incumbent, dict(stood.families)
+        return committed
 
     def standing(self) -> dict[str, Any] | None:
         return self.incumbent
@@ -165,20 +156,15 @@ class LanguageWorks:
             self._answers[key] = self.answers(speaker or self.speakers.speaker(dict(standing)), split)
         return self._answers[key]
 
-    def verdict(self, candidate: Answers, incumbent: Answers) -> Verdict:
+    def verdict(self, candidate: Answers, incumbent: Answers, alpha: float) -> Verdict:
         seed = self.problem.config.seed
-        found = judge_rows(self.problem.metric, candidate.rows_NS, incumbent.rows_NS, seed)
+        found = judge_rows(self.problem.metric, candidate.rows_NS, incumbent.rows_NS, seed, alpha)
         if found.accept or self.by_losses or candidate.losses_N3 is None or incumbent.losses_N3 is None:
             return found
-        c = compare_rows(self.problem.metric, candidate.rows_NS, incumbent.rows_NS, seed)
-        if c.difference < 0:
+        losses = candidate.losses_N3[:, 0], incumbent.losses_N3[:, 0]
+        if not found.evidence or found.evidence[0].difference < 0:
             return found
-        second = judge_losses(candidate.losses_N3[:, 0], incumbent.losses_N3[:, 0], alpha=0.05)
-        if not second.accept:
-            return found
-        word = "the same" if c.difference == 0 else "not worse"
-        rule = f"{self.problem.metric} {c.difference:+.4f} ± {c.stderr:.4f}: {word}; {second.rule}"
-        return Verdict(accept=True, rule=rule, evidence=(c, *second.evidence))
+        return not_finite("losses", *losses) or better((found.evidence[0], compare_losses(*losses)), alpha)
 
     def measured(self, answers: Answers) -> dict[str, MetricValue]:
         seed = self.problem.config.seed
@@ -195,14 +181,14 @@ class LanguageWorks:
         found: dict[str, Any] = {**facts, "standing": standing, "family": family, "judged": len(answers.rows_NS)}
         if trial.against is not None:
             rival = {**standing, "state": trial.against}
-            found |= {"against_verdict": self.verdict(answers, self.known(rival, split)).model_dump()}
+            found |= {"against_verdict": self.verdict(answers, self.known(rival, split), trial.alpha).model_dump()}
         if trial.commit and (before := self.best.get(family)) is not None and split == "control":
             found["family_verdict"] = self.verdict(
-                answers, self.known({**standing, "state": before}, split)
+                answers, self.known({**standing, "state": before}, split), trial.alpha
             ).model_dump()
         verdict = None
         if trial.commit and self.incumbent is not None:
-            verdict = self.verdict(answers, self.known(self.incumbent, split))
+            verdict = self.verdict(answers, self.known(self.incumbent, split), trial.alpha)
         cost = Cost(wall_s=time.monotonic() - started, updates=updates, tokens=tokens)
         return Outcome(state=trial.id, metrics=self.measured(answers), verdict=verdict, cost=cost, facts=found)
 
@@ -271,7 +257,7 @@ class LanguageWorks:
             yield "Noted", {"trial": trial.id, "what": "cut", "facts": {"rule": rule, **cut}}
         facts, spent = yield from run_training(
             trial, action, state, data, self._watch(trial, action), s.out / "states", self.clock, self.stop,
-            {"shape": action.shape.model_dump()},
+            {"shape": action.shape.model_dump()}, micro_batch=self.micro_batch,
         )  # fmt: skip
         facts["epochs"] = state.counters.examples / max(1, len(data))
         facts["tokens_s"] = spent["tokens"] / max(1e-9, time.monotonic() - started)

@@ -16,7 +16,7 @@ from torch import nn
 
 from multistep.budget import Budget
 from multistep.controllers.choose import Facts, choose
-from multistep.controllers.language import LanguageProblem
+from multistep.controllers.language_plan import LanguageProblem
 from multistep.controllers.sizes import BATCH_TOKENS, RUNGS, SPANS_BATCH, UPDATES, dropout_for, weights_fit
 from multistep.objectives import NextToken, Seq2Seq, Span
 from multistep.predictors.decoding import Greedy

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from multistep import metrics
+from multistep import metrics, standing
 from multistep.budget import Budget, Clock
 from multistep.controllers.module import ModuleProblem
 from multistep.loader import ModuleRows
@@ -25,6 +25,7 @@ from multistep.metrics import Scored
 from multistep.objectives import BinaryCrossEntropy, CrossEntropy, Distill, Huber, MeanAbsoluteError, MeanSquaredError
 from multistep.objectives.base import BaseObjective
 from multistep.schedules import Plateau
+from multistep.standing import Stood
 from multistep.state import TrainState, read_folder, write_folder
 from multistep.strategy import AsGiven, Average, Diagnose, Profile, ReadTest, TrainModule, Trial
 from multistep.tasks import Classify, Multilabel, Regress, Task
@@ -59,6 +60,7 @@ class ModuleWorks:
         self.clock, self.stop, self.out, self.task, self.seed = clock, stop, out, task, seed
         self.rows, self.problem = rows, problem
         self.incumbent: str | None = None
+        self.micro_batch = 0  # examples at once that fitted into memory when a trial's did not; 0: no limit was met
         self.judge_s = 0.0
         self.past: list[tuple[Trial, Outcome]] = []
         self._module = module
@@ -84,15 +86,13 @@ class ModuleWorks:
 
     def apply(self, trial: Trial, outcome: Outcome) -> bool:
         """Take an outcome into the run's standing; whether the incumbent changed. Depends on the outcome alone, so it replays."""
+        self.micro_batch = outcome.facts.get("micro_batch", self.micro_batch)
         self.past.append((trial, outcome))
         if isinstance(trial.action, Profile):
             self.judge_s = outcome.facts["judge_s"]
-        if not (outcome.ok and trial.commit and outcome.state is not None):
-            return False
-        if self.incumbent is None or (outcome.verdict is not None and outcome.verdict.accept):
-            self.incumbent = outcome.state
-            return True
-        return False
+        stood, committed = standing.module(Stood(self.standing(), self.families()), trial, outcome)
+        self.incumbent = None if stood.incumbent is None else stood.incumbent["state"]
+        return committed
 
     def ship(self) -> None:
         """The incumbent's weights, as model/model.safetensors."""
@@ -143,11 +143,11 @@ class ModuleWorks:
         """The module's answers on these rows. Leaves it in evaluation mode."""
         return judge_rows(module, rows, self.problem.objective, self.task, self.problem.bf16)
 
-    def verdict(self, candidate: Answers, incumbent: Answers) -> Verdict:
+    def verdict(self, candidate: Answers, incumbent: Answers, alpha: float) -> Verdict:
         if self.problem.metric == "loss" or self.task is None:
-            return metrics.judge_losses(candidate.losses_N, incumbent.losses_N)
+            return metrics.judge_losses(candidate.losses_N, incumbent.losses_N, alpha)
         assert candidate.scored is not None and incumbent.scored is not None
-        return metrics.judge(self.problem.metric, self.task, candidate.scored, incumbent.scored, seed=self.seed)
+        return metrics.judge(self.problem.metric, self.task, candidate.scored, incumbent.scored, self.seed, alpha)
 
     def measured(self, answers: Answers) -> dict[str, MetricValue]:
         """The metric that decides, the task's others, and the loss; with standard errors."""
@@ -164,11 +164,11 @@ class ModuleWorks:
         answers = self.answers(trial.id)
         found = dict(facts)
         if trial.against is not None:
-            against = self.verdict(answers, self.answers(trial.against))
+            against = self.verdict(answers, self.answers(trial.against), trial.alpha)
             found |= {"against_verdict": against.model_dump(), "against_rival": trial.against}
         verdict = None
         if trial.commit and self.incumbent is not None:
-            verdict = self.verdict(answers, self.answers(self.incumbent))
+            verdict = self.verdict(answers, self.answers(self.incumbent), trial.alpha)
         cost = Cost(wall_s=time.monotonic() - started, **spent)
         return Outcome(state=trial.id, metrics=self.measured(answers), verdict=verdict, cost=cost, facts=found)
 
@@ -218,7 +218,7 @@ class ModuleWorks:
         states = self.out / "states"
         facts, spent = yield from run_training(
             trial, action, state, self.rows["train"], self._watch(trial, action), states, self.clock, self.stop,
-            {"family": "module"},
+            {"family": "module"}, micro_batch=self.micro_batch,
         )  # fmt: skip
         self._answers[trial.id] = self.judge(state.model, self.rows["validation"])
         return self._decided(trial, facts, started, **spent)

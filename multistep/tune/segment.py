@@ -1,6 +1,11 @@
-"""A segment of gradient training under watch: recovers from bad batches, keeps itself on disk, stops at a diagnosis or a signal.
+"""A segment of gradient training under watch: recovers from what goes wrong, keeps itself on disk, stops at a diagnosis or a signal.
 
-On disk there are only snapshots taken every few updates (`states/<trial>.live.<position>`): a killed run goes on from the last
+    a bad batch      back to the last snapshot, half the learning rate, the batch left out; after three more the training ends, or,
+                     where they came close together, it has diverged
+    divergence       back to the segment's beginning, a tenth of the learning rate, for what is left of it; three times at most
+    out of memory    the batch again in micro-batches of half the size, down to one
+
+On disk there are only snapshots taken every few updates (`states/<trial>.live.<number>`): a killed run goes on from the last
 one, and so does a roll back, which makes both the same under budgets in updates or tokens, bit for bit.
 """
 
@@ -8,13 +13,16 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from multistep.allocation import out_of_memory, release
 from multistep.budget import Budget, Clock
+from multistep.detect import Course
 from multistep.state import TrainState, read_folder, write_folder
 from multistep.strategy import Trial
 from multistep.train import TrainData, train
@@ -23,9 +31,18 @@ from multistep.types import Interrupted, Measure
 
 SNAPSHOT_UPDATES = 25
 MAX_ROLLBACKS = 3
+CLOSE_UPDATES = (
+    100  # with fewer good ones between them too many bad batches are no batch's fault, but the learning rate's
+)
+MAX_RESTARTS = 3
+RESTART_LR = 0.1  # of the learning rate that diverged
+RESTART_UNTIL = (
+    0.75  # of the segment: what diverges later has no time to begin again, and its beginning is not kept in memory
+)
 _LOOKED = "watch."  # before the names of tensors that a watch remembers
 CURVE_PROGRESS, CURVE_UPDATES = 0.05, 50  # between points of the training loss; a point is the mean of so many updates
 _SAVE_SHARE = 0.01  # at most this share of the time goes into writing snapshots to disk
+_A_RESTART = 10**9  # in the numbers of snapshots on disk: a segment that begins again goes back in the data
 
 Record = tuple[str, dict[str, Any]]
 
@@ -33,62 +50,140 @@ Record = tuple[str, dict[str, Any]]
 def run_segment(
     trial: Trial, state: TrainState, data: TrainData, keeper: Keeper, watch: Watch | None, stop: Callable[[], int]
 ) -> Generator[Record, None, dict[str, Any]]:
-    """Train to the end of the segment; the facts of how it went. Rolls back and halves after a bad batch, three times at most."""
-    action = state.strategy
-    assert action is not None
-    seen, last_said = keeper.losses, time.monotonic()
+    """Train to the end of the segment; the facts of how it went."""
+    last_said, again = time.monotonic(), True
     try:
-        for measure in train(state, data, bf16=action.bf16):
-            keeper.spend(measure)
-            if measure.event:
-                yield "Event", _roll_back(trial, measure, state, keeper)
-                if keeper.rollbacks > MAX_ROLLBACKS:
+        while again:  # once, and once more for every divergence
+            again = False
+            for measure in _updates(state, data, keeper):
+                keeper.spend(measure)
+                if measure.event == "out of memory":
+                    yield "Event", _memory(trial, measure, state)
+                    continue
+                diverged = keeper.course.blows_up() if measure.event else keeper.took(measure, state)
+                if measure.event and (diverged is None or not keeper.can_restart(state)):
+                    yield "Event", _roll_back(trial, measure, state, keeper)
+                    if keeper.rollbacks <= MAX_ROLLBACKS:
+                        continue
+                    if not keeper.came_close(state):
+                        break
+                    diverged = {
+                        "rule": f"{keeper.rollbacks} bad batches with {keeper.good_since} good ones between them"
+                    }
+                if diverged is not None and keeper.can_restart(state):
+                    kind, fields, ended = _begin_again(trial, measure, diverged, state, data, keeper)
+                    yield kind, fields
+                    if ended:
+                        return {**_facts(state, keeper), **ended}
+                    again = True
                     break
-                continue
-            seen.append(measure.loss_nats)
-            keeper.note(state)
-            if watch is not None and (found := watch.look(state, seen)):
-                yield found.kind, {"trial": trial.id, **found.fields}
-                if found.ends:
-                    return {**_facts(state, keeper), found.ends: found.fields}
-            if measure.update % SNAPSHOT_UPDATES == 0:  # after the look: a resumed segment does not look again
-                keeper.snapshot(state)
-            if time.monotonic() - last_said > 1.0:
-                last_said = time.monotonic()
-                yield "Measured", _measured(trial, measure, state, seen[-50:])
-            if signal := stop():
-                raise Interrupted(signal)
+                keeper.note(state)
+                if watch is not None and (found := watch.look(state, keeper.losses)):
+                    yield found.kind, {"trial": trial.id, **found.fields}
+                    if found.ends:
+                        return {**_facts(state, keeper), found.ends: found.fields}
+                if measure.update % SNAPSHOT_UPDATES == 0:  # after the look: a resumed segment does not look again
+                    keeper.snapshot(state)
+                if time.monotonic() - last_said > 1.0:
+                    last_said = time.monotonic()
+                    yield "Measured", _measured(trial, measure, state, keeper.losses[-50:])
+                if signal := stop():
+                    raise Interrupted(signal)
     except Interrupted:  # here, or thrown in where a record is given out
         keeper.save()
         raise
     return _facts(state, keeper)
 
 
+def _updates(state: TrainState, data: TrainData, keeper: Keeper) -> Iterator[Measure]:
+    """`train`, gone on with from the last snapshot when memory runs out in the middle of a step."""
+    while True:
+        assert state.strategy is not None
+        try:
+            yield from train(state, data, bf16=state.strategy.bf16)
+            return
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+        release()
+        keeper.roll_back(state)
+        micro = state.counters.micro_batch or state.strategy.micro_batch or state.strategy.batch_size
+        state.halve_micro_batch(micro)
+        c = state.counters
+        yield Measure(c.update, c.tokens, c.examples, float("nan"), 0.0, float("nan"), "out of memory", (), micro)
+
+
 def _facts(state: TrainState, keeper: Keeper) -> dict[str, Any]:
-    return {
+    facts: dict[str, Any] = {
         "train_loss": mean_recent(keeper.losses),
         "rollbacks": keeper.rollbacks,
         "progress": state.segment.progress(),
         "update": state.counters.update,
         "curve": keeper.curve,
     }
+    if keeper.restarts:
+        facts["restarts"] = keeper.restarts
+    if state.counters.micro_batch:
+        facts["micro_batch"] = state.counters.micro_batch
+    return facts
+
+
+def _memory(trial: Trial, measure: Measure, state: TrainState) -> dict[str, Any]:
+    old, new = measure.micro_batch, state.counters.micro_batch
+    return {
+        "trial": trial.id, "event": measure.event, "update": measure.update, "rows": list(measure.rows), "back_to": state.counters.update,
+        "micro_batch_before": old, "micro_batch": new,
+        "action": f"{new} examples at once in place of {old}, for the rest of the run; the batch of an update stays as large",
+    }  # fmt: skip
 
 
 def _roll_back(trial: Trial, measure: Measure, state: TrainState, keeper: Keeper) -> dict[str, Any]:
     """Go back to the last snapshot, halve the learning rate and leave the batch out; the record of it."""
     position, segment = state.counters.position, state.segment
     lr_scale = state.counters.lr_scale / 2
+    keeper.rollbacks += 1
+    keeper.good_since = 0 if keeper.rollbacks == 1 else keeper.good_since
     keeper.roll_back(state)
     state.counters.position, state.counters.lr_scale = position, lr_scale
     state.segment.wall_s, state.segment.updates, state.segment.tokens = segment.wall_s, segment.updates, segment.tokens
     keeper.snapshot(state)
-    gone = keeper.rollbacks > MAX_ROLLBACKS
-    done = "stopped: too many bad batches" if gone else "rolled back, learning rate halved, batch left out"
+    done = "rolled back, learning rate halved, batch left out"
+    if keeper.rollbacks > MAX_ROLLBACKS:
+        done = "rolled back: too many, too close" if keeper.came_close(state) else "stopped: too many bad batches"
     return {
         "trial": trial.id, "event": measure.event, "update": measure.update, "loss_nats": measure.loss_nats,
         "grad_norm": measure.grad_norm, "rows": list(measure.rows), "back_to": state.counters.update,
         "lr_scale": lr_scale, "action": done,
     }  # fmt: skip
+
+
+def _begin_again(
+    trial: Trial, measure: Measure, found: dict[str, Any], state: TrainState, data: TrainData, keeper: Keeper
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Back to the beginning of the segment: the record of it, and what ends the segment ({}: it begins again with a tenth of the
+    learning rate, for what is left of it). A probe is not tried again: it has said what its rate does."""
+    assert state.strategy is not None
+    strategy, course, lr_scale = state.strategy, keeper.course, state.counters.lr_scale
+    order = data.order(strategy.batch_size, state.counters.seed + strategy.reshuffle)
+    rows = list(measure.rows) if measure.event else [int(r) for r in order.at(course.worst_at)]
+    numbers = {**found, "lr": strategy.optimizer.lr * lr_scale, "lr_scale": lr_scale}
+    if measure.event:
+        numbers |= {"seen": measure.event, "loss_nats": measure.loss_nats, "grad_norm": measure.grad_norm}
+    probe = not trial.commit and not trial.watch_gap
+    if probe or keeper.restarts >= MAX_RESTARTS:
+        keeper.to_beginning(state)
+        why = "a probe is not tried again" if probe else f"begun again {MAX_RESTARTS} times"
+        action = f"back to where it began, training ends ({why}): a lower learning rate, or a look at the rows that are named"
+        words = f"at learning rate {numbers['lr']:.2g} {found['rule']}"
+        fields = {"name": "divergence", "numbers": {**numbers, "rows": rows}, "words": words, "action": action}
+        ends = {"diagnosis": fields, "best_progress": 0.0, "best_lr": numbers["lr"]}
+        return "Diagnosed", {"trial": trial.id, **fields}, ends
+    keeper.begin_again(state)
+    action = f"back to where the training began, learning rate times {RESTART_LR:g}, for what is left of its time"
+    return "Event", {
+        "trial": trial.id, "event": "divergence", "update": measure.update, "numbers": numbers, "rows": rows,
+        "back_to": state.counters.update, "lr_scale": state.counters.lr_scale, "action": action,
+    }, {}  # fmt: skip
 
 
 def _measured(trial: Trial, measure: Measure, state: TrainState, recent: list[float]) -> dict[str, Any]:
@@ -118,30 +213,38 @@ def mean_recent(values: list[float]) -> float:
 
 
 class Keeper:
-    """The last good snapshot, in memory, and on disk as often as that costs little; and what the trial has spent so far.
+    """The last good snapshot, in memory, and on disk as often as that costs little; the beginning of the segment; and what the trial has
+    spent and seen so far.
 
-    `spent`, `losses` and the gap watch's memory travel with the snapshot, so that a resumed trial decides as the straight one.
+    `spent`, `losses`, `course` and the gap watch's memory travel with the snapshot, so that a resumed trial decides as the straight one.
     """
 
     def __init__(self, folder: Path, trial: str, clock: Clock, watch: Watch | None):
         self.folder, self.trial, self.clock, self.watch = folder, trial, clock, watch
         self.spent = {"updates": 0, "tokens": 0}
         self.losses: list[float] = []  # of the last updates, in nats
+        self.course = Course()
         self.curve: list[dict[str, float]] = []  # progress, updates, train_loss: the mean of the last updates
-        self.rollbacks = 0
+        self.rollbacks = self.restarts = 0
+        self.good_since = 0  # updates since the first roll back
         self._tokens = 0
+        self._beginning: dict[str, Any] | None = None
         self._last: dict[str, Any] = {}
         self._saved_at = time.monotonic()
         self._cost_s = 0.1
 
     def load(self, state: TrainState) -> bool:
-        """Go on from the newest snapshot on disk, if there is one."""
+        """Go on from the newest snapshot on disk, if there is one. `state` stands where the segment begins."""
+        self._beginning = state.snapshot()
         found = self._on_disk()
         if found:
             meta, tensors = read_folder(found[-1])
             state.restore({"meta": meta, "tensors": tensors})
             memory = meta["memory"]
-            self.spent, self.losses, self.rollbacks = memory["spent"], memory["losses"], memory["rollbacks"]
+            self.spent, self.losses = memory["spent"], memory["losses"]
+            self.rollbacks, self.restarts = memory["rollbacks"], memory.get("restarts", 0)
+            self.good_since = memory.get("good_since", 0)
+            self.course = Course(**memory.get("course", {}))
             self.curve = memory["curve"]
             self.clock.spend(**self.spent)
             if self.watch is not None:
@@ -152,21 +255,29 @@ class Keeper:
 
     def spend(self, measure: Measure) -> None:
         """Pay for one update: on the run's clock and in the trial's own account."""
-        updates, tokens = (0 if measure.event else 1), measure.tokens - self._tokens
+        updates, tokens = (0 if measure.event else 1), max(0, measure.tokens - self._tokens)
         self._tokens = measure.tokens
-        self.rollbacks += 1 if measure.event else 0
         self.spent = {"updates": self.spent["updates"] + updates, "tokens": self.spent["tokens"] + tokens}
         self.clock.spend(updates, tokens)
+
+    def took(self, measure: Measure, state: TrainState) -> dict[str, Any] | None:
+        """Remember a good update; the numbers of a divergence, if it shows one."""
+        self.losses.append(measure.loss_nats)
+        self.good_since += 1
+        self.course.see(measure.loss_nats, measure.lr, state.counters.position - 1)
+        return self.course.diverges()
 
     def note(self, state: TrainState) -> None:
         """A point of the curve, where enough has happened since the last one."""
         progress, update = state.segment.progress(), state.counters.update
-        first = {"progress": 0.0, "updates": update - self.spent["updates"]}
+        first = {"progress": 0.0, "updates": update - self.course.seen}
         last = self.curve[-1] if self.curve else first
         if progress - last["progress"] >= CURVE_PROGRESS and update - last["updates"] >= CURVE_UPDATES:
             self.curve.append({"progress": progress, "updates": update, "train_loss": mean_recent(self.losses)})
 
     def snapshot(self, state: TrainState) -> None:
+        if state.segment.progress() > RESTART_UNTIL:
+            self._beginning = None
         self._take(state)
         if time.monotonic() - self._saved_at > self._cost_s / _SAVE_SHARE:
             self.save()
@@ -177,8 +288,8 @@ class Keeper:
         del self.losses[:-50]
         memory, looked = self.watch.memory() if self.watch is not None else ({}, {})
         self._last["meta"]["memory"] = {
-            "spent": self.spent, "losses": list(self.losses), "rollbacks": self.rollbacks, "curve": list(self.curve),
-            "watch": memory,
+            "spent": self.spent, "losses": list(self.losses), "rollbacks": self.rollbacks, "restarts": self.restarts,
+            "good_since": self.good_since, "course": asdict(self.course), "curve": list(self.curve), "watch": memory,
         }  # fmt: skip
         self._last["tensors"] |= {f"{_LOOKED}{k}": v for k, v in looked.items()}
 
@@ -186,7 +297,8 @@ class Keeper:
         """Write the last snapshot; the one before it is deleted after."""
         started = time.monotonic()
         old = self._on_disk()
-        new = self.folder / f"{self.trial}.live.{self._last['meta']['counters']['position']}"
+        number = self.restarts * _A_RESTART + self._last["meta"]["counters"]["position"]
+        new = self.folder / f"{self.trial}.live.{number}"
         if not new.exists():
             write_folder(new, self._last["meta"], self._last["tensors"])
             for path in old:
@@ -195,8 +307,37 @@ class Keeper:
         self._cost_s = max(0.05, self._saved_at - started)
 
     def roll_back(self, state: TrainState) -> None:
+        """Back to the last snapshot, all but the micro-batch that fits into memory."""
+        micro_batch = state.counters.micro_batch
         state.restore(self._last)
+        state.counters.micro_batch = micro_batch
         self._tokens = state.counters.tokens
+
+    def can_restart(self, state: TrainState) -> bool:
+        return self._beginning is not None and state.segment.progress() <= RESTART_UNTIL
+
+    def came_close(self, state: TrainState) -> bool:
+        """Whether bad batches came so close together that another learning rate has to be tried, and can be."""
+        return self.good_since <= CLOSE_UPDATES and self.can_restart(state)
+
+    def to_beginning(self, state: TrainState) -> None:
+        """Back to the beginning of the segment, all but the micro-batch that fits into memory."""
+        assert self._beginning is not None
+        micro_batch = state.counters.micro_batch
+        state.restore(self._beginning)
+        state.counters.micro_batch = micro_batch
+        self._tokens = state.counters.tokens
+
+    def begin_again(self, state: TrainState) -> None:
+        """Back to the beginning of the segment, which takes what is left of it, with a tenth of the learning rate for every time."""
+        left = state.segment.left()
+        self.to_beginning(state)
+        stretch(state, left)
+        self.restarts += 1
+        state.counters.lr_scale *= RESTART_LR**self.restarts
+        self.losses.clear()
+        self.curve, self.course, self.rollbacks = [], Course(), 0
+        self.snapshot(state)
 
     def clear(self) -> None:
         for path in self._on_disk():

@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from multistep.bundle import write_bundle
-from multistep.predictors import Predictor, Single
+from multistep.predictors import Predictor
+from multistep.standing import Stood, labels
 from multistep.strategy import Average, Diagnose, FineTune, FitHead, FitLinear, Predict, Profile, ReadTest, Trial
 from multistep.tune.actions import (
     Bench,
@@ -22,7 +23,7 @@ from multistep.tune.actions import (
 )
 from multistep.tune.diagnose import run_diagnose
 from multistep.tune.fine_tune import run_fine_tune
-from multistep.types import Outcome, Verdict
+from multistep.types import Outcome
 
 _PREDICTOR: TypeAdapter[Predictor] = TypeAdapter(Predictor)
 
@@ -35,7 +36,7 @@ class TextWorks:
         self.past: list[tuple[Trial, Outcome]] = []
 
     def standing(self) -> dict[str, Any] | None:
-        return self.bench.incumbent.model_dump() if self.bench.incumbent is not None else None
+        return self.bench.incumbent.model_dump(mode="json") if self.bench.incumbent is not None else None
 
     def families(self) -> dict[str, str]:
         return dict(self.bench.families)
@@ -66,6 +67,7 @@ class TextWorks:
     def apply(self, trial: Trial, outcome: Outcome) -> bool:
         """Take an outcome into the run's standing; whether the incumbent changed. Depends on the outcome alone, so it replays."""
         bench, facts = self.bench, outcome.facts
+        bench.micro_batch = facts.get("micro_batch", bench.micro_batch)
         self.past.append((trial, outcome))
         if isinstance(trial.action, Profile):
             bench.bf16 = facts.get("precision") == "bf16"
@@ -73,24 +75,10 @@ class TextWorks:
             return False
         if isinstance(trial.action, FitHead | FineTune):
             bench.work.use_length(trial.action.max_length)
-        if not outcome.ok:
-            return False
-        if isinstance(trial.action, Predict):
-            if outcome.verdict is not None and outcome.verdict.accept:
-                bench.incumbent = _PREDICTOR.validate_python(facts["predictor"])
-                return True
-            return False
-        family = facts.get("family")
-        if family is None or not trial.commit or "diagnosis" in facts or outcome.state is None:
-            return False
-        better = "family_verdict" not in facts or Verdict(**facts["family_verdict"]).accept
-        if bench.incumbent is None or (better and outcome.verdict is not None and outcome.verdict.accept):
-            bench.families[family] = outcome.state
-            bench.incumbent = Single(model=family)
-            return True
-        if better and family not in bench.incumbent.models():
-            bench.families[family] = outcome.state  # a better member for a blend to come
-        return False
+        stood, committed = labels(Stood(self.standing(), bench.families), trial, outcome)
+        bench.families = dict(stood.families)
+        bench.incumbent = None if stood.incumbent is None else _PREDICTOR.validate_python(stood.incumbent)
+        return committed
 
     def ship(self) -> None:
         """Put the incumbent into the run's model/ folder."""

@@ -11,31 +11,27 @@ from multistep.state import TrainState, read_folder, write_folder
 from multistep.strategy import Training, Trial
 from multistep.train import TrainData
 from multistep.tune.segment import Keeper, Record, run_segment, stretch
-from multistep.tune.watch import Looks
+from multistep.tune.watch import Looks, Watch
 
 
 def run_training(
-    trial: Trial, action: Training, state: TrainState, data: TrainData, watch: Looks | None, states: Path, clock: Clock,
-    stop: Callable[[], int], kept: dict[str, Any],
+    trial: Trial, action: Training, state: TrainState, data: TrainData, watch: Watch | None, states: Path, clock: Clock,
+    stop: Callable[[], int], kept: dict[str, Any], *, share: float | None = None, rest: bool = False, micro_batch: int = 0,
 ) -> Generator[Record, None, tuple[dict[str, Any], dict[str, int]]]:  # fmt: skip
-    """Train `state` for the trial's share; the facts of how it went, and what was spent. `state` has the weights of `trial.start`;
-    where only live fields changed since, its optimizer goes on too. `kept`: goes into the state's JSON."""
-    meta, tensors = read_folder(states / trial.start) if trial.start else ({}, {})
-    budget = Budget(amount=max(trial.share, 1e-3), unit=clock.budget.unit)
-    if "strategy" in meta and action.same_but_live(before := type(action)(**meta["strategy"])):
-        state.begin(before, Budget(**meta["segment"]["total"]))
-        state.restore({"meta": meta, "tensors": tensors})  # moments and place in the data go on
-    state.begin(action, budget)
+    """Train `state` for the trial's share (or for `share` of the budget, in its unit); the facts of how it went, and what was spent.
+    `state` has the weights of `trial.start` and goes on from there. `kept`: goes into the state's JSON. `rest`: what is left of a
+    segment that was stopped in its middle is gone on with, where only live fields change. `micro_batch`: that fitted before, or 0."""
+    budget = Budget(amount=max(trial.share if share is None else share, 1e-3), unit=clock.budget.unit)
+    begin(state, states / trial.start if trial.start else None, action, budget, rest, micro_batch)
     keeper = Keeper(states, trial.id, clock, watch)
     if keeper.load(state):
         if budget.unit == "seconds":  # loading took time, and the end of the run stays where it is
-            left = (1 - state.segment.progress()) * state.segment.total.amount
-            stretch(state, max(1e-3, min(left, clock.remaining())))
+            stretch(state, max(1e-3, min(state.segment.left(), clock.remaining())))
         yield "Event", {"trial": trial.id, "event": "resumed", "update": state.counters.update}
     facts = yield from run_segment(trial, state, data, keeper, watch, stop)
     if watch is not None:
         facts["looks"] = watch.looks()
-    if watch is not None and ("diagnosis" in facts or "stopped" in facts):
+    if isinstance(watch, Looks) and (facts.get("diagnosis", {}).get("name") == "overfitting" or "stopped" in facts):
         facts |= watch.back_to_best(state)
     state.settle(training=False)
     snapshot = state.snapshot()
@@ -45,6 +41,27 @@ def run_training(
     )  # fmt: skip
     keeper.clear()
     return facts, keeper.spent
+
+
+def begin(
+    state: TrainState, start: Path | None, action: Training, budget: Budget, rest: bool, micro_batch: int
+) -> None:
+    """Begin a trial's segment with a state that has the weights of `start`. Where a training left them, it is gone on with as
+    `TrainState.begin` has it: in the data, and with the optimizer's moments where they fit."""
+    meta, tensors = read_folder(start) if start is not None else ({}, {})
+    paused = False
+    if "strategy" in meta and meta["strategy"]["kind"] == action.model_dump()["kind"]:
+        before = type(action)(**meta["strategy"])
+        state.begin(before, Budget(**meta["segment"]["total"]))
+        state.restore({"meta": meta, "tensors": tensors})
+        paused = rest and state.segment.progress() < 1 and action.same_but_live(before)
+    if paused:
+        state.adjust(action)
+        stretch(state, budget.amount)
+    else:
+        state.begin(action, budget)
+    fitted = [n for n in (micro_batch, state.counters.micro_batch) if n]
+    state.counters.micro_batch = min(fitted, default=0)
 
 
 def averaged(states: Path, start: str, which: str) -> dict[str, Any] | None:

@@ -172,7 +172,8 @@ class Looks:
     def _event(self, event: str, state: TrainState, verdict: Verdict, action: str) -> dict[str, Any]:
         return {
             "event": event, "update": state.counters.update, "numbers": self._numbers(), "rule": verdict.rule,
-            "evidence": [c.model_dump() for c in verdict.evidence], "lr_scale": state.counters.lr_scale, "action": action,
+            "evidence": [c.model_dump() for c in verdict.evidence], "by": verdict.by and verdict.by.model_dump(),
+            "lr_scale": state.counters.lr_scale, "action": action,
         }  # fmt: skip
 
     def _numbers(self) -> dict[str, Any]:

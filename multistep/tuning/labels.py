@@ -16,8 +16,7 @@ import numpy as np
 from multistep import engines
 from multistep.budget import Budget, Clock
 from multistep.bundle import Bundle, shortened, write_bundle
-from multistep.controllers.answering import AnsweringProblem, answering
-from multistep.controllers.script import Scripted
+from multistep.controllers.answering import AnsweringProblem
 from multistep.data import Columns, Dataset, read_labelled
 from multistep.data import load as load_data
 from multistep.engines import Runtime
@@ -28,14 +27,13 @@ from multistep.predictors.costs import read_costs
 from multistep.report.card import with_section
 from multistep.report.policy import explain_policy
 from multistep.report.progress import Progress
-from multistep.session import check_same_data, clock_then, left, machine_facts, show, signals, versions
+from multistep.session import check_same_data, controller_of, left, machine_facts, signals
 from multistep.strategy import Trial
-from multistep.tune import tune
 from multistep.tune.actions import Bench
 from multistep.tune.answering import Answering, Rows, Standing
 from multistep.tune.text import TextWorks
 from multistep.tune.workbench import Workbench
-from multistep.tuning.common import FILE, LEAST, TUNED, config_of, tuning_journal
+from multistep.tuning.common import FILE, LEAST, TUNED, config_of, driven, opened
 from multistep.types import Example, Interrupted, Outcome, UserError
 
 LENGTHS = (16, 32, 64, 128)
@@ -45,7 +43,7 @@ ASIDE = 1 / 3  # of the rows, for a promise
 
 def tune_labels(
     run_dir: Path, bundle: Bundle, metric: str | None, limit: Limit | None, budget: Budget, data: str | None, costs: Path | None,
-    coverage: float | None, progress: Progress,
+    coverage: float | None, progress: Progress, controller: str = "staged",
 ) -> Policy:  # fmt: skip
     """Tune a run on its own calibration half, or on the labelled file `data`. The bundle and its policy are replaced.
 
@@ -70,26 +68,20 @@ def tune_labels(
     settings = {
         "metric": metric, "limit": None if limit is None else limit.model_dump(mode="json"), "data": rows.words,
         "fingerprint": _fingerprint(rows), "states": models.states, "costs": matrix and [list(row) for row in matrix],
-        "coverage": coverage,
+        "coverage": coverage, "controller": controller,
     }  # fmt: skip
-    book, lived = tuning_journal(run_dir / FILE, settings)
-    clock = Clock(budget)
-    if lived:
-        clock.restore(clock_then(lived))
-        lived.append(book.append("Resumed", clock=clock.save(), budget=budget, extended=False))
-    else:
-        lived = [
-            book.append(
-                "Started", clock=clock.save(), budget=budget, versions=versions(), default=bundle.predictor,
-                engine=(bundle.info.get("engine") or {}).get("encoder") or {}, machine=machine_facts(models.work.device), **settings,
-            )
-        ]  # fmt: skip
+    facts = {
+        "default": bundle.predictor, "engine": (bundle.info.get("engine") or {}).get("encoder") or {},
+        "machine": machine_facts(models.work.device),
+    }  # fmt: skip
+    book, lived, clock = opened(run_dir / FILE, settings, budget, facts)
     started = lived[0]
     problem = AnsweringProblem.parse(
         {
             "task": task.model_dump(), "metric": "cost" if matrix is not None else metric, "models": models.names(rows.texts),
             "default": started["default"], "engine": started["engine"], "limit": limit and limit.model_dump(),
             "budget": budget.amount, "rows": len(rows.texts), "costs": matrix, "coverage": coverage, "seed": config.seed,
+            "controller": controller,
         }
     )  # fmt: skip
     try:
@@ -104,14 +96,8 @@ def tune_labels(
             works = Answering(
                 models, problem, rows, aside, clock, stop, models.ship_into(run_dir, bundle), started["machine"]
             )
-            for record in tune(works, Scripted(answering(problem)), book, lived):
-                lived.append(record)
-                show(progress, record, clock, works.quality.name)
-        skipped = [r["why"].partition(": ") for r in lived if r["kind"] == "Skipped"]
-        policy = works.policy([{"name": name, "why": why} for name, _, why in skipped])
-        works.ship(policy)
-        book.append("Finished", clock=clock.save(), wall_s=clock.wall_s, pick=policy.pick)
-        return policy
+            script = controller_of(problem, "", book, clock, lived)
+            return driven(works, script, book, lived, works.quality.name, progress)
     finally:
         book.close()
 

@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from multistep import engines, journal
-from multistep.budget import Budget, Clock
+from multistep import engines
+from multistep.budget import Budget
 from multistep.bundle import load_bundle
-from multistep.controllers.decoding import DecodingProblem, tuning
-from multistep.controllers.script import Scripted
+from multistep.controllers.decoding import DecodingProblem
 from multistep.data.cells import Record
 from multistep.data.records import LanguageData, load_language, read_records
 from multistep.engines import Runtime
@@ -30,12 +29,11 @@ from multistep.predictors.decoding import Greedy
 from multistep.predictors.ways import Way, read_way
 from multistep.report.policy import explain_policy
 from multistep.report.progress import Progress
-from multistep.session import check_same_data, clock_then, left, machine_facts, show, signals, versions
+from multistep.session import check_same_data, controller_of, left, machine_facts, signals
 from multistep.tasks.writing import LOSSES, Writing
-from multistep.tune import tune
 from multistep.tune.decoding import LanguagePrediction
 from multistep.tune.workbench import device_for
-from multistep.tuning.common import FILE, LEAST, config_of, tuning_journal
+from multistep.tuning.common import FILE, LEAST, config_of, driven, opened
 from multistep.types import Interrupted, UserError
 from multistep.writing import Neural
 
@@ -43,8 +41,9 @@ POOL = 500  # examples of train that prompts choose from
 
 
 def tune_language(
-    run_dir: Path, metric: str | None, limit: Limit | None, budget: Budget, data: str | None, progress: Progress
-) -> Policy:
+    run_dir: Path, metric: str | None, limit: Limit | None, budget: Budget, data: str | None, progress: Progress,
+    controller: str = "staged",
+) -> Policy:  # fmt: skip
     """Tune the bundle of a run whose model writes, on the run's calibration half or on the records of the file `data`.
 
     The bundle and its policy are replaced. Raises UserError on bad input, Interrupted after a signal: then the journal is saved, and
@@ -63,26 +62,16 @@ def tune_language(
     settings = {
         "metric": metric, "limit": None if limit is None else limit.model_dump(mode="json"), "data": words,
         "fingerprint": _fingerprint(records), "states": info["states"],
+        "controller": controller,
     }  # fmt: skip
-    book, lived = tuning_journal(run_dir / FILE, settings)
-    clock = Clock(budget)
-    if lived:
-        clock.restore(clock_then(lived))
-        lived.append(book.append("Resumed", clock=clock.save(), budget=budget, extended=False))
-    else:
-        lived = [
-            book.append(
-                "Started", clock=clock.save(), budget=budget, versions=versions(), default=neural.decoding,
-                engine=info.get("engine") or {}, **settings,
-                machine=machine_facts(neural.device),
-            )
-        ]  # fmt: skip
+    facts = {"default": neural.decoding, "engine": info.get("engine") or {}, "machine": machine_facts(neural.device)}
+    book, lived, clock = opened(run_dir / FILE, settings, budget, facts)
     started = lived[0]
     default = read_way(started["default"])
     examples = len(neural.examples)
     problem = DecodingProblem(
         task=task, metric=metric, default=default, engine=started["engine"], prompts=neural.reads == "prompts", examples=examples, limit=limit,
-        budget=budget.amount, seed=config.seed,
+        budget=budget.amount, seed=config.seed, controller=controller,
     )  # fmt: skip
     folder = run_dir / "model"
     writers = RunWriters(neural, default, run_dir / "tuning")
@@ -102,14 +91,8 @@ def tune_language(
 
             neural.watch = watch
             works = LanguagePrediction(neural, problem, records, words, clock, stop, ship, started["machine"], writers)
-            for record in tune(works, Scripted(tuning(problem)), book, lived):
-                show(progress, record, clock, metric)
-        skipped = [r["why"].partition(": ") for r in journal.read(book.path) if r["kind"] == "Skipped"]
-        policy = works.policy([{"name": name, "why": why} for name, _, why in skipped])
-        taken = policy.entry(policy.pick)
-        ship(read_way(taken.predictor), taken.engine, policy)
-        book.append("Finished", clock=clock.save(), wall_s=clock.wall_s, pick=policy.pick)
-        return policy
+            script = controller_of(problem, "", book, clock, lived)
+            return driven(works, script, book, lived, metric, progress)
     finally:
         book.close()
 

@@ -14,10 +14,11 @@ from test_modules import blobs, network, run
 
 from multistep.budget import Budget
 from multistep.config import FitConfig
+from multistep.detect import Norms
 from multistep.loader import rows_of
 from multistep.objectives import FGM, CrossEntropy, Penalized, RDrop
 from multistep.optimizers import GRADIENT_OPTIMIZERS, SGD
-from multistep.state import Norms, TrainState
+from multistep.state import TrainState
 from multistep.strategy import TrainModule
 from multistep.train import train
 from multistep.types import UserError

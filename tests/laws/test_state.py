@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ import torch
 
 from multistep import state as state_module
 from multistep.budget import Budget
+from multistep.detect import Detector, Norms
 from multistep.evaluate import encode
+from multistep.objectives import CrossEntropy
+from multistep.optimizers import SGD
 from multistep.optimizers.adamw import decays
-from multistep.state import Detector, Segment, TrainState, read_folder, replace_folder, write_folder
-from multistep.strategy import FineTune
+from multistep.state import Segment, TrainState, read_folder, replace_folder, write_folder
+from multistep.strategy import FineTune, TrainModule
 from multistep.train import train
 from multistep.types import Measure, UserError
 
@@ -264,18 +268,46 @@ def test_adjust_keeps_the_segment_and_acts_inside_the_loop(
     assert len(rates) == UPDATES and min(rates[1:7]) > 1e-4 and max(rates[7:]) <= 1e-6
 
 
-@pytest.mark.parametrize("change", [{"batch_size": 4}, {"trains": "top", "layers": 1}, {"max_length": 64}])
-def test_a_structural_change_starts_anew(
-    make_encoder: Callable, make_rows: Callable, make_strategy: Callable, change: dict[str, Any]
+@pytest.mark.parametrize(
+    "change, keeps",
+    [({"batch_size": 4}, True), ({"max_length": 64}, True), ({"reshuffle": 1}, True), ({"objective": CrossEntropy(focal_gamma=2.0)}, True),
+     ({"trains": "top", "layers": 1}, False), ({"layer_decay": 0.9}, False), ({"optimizer": SGD(lr=0.1)}, False)],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)  # fmt: skip
+def test_a_structural_change_goes_on_in_the_data_with_the_moments_that_fit(
+    make_encoder: Callable, make_rows: Callable, make_strategy: Callable, change: dict[str, Any], keeps: bool
 ) -> None:
-    state = begun(make_encoder(), make_strategy(), seed=11)
-    run(state, make_rows(), 5)
+    state, rows = begun(make_encoder(), make_strategy(), seed=11), make_rows()
+    run(state, rows, 5)
     weights = {n: p.detach().clone() for n, p in state.model.named_parameters()}
-    state.begin(make_strategy(**change), BUDGETS["updates"])
-    assert not moments(state) and state.counters == type(state.counters)(seed=11) and state.detector == Detector()
+    kept, counters = moments(state), asdict(state.counters)
+    state.begin(make_strategy().with_(**{k: v.model_dump() if k in ("optimizer", "objective") else v for k, v in change.items()}),
+                BUDGETS["updates"])  # fmt: skip
+    now = moments(state)
+    assert kept and (not now if not keeps else all(torch.equal(v, now[k]) for k, v in kept.items()))
+    assert state.detector == Detector() and state.norms == state.steps == Norms()
+    position = 10 if "batch_size" in change else 5  # 40 examples were seen
+    assert asdict(state.counters) == {**counters, "position": position, "lr_scale": 1.0}
     assert all(torch.equal(p, weights[n]) for n, p in state.model.named_parameters())
+    assert all(torch.equal(a, p) for a, (_, p) in zip(state.ema, state.trained, strict=True))
     with pytest.raises(AssertionError, match="live"):
-        state.adjust(make_strategy())
+        state.adjust(make_strategy(trains="top", layers=2))
+    assert len(run(state, rows)) == UPDATES
+
+
+def test_what_a_strategy_froze_or_dropped_is_the_models_own_again(
+    make_encoder: Callable, make_rows: Callable, make_strategy: Callable
+) -> None:
+    model = make_encoder()
+    own = {m: m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    first = TrainModule(freeze=("backbone.embeddings",), dropout=0.3, batch_size=8)
+    state = begun(model, first)
+    run(state, make_rows(), 2)
+    assert {m.p for m in own} == {0.3} and len(state.trained) < len(names)
+    state.begin(first.with_(freeze=(), dropout=None), BUDGETS["updates"])
+    run(state, make_rows(), 2)
+    assert all(m.p == p for m, p in own.items()) and [n for n, _ in state.trained] == names
 
 
 def test_encoding_between_updates_changes_nothing(

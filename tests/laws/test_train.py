@@ -13,6 +13,7 @@ import torch
 
 from multistep.budget import Budget
 from multistep.data.batches import Batches
+from multistep.detect import Detector
 from multistep.objectives import (
     FGM,
     BinaryCrossEntropy,
@@ -25,7 +26,7 @@ from multistep.objectives import (
 )
 from multistep.optimizers import GRADIENT_OPTIMIZERS
 from multistep.schedules import SCHEDULES, Constant, Linear
-from multistep.state import Detector, TrainState
+from multistep.state import TrainState
 from multistep.train import train
 
 pytestmark = pytest.mark.usefixtures("torch_seeded")

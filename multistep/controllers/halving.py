@@ -1,0 +1,59 @@
+"""halving: several settings train a little; the better half trains on from where it was, again and again.
+
+    rungs R, 2^R members;  in every rung each member that is left has budget / (R * members left)
+
+The prior is the first member. Ranked after equal cool-downs; of equals the one that was asked first stays, which is the prior.
+Sources: Jamieson and Talwalkar 2016, arXiv 1502.07943 (successive halving); Li et al. 2020, arXiv 1810.05934 (ASHA).
+Differs from the sources: members are paused and thaw, nothing restarts; what is compared has decayed.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from multistep.controllers.members import (
+    COOL,
+    Found,
+    Ground,
+    Member,
+    alone,
+    best_of,
+    cooled,
+    enough,
+    says_something,
+    stretched,
+)
+
+MOST_RUNGS = 4
+
+
+def rungs(ground: Ground) -> int:
+    """As many as leave every member of the first rung a stretch that says something."""
+    spare = ground.spare()
+    return max((r for r in range(1, MOST_RUNGS + 1) if says_something(ground, spare / (r * 2**r))), default=0)
+
+
+def halving(ground: Ground) -> Found:
+    """The state of the last member's end, or None."""
+    if not (count := rungs(ground)):
+        return (yield from alone(ground))
+    draw, space = Random(ground.seed), ground.space()
+    points = [{}, *(space.draw(draw) for _ in range(2**count - 1))]
+    members = [Member(f"member {n + 1}", point) for n, point in enumerate(points)]
+    best: Member | None = None
+    for rung in range(count):
+        stretch = ground.spare() / ((count - rung) * len(members)) / (1 + COOL) - 2 * ground.overhead()
+        if not (yield from enough(ground, stretch)):
+            break
+        why = f"rung {rung + 1} of {count}, {len(members)} left"
+        yield from stretched(ground, "halving", members, stretch, why)
+        members = [m for m in members if m.alive]
+        if not members:
+            break
+        yield from cooled(ground, members, COOL * stretch, None, commit=True)
+        members = sorted((m for m in members if m.alive), key=lambda m: -m.merit)
+        if not members:
+            break
+        best = best_of([*members, *([best] if best is not None else [])])
+        members = members[: max(1, len(members) // 2)]
+    return None if best is None else best.cooled

@@ -1,0 +1,129 @@
+"""reactive: one training that is watched and corrected, every correction tried on a fork and judged before it is kept.
+
+After each stretch of the trunk a short cool-down says what it is worth, paired with the last one that was a gain:
+
+    gain        on as before
+    plateau     no gain beyond noise: the rate is halved; then doubled; then the batch is doubled
+    gap         worse while the training loss falls: more dropout and decay; smoother targets; a lower rate
+    divergence  not finite, or no way back from spikes: back to the last good state with a third of the rate
+
+A correction is a transaction: from the state before the stretch the same stretch is trained with it, and after an equal cool-down it is
+compared with what went on as before. The better one is committed, the other is as if it had never been; ties go to what was there. What
+was refused is not tried again before something has helped; when nothing is left to try, two more stretches without a gain end training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from multistep.controllers.members import (
+    COOL,
+    Found,
+    Ground,
+    Member,
+    alone,
+    better,
+    cooled,
+    stretched,
+    worse,
+)
+from multistep.controllers.script import Does, Skip
+from multistep.controllers.space import Space, value_of
+from multistep.types import Outcome
+
+MOST_STRETCHES = 10
+IDLE = 2  # stretches without a gain, and nothing left to try: training ends
+BEHIND = 0.1  # the chance of seeing a gap where there is none
+BACK = 1 / 3  # of the rate after a divergence
+_CAUSES = {
+    "plateau": ("half the rate", "twice the rate", "twice the batch"),
+    "gap": ("more dropout", "more decay", "smoother targets", "half the rate"),
+}
+_MOVES: dict[str, tuple[str, float, float]] = {  # path, times, plus
+    "half the rate": ("optimizer.lr", 0.5, 0.0),
+    "twice the rate": ("optimizer.lr", 2.0, 0.0),
+    "twice the batch": ("batch_size", 2.0, 0.0),
+    "more dropout": ("dropout", 1.0, 0.1),
+    "more decay": ("optimizer.weight_decay", 10.0, 0.01),
+    "smoother targets": ("objective.label_smoothing", 1.0, 0.1),
+}
+
+
+def reactive(ground: Ground) -> Found:
+    """The state of the best cool-down, or None."""
+    count = min(MOST_STRETCHES, int(ground.training_updates(ground.spare()) / ((1 + COOL) * ground.least_updates)))
+    if not count:
+        return (yield from alone(ground))
+    member, best, share = Member("run", {}), None, ground.spare() / count
+    refused: set[str] = set()
+    diverged = idle = 0
+    while (stretch := affordable(ground, share)) and idle < IDLE:
+        before = member.trunk
+        outcome = yield from judged_stretch(ground, member, stretch, "on as before", best)
+        if outcome is None:
+            diverged += 1
+            if diverged > 2:
+                yield Skip(stage="reactive", why="training diverged again at a ninth of its rate: it ends")
+                break
+            rate = BACK * member.point.get("optimizer.lr", value_of(ground.prior(), "optimizer.lr"))
+            member = Member(member.name, {**member.point, "optimizer.lr": rate}, trunk=before)
+            continue
+        if best is None or better(outcome):
+            best, idle = replace(member), 0
+            refused.clear()
+            continue
+        cause = "gap" if worse(outcome, BEHIND) and member.train_loss < best.train_loss else "plateau"
+        moved = yield from corrected(ground, member, before, share, cause, refused)
+        if moved is None:
+            idle += 1
+            continue
+        member, idle = moved, 0
+        refused.clear()
+        if member.merit > best.merit:
+            best = replace(member)
+    if idle == IDLE:
+        yield Skip(stage="reactive", why=f"{IDLE} stretches without a gain, and no correction is left: training ends")
+    return None if best is None else best.cooled
+
+
+def affordable(ground: Ground, share: float) -> float:
+    """The length of a stretch with its cool-down inside of `share`; 0 where that is too short to say something."""
+    stretch = min(share, ground.spare()) / (1 + COOL) - 2 * ground.overhead()
+    return stretch if ground.training_updates(stretch) >= ground.least_updates else 0.0
+
+
+def judged_stretch(
+    ground: Ground, member: Member, stretch: float, why: str, against: Member | None
+) -> Does[Outcome | None]:
+    """Train on and cool down, held against another member's end; None where that failed."""
+    yield from stretched(ground, "reactive", [member], stretch, why)
+    if not member.alive:
+        return None
+    (outcome,) = yield from cooled(ground, [member], COOL * stretch, against and against.cooled, commit=True)
+    return outcome if member.alive else None
+
+
+def corrected(
+    ground: Ground, stayed: Member, before: str | None, share: float, cause: str, refused: set[str]
+) -> Does[Member | None]:
+    """Corrections for this cause, one after the other, each beside what `stayed` as it was; the first that is better. None: none is."""
+    known = _paths(ground.space())
+    for name in _CAUSES[cause]:
+        path, times, plus = _MOVES[name]
+        if name in refused or path not in known:
+            continue
+        if not (stretch := affordable(ground, share)):
+            break
+        value = times * stayed.point.get(path, value_of(ground.prior(), path)) + plus
+        moved = Member(name, {**stayed.point, path: value}, trunk=before)
+        outcome = yield from judged_stretch(
+            ground, moved, stretch, f"{cause}: this in place of going on as before", stayed
+        )
+        if outcome is not None and better(outcome):
+            return replace(moved, name=stayed.name)
+        refused.add(name)
+    return None
+
+
+def _paths(space: Space) -> set[str]:
+    return {axis.path for axis in space.axes}

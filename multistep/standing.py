@@ -1,0 +1,165 @@
+"""What stands after each trial, as a function of what stood, the trial and what came of it: for the run that lives, and for its journal
+when it is replayed. No torch.
+
+    labels            an accepted way to predict takes the incumbent's place; else the best state of a family does, when it is better than
+                      what stands; one that is only better than its own family is kept for a blend
+    module, language  what is accepted takes the incumbent's place; a language run also keeps from where training goes on
+    answers, ways     of tuning: what is admitted takes the place of what stands, and every way that was measured is kept
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+from multistep.policy import Entry
+from multistep.predictors import Predictor, Single
+from multistep.strategy import Predict, Profile, Trial
+from multistep.types import Outcome, Verdict
+
+Of = Literal["labels", "module", "language", "answers", "ways"]
+_PREDICTOR: TypeAdapter[Predictor] = TypeAdapter(Predictor)
+
+
+@dataclass(frozen=True)
+class Stood:
+    """`incumbent`: what is served, as JSON. `families`: the best state of each. `entries`: of tuning, what was measured; `stood`: their
+    names that have stood; `refused`: what was not measured to its end, and why; `rule`: by which the last was taken."""
+
+    incumbent: dict[str, Any] | None = None
+    families: Mapping[str, str] = field(default_factory=dict)
+    entries: tuple[Entry, ...] = ()
+    stood: tuple[str, ...] = ()
+    refused: tuple[dict[str, str], ...] = ()
+    rule: str = ""
+
+    @property
+    def entry(self) -> Entry:
+        """The one that stands."""
+        return next(e for e in reversed(self.entries) if e.name == self.stood[-1])
+
+
+After = tuple[Stood, bool]  # what stands, and whether the incumbent is another
+
+
+def after(of: Of, stood: Stood, trial: Trial, outcome: Outcome) -> After:
+    """What stands after a trial of such a run. Depends on these alone, so it replays."""
+    rules: Mapping[Of, Callable[[Stood, Trial, Outcome], After]] = {
+        "labels": labels, "module": module, "language": language, "answers": answers, "ways": ways,
+    }  # fmt: skip
+    return rules[of](stood, trial, outcome)
+
+
+def settlement(stood: Stood, trial: Trial, outcome: Outcome, committed: bool) -> dict[str, Any] | None:
+    """The record that says what was decided; None where nothing was to be decided."""
+    verdict = outcome.verdict
+    if not committed and verdict is None:
+        return None
+    return {
+        "kind": "Committed" if committed else "RolledBack",
+        "trial": trial.id,
+        "stage": trial.stage,
+        "state": outcome.state,
+        "incumbent": stood.incumbent,
+        "families": dict(stood.families),
+        "metrics": outcome.metrics,
+        "rule": verdict.rule if verdict is not None else "the first servable model",
+        "evidence": [c.model_dump() for c in verdict.evidence] if verdict is not None else [],
+    }
+
+
+def _accepted(verdict: Verdict | None) -> bool:
+    return verdict is not None and verdict.accept
+
+
+def _better(outcome: Outcome) -> bool:
+    """Than the best of its own family, where there was one."""
+    return "family_verdict" not in outcome.facts or Verdict(**outcome.facts["family_verdict"]).accept
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+def labels(stood: Stood, trial: Trial, outcome: Outcome) -> After:
+    facts = outcome.facts
+    if not outcome.ok or isinstance(trial.action, Profile):
+        return stood, False
+    if isinstance(trial.action, Predict):
+        if not _accepted(outcome.verdict):
+            return stood, False
+        predictor = _PREDICTOR.validate_python(facts["predictor"])
+        return replace(stood, incumbent=predictor.model_dump(mode="json")), True
+    family = facts.get("family")
+    if family is None or not trial.commit or "diagnosis" in facts or outcome.state is None:
+        return stood, False
+    families, better = {**stood.families, family: outcome.state}, _better(outcome)
+    if stood.incumbent is None or (better and _accepted(outcome.verdict)):
+        return replace(stood, incumbent=Single(model=family).model_dump(mode="json"), families=families), True
+    if better and family not in _PREDICTOR.validate_python(stood.incumbent).models():
+        return replace(stood, families=families), False  # a better member for a blend to come
+    return stood, False
+
+
+def module(stood: Stood, trial: Trial, outcome: Outcome) -> After:
+    if not (outcome.ok and trial.commit and outcome.state is not None):
+        return stood, False
+    if stood.incumbent is not None and not _accepted(outcome.verdict):
+        return stood, False
+    incumbent = {"kind": "module", "state": outcome.state}
+    return replace(stood, incumbent=incumbent, families={"module": outcome.state}), True
+
+
+def language(stood: Stood, trial: Trial, outcome: Outcome) -> After:
+    facts = outcome.facts
+    if not outcome.ok or "standing" not in facts:
+        return stood, False
+    standing, family, families = facts["standing"], facts["family"], dict(stood.families)
+    if trial.stage == "trunk":
+        families["trunk"] = standing["state"]  # from where more budget goes on
+    if family == "ngram":
+        families["ngram"] = standing["state"]
+    if not trial.commit or "diagnosis" in facts or "stopped" in facts:
+        return replace(stood, families=families), False
+    if _better(outcome) and family in ("model", "spans"):
+        families[family] = standing["state"]
+    if stood.incumbent is None or _accepted(outcome.verdict):
+        return replace(stood, incumbent=standing, families=families), True
+    return replace(stood, families=families), False
+
+
+# ---------------------------------------------------------------------------------------------- tuning
+
+
+def answers(stood: Stood, trial: Trial, outcome: Outcome) -> After:
+    refused = (*stood.refused, *outcome.facts.get("refused", []))
+    if "entry" not in outcome.facts:
+        return replace(stood, refused=refused), False
+    now, taken = _taken(replace(stood, refused=refused), outcome)
+    e = now.entry
+    standing = {"name": e.name, "predictor": e.predictor, "engine": e.engine, "recipe": e.facts.get("recipe")}
+    return replace(now, incumbent=standing), taken
+
+
+def ways(stood: Stood, trial: Trial, outcome: Outcome) -> After:
+    if "looked" in outcome.facts:
+        return stood, False
+    if "refused" in outcome.facts:
+        why = outcome.verdict.rule if outcome.verdict is not None else ""
+        return replace(stood, refused=(*stood.refused, {"name": outcome.facts["refused"], "why": why})), False
+    now, taken = _taken(stood, outcome)
+    e = now.entry
+    return replace(now, incumbent={"name": e.name, "decoding": e.predictor, "engine": e.engine}), taken
+
+
+def _taken(stood: Stood, outcome: Outcome) -> After:
+    """One more way that was measured; whether it takes the place of another."""
+    verdict = outcome.verdict
+    rule = "what stood before" if verdict is None else verdict.rule
+    entry = Entry(**outcome.facts["entry"]).with_(rule=rule)
+    measured = replace(stood, entries=(*stood.entries, entry))
+    if verdict is not None and not verdict.accept:
+        return measured, False
+    return replace(measured, stood=(*stood.stood, entry.name), rule=rule), verdict is not None

@@ -1,0 +1,166 @@
+"""Memory that runs out, simulated: nothing of the batch is applied, it comes again in smaller parts, and that is remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+import torch
+from test_modules import blobs, network
+from test_modules import run as optimize
+from test_recovery import events
+from test_state import begun
+from torch import nn
+
+from multistep.allocation import in_halves, out_of_memory
+from multistep.budget import Budget
+from multistep.evaluate import Rows, encode
+from multistep.loader import rows_of
+from multistep.schedules import Constant
+from multistep.strategy import TrainModule
+from multistep.train import train
+from multistep.types import UserError
+
+pytestmark = pytest.mark.usefixtures("torch_seeded")
+SHORT = [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+         RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")]  # fmt: skip
+
+
+class Narrow(nn.Module):
+    """A network in whose memory there is room for a few rows; it moves its running statistics before it finds out."""
+
+    def __init__(self, room: int, error: Exception = SHORT[0]):
+        super().__init__()
+        self.inner, self.room, self.error = network(dropout=0.2), room, error
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.calls += 1
+        if self.training and len(x) > self.room:
+            raise self.error
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("error", SHORT, ids=["cuda", "python", "cpu", "cpu, older"])
+def test_short_memory_is_the_small_micro_batch_from_the_start(error: Exception) -> None:
+    settings: dict[str, Any] = {"budget": "60 updates", "train": blobs(320, 0), "batch_size": 32}
+    small = optimize(Narrow(8), micro_batch=8, **settings)
+    short = optimize(Narrow(8, error), **settings)
+    found = events(short, "out of memory")
+    assert [(e["micro_batch_before"], e["micro_batch"]) for e in found] == [(32, 16), (16, 8)]
+    assert all(len(e["rows"]) == 32 and "8 examples" in found[-1]["action"] for e in found) and not events(
+        small, "out of memory"
+    )
+    for mine, theirs in zip(short.model.parameters(), small.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.equal(short.model.calls, small.model.calls) and short.validation == small.validation
+
+
+def test_the_micro_batch_that_fits_is_remembered_by_later_trials_and_a_resumed_run(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "controller": "staged",
+        "budget": "1100 updates",
+        "train": blobs(320, 0),
+        "batch_size": 32,
+        "out": tmp_path / "run",
+    }
+    whole = optimize(Narrow(8), **settings)
+    assert len(events(whole, "out of memory")) == 2
+    trained = [
+        r["outcome"]["facts"] for r in whole.records() if r["kind"] == "Told" and "train_loss" in r["outcome"]["facts"]
+    ]
+    assert len(trained) > 2 and all(f["micro_batch"] == 8 for f in trained)
+    lines = (tmp_path / "run" / "journal.jsonl").read_text().splitlines(keepends=True)
+    second = next(n for n, line in enumerate(lines) if '"Asked"' in line and '"race"' in line and n > 8)
+    (tmp_path / "run" / "journal.jsonl").write_text("".join(lines[: second + 1]))
+    again = optimize(Narrow(8), **settings)
+    assert len(events(again, "out of memory")) == 2 and again.validation == whole.validation
+
+
+def test_texts_on_short_memory_are_those_with_the_small_micro_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, encoder = runs.write_rows(tmp_path / "rows.csv"), runs.tiny_encoder(tmp_path / "encoder")
+    small = runs.run(runs.config(rows, tmp_path / "small", encoder, micro_batch=4, budget="80 updates"))
+    load = Rows.load
+
+    def narrow(self: Rows, few: np.ndarray) -> Any:
+        if len(few) > 5:
+            raise SHORT[2]
+        return load(self, few)
+
+    monkeypatch.setattr(Rows, "load", narrow)
+    short = runs.run(runs.config(rows, tmp_path / "short", encoder, budget="80 updates"))
+    assert [e["micro_batch"] for e in events(short, "out of memory")] == [4]
+    assert runs.committed(short) == runs.committed(small)
+    runs.same_states(tmp_path / "small", tmp_path / "short")
+
+
+def test_one_row_too_many_is_one_clear_line() -> None:
+    with pytest.raises(UserError, match=r"one example at once.*max_length"):
+        optimize(Narrow(0), budget="10 updates")
+
+
+def test_memory_that_ends_in_the_middle_of_a_step_goes_back_to_the_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    from multistep.optimizers.lbfgs_module import LBFGSOptimizer
+
+    step, calls = LBFGSOptimizer.step, [0]
+
+    def short(self: LBFGSOptimizer, closure: Any) -> Any:
+        calls[0] += 1
+        found = step(self, closure)
+        if calls[0] == 4:
+            raise SHORT[1]
+        return found
+
+    settings: dict[str, Any] = {"optimizer": "lbfgs", "batch_size": 300, "budget": "8 updates"}
+    with monkeypatch.context() as patch:
+        patch.setattr(LBFGSOptimizer, "step", short)
+        result = optimize(network(), **settings)
+    (event,) = events(result, "out of memory")
+    assert event["back_to"] == 0 and event["micro_batch"] == 150
+    small = optimize(network(), micro_batch=150, **settings)
+    for mine, theirs in zip(result.model.parameters(), small.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_texts_are_encoded_in_halves_where_memory_is_short(
+    make_encoder: Callable, make_rows: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, model = make_rows(), make_encoder()
+    whole = encode(model, rows)
+    inputs = Rows.inputs
+
+    def narrow(self: Rows, few: np.ndarray) -> Any:
+        if len(few) > 5:
+            raise SHORT[2]
+        return inputs(self, few)
+
+    monkeypatch.setattr(Rows, "inputs", narrow)
+    assert np.abs(encode(model, rows) - whole).max() < 1e-5
+    with pytest.raises(UserError, match="one text at once"):
+        in_halves(np.arange(3), lambda few: (_ for _ in ()).throw(SHORT[1]))
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) and not out_of_memory(
+        ValueError()
+    )
+    with pytest.raises(ZeroDivisionError):
+        in_halves(np.arange(3), lambda few: 1 / 0)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_measure_of_short_memory_says_how_many_there_were() -> None:
+    state = begun(Narrow(4), TrainModule(batch_size=8, schedule=Constant()), Budget(amount=3, unit="updates"))
+    rows: Any = rows_of(blobs(40, 0), "train", "cpu")
+    measures = list(train(state, rows))
+    assert [(m.event, m.micro_batch, m.update) for m in measures] == [
+        ("out of memory", 8, 0),
+        ("", 0, 1),
+        ("", 0, 2),
+        ("", 0, 3),
+    ]
+    assert state.counters.micro_batch == 4 and measures[0].examples == 0 and len(measures[0].rows) == 8
