@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from multistep.controllers.script import Reserve, Skip, Steps
 from multistep.diagnosis.rows import MOST_ROWS
+from multistep.diagnosis.training import GAP_ROWS
 from multistep.strategy import Diagnose
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ RIDGE_FLOPS = 3e10  # a second; the fits of `evidence.by_head` in double precisi
 SCORE_S = 6e-7  # for each row and output: scores to probabilities
 OVERHEAD_S = 0.3  # laws, resampling, words in another order
 FOLDS_PATHS = 2.5  # what `evidence.by_linear` takes, in paths of strengths
-GAP_ROWS = 400.0  # of train, through the encoder
 
 
 def has_features(plan: Plan) -> bool:

@@ -21,6 +21,7 @@ from multistep.diagnosis.curves import LEAST_POINTS, doubled, fit_law
 from multistep.types import Spec
 
 ROLLBACKS = 3  # of one training: fewer are accidents
+GAP_ROWS = 200  # of train, through the encoder: more cost as much as all the rest of a diagnosis
 KNOWN_BY_HEART = 0.25  # errors on train, of those on validation
 GAP = 0.05  # between the two, at least: of all answers, or of a guess's squared error
 ALIKE, ALIKE_LOSS = 0.8, 0.9  # errors, or the loss, on train, of that on validation: no gap worth the name

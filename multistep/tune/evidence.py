@@ -16,7 +16,7 @@ import numpy as np
 
 from multistep.diagnosis import Gain, doubled_rows, suspects
 from multistep.diagnosis.rows import MOST_ROWS, SHOWN, Noise, suspect
-from multistep.diagnosis.training import Fit
+from multistep.diagnosis.training import GAP_ROWS, Fit
 from multistep.metrics import Scored, compare
 from multistep.models.linear import fit_linear
 from multistep.models.ridge import fit_ridge, logits, one_hot, sharpness
@@ -25,7 +25,6 @@ from multistep.tasks import Task
 from multistep.tune.actions import Bench, subsample
 from multistep.types import Comparison, Interrupted, Outcome
 
-GAP_ROWS = 400  # of train, for the gap
 FOLDS = 4
 PARTS = ((0.125, 4), (0.25, 2), (0.5, 1))  # of train, and how many models on different rows
 LEAST_PART = 20  # rows, and two for each output
