@@ -28,12 +28,14 @@ from multistep.config import OptimizerConfig
 from multistep.controllers.choose import Facts, choose, is_convex, is_regression
 from multistep.controllers.module import MODULE_CONTROLLERS, ModuleProblem
 from multistep.controllers.script import Target
+from multistep.explained import write_page
 from multistep.journal import Journal
 from multistep.loader import ModuleRows, Split, rows_of
 from multistep.metrics import METRICS, check_metric
 from multistep.objectives import OBJECTIVES, Objective
 from multistep.optimizers.base import REGIMES, Regime
 from multistep.optimizers.muon import hidden_matrices
+from multistep.replay import Replayed, replay_run
 from multistep.report.progress import Progress
 from multistep.schedules import SCHEDULES
 from multistep.session import budget_so_far, clock_then, controller_of, show, signals
@@ -68,6 +70,14 @@ class Optimized:
     def explain(self) -> str:
         """What was tried, what was decided and why, in words and a table."""
         return report.explain(self.records())
+
+    def explain_page(self, path: str | Path) -> Path:
+        """The same as one HTML file that needs no other. Raises OSError."""
+        return write_page(self.out, Path(path))
+
+    def replay(self) -> tuple[Replayed, ...]:
+        """Every decision derived again from the journal alone; `findings` are those that do not follow from their evidence."""
+        return replay_run(self.out)
 
 
 def optimize(

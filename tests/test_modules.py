@@ -47,6 +47,20 @@ def run(module: nn.Module | None = None, **more: Any) -> Any:
     return multistep.optimize(module or network(), **{**given, **more})
 
 
+def test_its_journal_replays_and_is_a_page(tmp_path: Path) -> None:
+    result = run(controller="staged", budget="600 updates")
+    (replayed,) = result.replay()
+    assert replayed.ok and replayed.derived["decisions"] >= 2
+    assert "</html>" in result.explain_page(tmp_path / "run.html").read_text(encoding="utf-8")
+
+
+def test_few_examples_decide_only_for_large_gains() -> None:
+    """The same training is worth its gain on 200 examples, and too little of one on 10."""
+    few = run(metric="loss", validation=blobs(10, 1), budget="12 updates", optimizer={"kind": "adamw", "lr": 1e-3})
+    (verdict,) = [r["outcome"]["verdict"] for r in few.records() if r["kind"] == "Told" and r["stage"] == "trunk"]
+    assert verdict["by"]["least"] > 0 and "on 10 rows" in verdict["rule"]
+
+
 def test_trains_and_says_what_it_did() -> None:
     module = network()
     result = run(module, test=blobs(100, 2))

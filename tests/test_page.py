@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from multistep.report.page import page
 from multistep.report.summary import summary
 from multistep.report.words import without_folders
 
-_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 PASSES = [(True, "journal.jsonl: all follows from its evidence (asks 9)", [])]
 EVIL = "<script>alert(1)</script>&\"'"
 
@@ -225,18 +223,6 @@ def test_the_command_writes_it_and_says_whether_it_replays(run_dir: Path, tmp_pa
 
 
 # ---------------------------------------------------------------------------------------------- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api")
-    found = next((path for name in _NAMES if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip(f"no Chromium on PATH (looked for {', '.join(_NAMES)}): the page is not opened")
-    with api.sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.mark.parametrize("width", [1280, 375])

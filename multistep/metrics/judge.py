@@ -86,8 +86,12 @@ def judge(
 
 
 def judge_losses(candidate_N: np.ndarray, incumbent_N: np.ndarray, alpha: float = ALPHA) -> Verdict:
-    """The verdict on the losses of the same examples, where no other metric is asked for: paired t, one-sided."""
-    return not_finite("losses", candidate_N, incumbent_N) or better((compare_losses(candidate_N, incumbent_N),), alpha)
+    """The verdict on the losses of the same examples, where no other metric is asked for: paired t, one-sided. Few of them decide only
+    for a large gain (`large_gain`)."""
+    if refused := not_finite("losses", candidate_N, incumbent_N):
+        return refused
+    compared = compare_losses(candidate_N, incumbent_N)
+    return better((compared,), alpha, large_gain(compared))
 
 
 def compare_losses(candidate_N: np.ndarray, incumbent_N: np.ndarray) -> Comparison:
