@@ -12,6 +12,7 @@ from typing import Any
 
 from multistep.controllers.members import (
     COOL,
+    ON_THE_WAY,
     Found,
     Ground,
     Member,
@@ -52,7 +53,9 @@ def bayes(ground: Ground) -> Found:
         yield from stretched(ground, "bayes", [member], FIRST * stretch, f"the first third, of {trials} trials")
         if member.alive:
             against = None if at_a_third is None else at_a_third.cooled
-            (early,) = yield from cooled(ground, [member], FIRST * COOL * stretch, against, commit=True)
+            (early,) = yield from cooled(
+                ground, [member], FIRST * COOL * stretch, against, commit=True, stake=ON_THE_WAY
+            )
         if not member.alive:
             study.tell(asked, state=optuna.trial.TrialState.FAIL)
             continue

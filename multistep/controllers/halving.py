@@ -13,6 +13,7 @@ from random import Random
 
 from multistep.controllers.members import (
     COOL,
+    ON_THE_WAY,
     Found,
     Ground,
     Member,
@@ -50,7 +51,8 @@ def halving(ground: Ground) -> Found:
         members = [m for m in members if m.alive]
         if not members:
             break
-        yield from cooled(ground, members, COOL * stretch, None, commit=True)
+        stake = 1.0 if rung + 1 == count else ON_THE_WAY
+        yield from cooled(ground, members, COOL * stretch, None, commit=True, stake=stake)
         members = sorted((m for m in members if m.alive), key=lambda m: -m.merit)
         if not members:
             break

@@ -18,6 +18,7 @@ from multistep.strategy import Action, Training, Trial
 from multistep.types import Outcome, Verdict
 
 LEGS = (1 / 8, 1 / 8, 1 / 4, 1 / 2)  # of a trunk that ends where a target stands
+ON_THE_WAY = 0.25  # the stake of a cool-down that is not the last
 COOL = 0.25  # of what a stretch of a trunk takes: its cool-down
 WARMUP = 0.06  # of the first stretch
 
@@ -76,7 +77,7 @@ class Ground(Protocol):
 
     def asked(
         self, stage: str, action: Action, why: str, *, start: str | None = None, share: float = 0.0,
-        against: str | None = None, commit: bool = True,
+        against: str | None = None, commit: bool = True, stake: float = 1.0,
     ) -> Trial: ...  # fmt: skip
 
     def together(self, trials: Sequence[Trial]) -> Group: ...
@@ -113,14 +114,19 @@ def stretched(ground: Ground, stage: str, members: Sequence[Member], share: floa
     return outcomes
 
 
-def cooled(ground: Ground, members: Sequence[Member], share: float, against: str | None, commit: bool) -> Group:
-    """A branch of every member that decays to zero, from its trunk's end, for `share` each; compared with the state `against`."""
+def cooled(
+    ground: Ground, members: Sequence[Member], share: float, against: str | None, commit: bool, stake: float = 1.0
+) -> Group:
+    """A branch of every member that decays to zero, from its trunk's end, for `share` each; compared with the state `against`. `stake`:
+    of the level at which it may become what stands; small for one on the way, so that the last one still has it."""
     trials = []
     for m in members:
         words = f"{m.name}: what it is worth once its learning rate has decayed"
         action = ground.at(m.point, Linear(warmup=0.0))
         trials.append(
-            ground.asked("cool-down", action, words, start=m.trunk, share=share, against=against, commit=commit)
+            ground.asked(
+                "cool-down", action, words, start=m.trunk, share=share, against=against, commit=commit, stake=stake
+            )
         )
     outcomes = yield from ground.together(trials)
     for member, outcome in zip(members, outcomes, strict=True):

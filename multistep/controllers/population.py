@@ -13,6 +13,7 @@ from random import Random
 
 from multistep.controllers.members import (
     COOL,
+    ON_THE_WAY,
     Found,
     Ground,
     Member,
@@ -74,7 +75,7 @@ def compared(ground: Ground, members: Sequence[Member], share: float) -> Does[se
     first: Member | None = None
     for member in members:
         against = None if first is None else first.cooled
-        (outcome,) = yield from cooled(ground, [member], share, against, commit=True)
+        (outcome,) = yield from cooled(ground, [member], share, against, commit=True, stake=ON_THE_WAY)
         if not member.alive or worse(outcome, BEHIND):
             behind.add(member.name)
         elif first is None or better(outcome):

@@ -14,7 +14,7 @@ from multistep.config import FitConfig
 from multistep.controllers.wealth import Wealth
 from multistep.strategy import Action, Trial
 from multistep.text import NgramFeatures
-from multistep.types import Outcome, Spec, TaskKind, Unit, Verdict
+from multistep.types import Outcome, Spec, TaskKind, Unit
 
 
 class Skip(Spec):
@@ -95,12 +95,14 @@ class BasePlan:
     def trial(
         self, stage: str, action: Action, why: str, *, start: str | None = None, share: float = 0.0,
         against: str | None = None, commit: bool = True, watch: bool = False, judges: str = "control",
+        stake: float = 1.0,
     ) -> Step:  # fmt: skip
         """Ask for a trial and take in what came of it. `judges`: the split that looks at it; empty: a look
-        that finds nothing new, and pays nothing."""
+        that finds nothing new, and pays nothing; `stake`: what of its level a look may have that is a long shot."""
         trial = self.asked(
-            stage, action, why, start=start, share=share, against=against, commit=commit, watch=watch, judges=judges
-        )
+            stage, action, why, start=start, share=share, against=against, commit=commit, watch=watch, judges=judges,
+            stake=stake,
+        )  # fmt: skip
         outcome = yield trial
         assert outcome is not None
         self.took(trial, outcome, judges)
@@ -119,20 +121,21 @@ class BasePlan:
     def asked(
         self, stage: str, action: Action, why: str, *, start: str | None = None, share: float = 0.0,
         against: str | None = None, commit: bool = True, watch: bool = False, judges: str = "control",
+        stake: float = 1.0,
     ) -> Trial:  # fmt: skip
-        """The next trial, with the chance of an error that it may have."""
+        """The next trial, with the chance of an error that it may have. A probe ships nothing: its comparisons are free."""
         self._trials += 1
-        wealth = self._wealth.setdefault(judges or "free", Wealth())
+        wealth = self._wealth.setdefault(judges if commit and judges else "free", Wealth())
         return Trial(
             id=f"{self._trials:02d}-{stage}", stage=stage, action=action, start=start, share=round(share, 3), why=why,
             against=against, commit=commit, watch_gap=watch, patience=self.patience(stage, action, commit),
-            alpha=wealth.level(),
+            alpha=wealth.level(stake),
         )  # fmt: skip
 
     def took(self, trial: Trial, outcome: Outcome, judges: str = "control") -> None:
         """Take in what came of a trial."""
         self.remaining = outcome.remaining
-        if judges:
+        if judges and trial.commit:
             self._settle(trial, outcome, self._wealth.setdefault(judges, Wealth()))
         self.told(trial.action, outcome)
         taken = trial.commit and outcome.ok and (outcome.verdict is None or outcome.verdict.accept)
@@ -152,14 +155,11 @@ class BasePlan:
             raise Reached
 
     def _settle(self, trial: Trial, outcome: Outcome, wealth: Wealth) -> None:
-        """Pay for the comparisons that were made, and earn what was found: what is only cheaper is no find."""
-        verdicts = [outcome.verdict] if outcome.verdict is not None else []
-        if (against := outcome.facts.get("against_verdict")) is not None:
-            verdicts.append(Verdict.model_validate(against))
-        for verdict in verdicts:
-            if verdict.evidence:
-                found = any(c.difference > 0 and c.p <= trial.alpha for c in verdict.evidence)
-                wealth.settle(trial.alpha, verdict.accept and found)
+        """Pay for the comparison with what stands, or earn what was found: what is only cheaper is no find."""
+        verdict = outcome.verdict
+        if verdict is not None and verdict.evidence:
+            found = any(c.difference > 0 and c.p <= trial.alpha for c in verdict.evidence)
+            wealth.settle(trial.alpha, verdict.accept and found)
 
     def until(self, steps: Steps) -> Steps:
         """The steps, to their end or to where the target stands."""

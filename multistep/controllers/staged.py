@@ -16,6 +16,7 @@ from multistep.controllers.trunk import average, race_rates, soup, trunk, worth_
 from multistep.strategy import FitLinear
 from multistep.types import Outcome
 
+LONG_SHOT = 0.25  # the stake of other features: what comes later needs the level more
 Train = Callable[[Plan], Found]
 
 
@@ -72,7 +73,7 @@ def more_linear(plan: Plan, first: Outcome, long: bool) -> Steps:
             )
             return
         share = (0.4 if long else 0.06) * plan.remaining
-        yield from plan.trial("linear", FitLinear(features=other), "other features", share=share)
+        yield from plan.trial("linear", FitLinear(features=other), "other features", share=share, stake=LONG_SHOT)
 
 
 def encoder(plan: Plan, rows: int | None, train: Train) -> Steps:

@@ -1,6 +1,6 @@
 """What repeated looks at the same validation rows may cost: alpha-investing.
 
-    level = min(0.1, wealth / 2);    a comparison that finds nothing pays level / (1 - level);    one that finds a gain earns 0.1
+    level = stake min(0.1, wealth / 2);    a comparison that finds nothing pays level / (1 - level);    one that finds a gain earns 0.1
 
 A run that compares and compares without finding anything has to be surer every time; one that finds gains keeps its level. On average
 there are at most so many false gains as the wealth it began with and a tenth of all gains that it found.
@@ -20,9 +20,9 @@ class Wealth:
     def __init__(self) -> None:
         self.amount = BEGIN
 
-    def level(self) -> float:
-        """The chance of a false gain that the next comparison may have."""
-        return round(min(CEILING, self.amount / 2), 6)
+    def level(self, stake: float = 1.0) -> float:
+        """The chance of a false gain that the next comparison may have; a long shot gets a part of it."""
+        return round(stake * min(CEILING, self.amount / 2), 6)
 
     def settle(self, level: float, found: bool) -> None:
         """Pay for a comparison at that level, or earn by what it found."""
