@@ -12,9 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
 
 from multistep import serve
+
+INFO = {"model": "m", "labels": ["a"]}
+ROUTES = ("/predict", "/v1/completions", "/v1/chat/completions")
 
 
 @contextlib.contextmanager
@@ -102,4 +107,15 @@ def raw(address: str, sent: bytes, seconds: float = 5.0) -> bytes:
                 found += part
         except TimeoutError:
             pass
+    return found
+
+
+def numbers(address: str, **options: Any) -> dict[str, float]:
+    """What /metrics says, by name and labels."""
+    text = httpx.get(f"{address}/metrics", **options).text
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            shown = ",".join(f"{k}={v}" for k, v in sorted(sample.labels.items()))
+            found[f"{sample.name}{{{shown}}}" if shown else sample.name] = sample.value
     return found

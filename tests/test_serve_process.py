@@ -18,16 +18,12 @@ from typing import Any
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
-from serving import chat_bundle, label_bundle, serve_folder, served
+from serving import INFO, chat_bundle, label_bundle, numbers, serve_folder, served
 
 from multistep import serve
 from multistep.bundle import load_bundle
 from multistep.serve import app as serve_app
 from multistep.types import Prediction, UserError
-
-INFO = {"model": "m", "labels": ["a"]}
-ROUTES = ("/predict", "/v1/completions", "/v1/chat/completions")
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +34,6 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return chat_bundle(tmp_path_factory.mktemp("chat"))
-
-
-def numbers(address: str, **options: Any) -> dict[str, float]:
-    text = httpx.get(f"{address}/metrics", **options).text
-    found = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            shown = ",".join(f"{k}={v}" for k, v in sorted(sample.labels.items()))
-            found[f"{sample.name}{{{shown}}}" if shown else sample.name] = sample.value
-    return found
 
 
 # ---------------------------------------------------------------------------------------------- served = evaluated

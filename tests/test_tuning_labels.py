@@ -308,6 +308,19 @@ def test_what_can_only_be_cheaper_pays_for_no_look() -> None:
     assert next(a.alpha for a in tried if a.stage != "cascade") == 0.1
 
 
+@pytest.mark.parametrize("controller", ["halving", "bayes", "reactive", "population"])
+def test_a_finished_run_is_tuned_by_any_controller_and_replays(run_dir: Path, judged: str, controller: str) -> None:
+    policy = tune_run(run_dir, budget="6s", data=judged, controller=controller)
+    asked = [r["trial"] for r in journal.read(run_dir / "tuning.jsonl") if r["kind"] == "Asked"]
+    tried = [t for t in asked if t["action"]["kind"] == "try_recipe"]
+    assert tried and {t["stage"] for t in tried} == {controller}
+    if controller == "halving":  # a part of the rows decides who is looked at again, and nothing else
+        assert tried[0]["action"]["share"] == 0.25 and len(policy.entries) <= 1 + sum(
+            t["action"]["share"] == 1 for t in tried
+        )
+    assert api.load(run_dir).predict(["up"]) and all(r.ok for r in api.Run(run_dir).replay())
+
+
 @pytest.mark.parametrize("controller", CHOOSERS)
 def test_every_controller_searches_ways_to_answer(controller: str) -> None:
     p, ms = (

@@ -98,6 +98,8 @@ def _through_folder(model: Any, codec: Codec, folder: Path, quantization: str) -
         tokenizer.save_pretrained(temporary)
         try:
             TransformersConverter(temporary).convert(str(folder), quantization=quantization, force=True)
+        # The converter has no error of its own: a class it has no loader for is a ValueError, an activation or a position encoding that it
+        # does not know a NotImplementedError or KeyError, a part that the class lacks an AttributeError.
         except (ValueError, NotImplementedError, AttributeError, KeyError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
             raise UserError(
