@@ -83,6 +83,16 @@ def tuned(out: Path, **more: Any) -> Policy:
     return tune_language(out, progress=Progress(quiet=True), **settings)
 
 
+def test_halving_looks_at_a_part_of_the_records_first_and_replays(wild: Path) -> None:
+    policy = tuned(wild, controller="halving")
+    told = {r["trial"]: r["outcome"] for r in journal.read(wild / "tuning.jsonl") if r["kind"] == "Told"}
+    asked = [r["trial"] for r in journal.read(wild / "tuning.jsonl") if r["kind"] == "Asked"]
+    looks = [t for t in asked if t["action"].get("share", 1.0) < 1 and t["id"] in told]
+    assert looks and not any(told[t["id"]]["verdict"]["accept"] for t in looks)
+    assert any("looked" in told[t["id"]]["facts"] for t in looks)
+    assert policy.entries and all(r.ok for r in load(wild).replay())
+
+
 def test_the_better_way_is_taken_written_down_and_served(wild: Path) -> None:
     from transformers import GenerationConfig
 
