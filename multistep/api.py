@@ -17,7 +17,6 @@ from multistep.budget import Clock, parse_budget
 from multistep.bundle import Bundle, find_bundle, load_bundle
 from multistep.config import FitConfig, save_config
 from multistep.controllers import Problem, Target
-from multistep.controllers.plan import check_objective
 from multistep.data import Dataset
 from multistep.explained import write_page
 from multistep.export import Exported, export
@@ -26,6 +25,7 @@ from multistep.language import fit_language, is_language, resume_language
 from multistep.language_bundle import LanguageBundle
 from multistep.metrics import METRICS, Scored, check_metric, measure, per_class
 from multistep.models.linear import candidates
+from multistep.objectives.fits import check_objective
 from multistep.policy import Policy
 from multistep.replay import Replayed, replay_run
 from multistep.report.progress import Progress

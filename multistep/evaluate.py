@@ -71,6 +71,7 @@ class Rows:
     targets: Tensor | None = None
     cut: int = 0
     hidden_SD: Tensor | None = None  # the rows' hidden states one after the other, S tokens in all
+    below: str | None = None  # the state of whose layers they are, where it is not the first
 
     def __post_init__(self) -> None:
         self.lengths_N = np.array([len(r) for r in self.ids], dtype=np.int64)
@@ -136,7 +137,9 @@ def encode(
 
 @torch.no_grad()
 def keep_hidden(model: TextEncoder, rows: Rows, cut: int, *, bf16: bool = False, watch: Watch | None = None) -> None:
-    """Keep the hidden states after `cut` layers in `rows`: what training the layers above starts from."""
+    """Keep the hidden states after `cut` layers in `rows`: what training the layers above starts from. Goes on from states that are kept
+    below."""
+    assert rows.cut < cut
     model.eval()
     hidden_SD = torch.empty((int(rows.lengths_N.sum()), model.width), device=rows.device)
     done = 0
@@ -144,7 +147,7 @@ def keep_hidden(model: TextEncoder, rows: Rows, cut: int, *, bf16: bool = False,
     def one(part: np.ndarray) -> None:
         x, mask_BT = rows.inputs(part)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            hidden_BTD = model.lower(x, mask_BT, cut)
+            hidden_BTD = model.lower(x, mask_BT, cut, rows.cut)
         places = np.concatenate([np.arange(int(rows.starts_N[r]), int(rows.starts_N[r + 1])) for r in part])
         hidden_SD[torch.from_numpy(places).to(rows.device)] = hidden_BTD[mask_BT].float()
 

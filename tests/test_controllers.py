@@ -362,3 +362,16 @@ def test_more_goes_on_from_the_best_encoder() -> None:
     story = live("more", "plain")
     (trunk,) = story.trials("trunk")
     assert trunk.start == "07-trunk" and not story.trials("incumbent") and not story.trials("race")
+
+
+@pytest.mark.parametrize("name", ["staged", "race", "fixed"])
+@pytest.mark.parametrize("tokens_s, layers", [(200_000.0, 6), (20_000.0, 3), (12_000.0, 3), (8_000.0, 2), (6_000.0, 1)])
+def test_the_less_time_the_fewer_layers(
+    name: str, tokens_s: float, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SCENARIOS, "here", {"problem": problem(60.0), "tokens_s": tokens_s})
+    story = live(name, "here")
+    (head,), (trunk,) = story.trials("head"), story.trials("trunk")
+    assert isinstance(head.action, FitHead) and isinstance(trunk.action, FineTune)
+    assert trunk.action.layers == layers
+    assert head.action.cut <= 6 - layers, "states are never kept above what is trained"

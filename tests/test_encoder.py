@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from multistep.evaluate import EncoderText, Engine, Rows, encode, head_logits
+from multistep.evaluate import EncoderText, Engine, Rows, encode, head_logits, keep_hidden
 from multistep.models.encoder import load_backbone, load_encoder, new_backbone, pad, pool, save_encoder, set_dropout
+from multistep.strategy import FineTune
+from multistep.tune.fine_tune import training_rows
 from multistep.types import UserError
 
 pytestmark = pytest.mark.usefixtures("torch_seeded")
@@ -40,6 +43,65 @@ def test_the_layers_one_by_one_are_the_backbone(model, make_rows: Callable) -> N
     ids_BT, mask_BT = make_rows(9).inputs(np.arange(9))
     whole = model.backbone(input_ids=ids_BT, attention_mask=mask_BT.long()).last_hidden_state
     assert torch.allclose(model.features(ids_BT, mask_BT), pool(whole, mask_BT), atol=1e-5)
+
+
+@torch.no_grad()
+def test_states_that_are_kept_go_on_to_a_higher_layer(model, make_rows: Callable) -> None:
+    whole, by_steps = make_rows(9), make_rows(9)
+    keep_hidden(model, whole, 2)
+    keep_hidden(model, by_steps, 1)
+    first = by_steps.hidden_SD
+    keep_hidden(model, by_steps, 2)
+    assert by_steps.cut == whole.cut == 2 and first is not None and by_steps.hidden_SD is not None
+    assert not torch.allclose(first, by_steps.hidden_SD)
+    assert torch.allclose(whole.hidden_SD, by_steps.hidden_SD, atol=1e-5)
+
+
+class Work:
+    """Rows of two splits, and encoders by the states they come from."""
+
+    watch = None
+
+    def __init__(self, rows: Callable, states: dict[str | None, torch.nn.Module]):
+        self.splits, self.states = {"train": rows(9), "control": rows(6)}, states
+
+    def rows(self, split: str, max_length: int) -> Rows:
+        return self.splits[split]
+
+    def encoder(self, state: str | None = None) -> torch.nn.Module:
+        return self.states[state]
+
+    def fits_hidden(self, rows: Rows) -> bool:
+        return True
+
+
+def test_states_below_what_is_trained_are_those_of_the_state_it_starts_from(
+    make_encoder: Callable, make_rows: Callable
+) -> None:
+    first, trained = make_encoder(layers=LAYERS).eval(), make_encoder(layers=LAYERS).eval()
+    with torch.no_grad():
+        trained.layers()[0].output.dense.weight.mul_(1.5)
+    top = make_encoder(layers=LAYERS).eval()
+    with torch.no_grad():
+        top.layers()[2].output.dense.weight.mul_(1.5)
+    bench = SimpleNamespace(work=Work(make_rows, {None: first, "head": first, "whole": trained, "top": top}))
+
+    def hidden(layers: int, start: str | None) -> torch.Tensor:
+        rows = training_rows(bench, FineTune(layers=layers, max_length=64), start)
+        assert isinstance(rows, Rows) and rows.cut == LAYERS - layers
+        return rows.hidden_SD if rows.hidden_SD is not None else torch.zeros(0)
+
+    def expected(model: torch.nn.Module, cut: int) -> torch.Tensor:
+        rows = make_rows(9)
+        keep_hidden(model, rows, cut)
+        return rows.hidden_SD
+
+    once = hidden(2, "head")
+    assert torch.equal(once, expected(first, 1)) and hidden(2, "top") is once, "kept, where nothing below has changed"
+    assert torch.allclose(hidden(1, "head"), expected(first, 2), atol=1e-5)
+    assert torch.equal(hidden(1, "whole"), expected(trained, 2))
+    assert torch.equal(hidden(2, "head"), expected(first, 1))
+    assert hidden(LAYERS, "whole").numel() == 0, "all layers read token ids"
 
 
 @torch.no_grad()

@@ -16,9 +16,10 @@ from multistep.budget import Budget, Clock
 from multistep.comparison.arena import KeptOrders, sample
 from multistep.comparison.entrants import Entrant
 from multistep.config import KINDS, OptimizerConfig, resolve
-from multistep.controllers.plan import Plan, check_objective
+from multistep.controllers.plan import Plan
 from multistep.controllers.script import Problem
 from multistep.metrics import Scored, check_metric
+from multistep.objectives.fits import check_objective
 from multistep.optimizers.base import Regime
 from multistep.schedules import Schedule
 from multistep.strategy import FineTune, Profile, Training, Trial

@@ -20,9 +20,7 @@ def _models(plan: Plan) -> Steps:
     length, rows = yield from stages.encoder_rows(plan)
     if not length:
         return
-    plan.depth, _ = plan.layers(plan.remaining)
-    if plan.scratch is None:
-        plan.begins = (yield from stages.head(plan, rows, cut=plan.facts["n_layers"] - plan.depth)).state
+    yield from stages.begin(plan, rows)
     action = plan.prior()
     if rows:
         yield Skip(stage="trunk", why=stages.PARTIAL)

@@ -16,8 +16,8 @@ def more(problem: Problem) -> Steps:
     if not length or rows:
         yield Skip(stage="trunk", why="the encoder cannot be trained in this time")
     else:
-        layers, _ = plan.layers(plan.remaining)
-        found = yield from trunk(plan, plan.fine_tune(layers=layers), state)
+        plan.choose_depth()
+        found = yield from trunk(plan, plan.prior(), state)
         if found is not None:
             yield from average(plan, found)
     yield from stages.predict(plan)

@@ -16,12 +16,12 @@ from multistep.controllers.diagnosing import diagnose, set_aside
 from multistep.controllers.script import BasePlan, Does, Problem, Reserve, Skip, Step, Steps, left_out
 from multistep.controllers.space import Point, Space, settled, space_of
 from multistep.metrics.power import FEWEST_ROWS, LARGE
-from multistep.objectives import BinaryCrossEntropy, CrossEntropy, Huber, MeanAbsoluteError, MeanSquaredError, Objective
+from multistep.objectives import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, Objective
 from multistep.optimizers import AdamW
 from multistep.predictors import Predictor, Single
 from multistep.schedules import Schedule
 from multistep.strategy import Action, FineTune, FitHead, FitLinear, Predict, Profile, ReadTest
-from multistep.types import Outcome, Spec, TaskKind, UserError
+from multistep.types import Outcome, Spec
 
 LENGTHS = (32, 64, 128, 256)
 FINE_TUNE_LR = 3e-4  # for a width of 384; scaled by (384 / width)^1.5
@@ -31,6 +31,7 @@ LINEAR_CHARACTERS_S = (
     1.5e6  # prior: features and solve, characters of train a second; corrected by what the incumbent took
 )
 ALL_LAYERS_EPOCHS = 8.0  # with fewer epochs for all layers, the last half on cached states is trained for longer
+HALF_EPOCHS = 1.5  # with fewer for the last half, fewer layers still are trained for so long
 INCUMBENT_ROWS = (
     5000  # of the first model at least: 2 s on long reviews, 0.896 where 2,000 rows (1.3 s) give 0.873 (LOG.md)
 )
@@ -54,11 +55,6 @@ SCRATCH: Mapping[str, Scratch] = {  # by what the profile calls the encoder; cal
     "lstm": Scratch(lr=8e-3, dropout=0.3, least_epochs=1.0, most_epochs=4.0),  # 64 wide
 }
 
-_FITS: Mapping[TaskKind, tuple[type[Any], ...]] = {
-    "classify": (CrossEntropy,),
-    "multilabel": (BinaryCrossEntropy,),
-    "regress": (MeanSquaredError, MeanAbsoluteError, Huber),
-}
 _PREDICTOR: TypeAdapter[Predictor] = TypeAdapter(Predictor)
 
 
@@ -77,6 +73,7 @@ class Plan(BasePlan):
         self.linear_s = sum(problem.characters.values()) / LINEAR_CHARACTERS_S
         self.begins: str | None = None  # the state at which every training of the encoder begins
         self.depth = 0  # how many layers they train
+        self.depth_rule = ""  # why so many
 
     @property
     def scratch(self) -> Scratch | None:
@@ -266,6 +263,12 @@ class Plan(BasePlan):
         ratio = self.optimizer.member.rates[regime].prior / AdamW.rates[regime].prior
         return calibrated * ratio
 
+    def choose_depth(self) -> None:
+        """How many layers the time that is left can train."""
+        self.depth, self.depth_rule = (
+            self.layers(self.remaining) if self.scratch is None else (self.facts["n_layers"], "")
+        )
+
     def layers(self, amount: float) -> tuple[int, str]:
         """How many layers to train, and the rule that says so."""
         total, config = self.facts["n_layers"], self.problem.config
@@ -273,30 +276,14 @@ class Plan(BasePlan):
             return min(config.layers, total) or total, "layers was given"
         if total < 2:
             return total, "the encoder cannot be cut"
-        whole = self.epochs(amount, total)
-        if self.timed and whole < ALL_LAYERS_EPOCHS:
-            return (
-                self.half(),
-                f"all {total} layers would see {whole:.1f} epochs (< {ALL_LAYERS_EPOCHS:g}): the last {self.half()} only",
-            )
-        return total, f"all {total} layers see {whole:.1f} epochs"
-
-
-def check_objective(objective: Objective | None, task: TaskKind, n_outputs: int) -> None:
-    """Raises UserError when an objective that was asked for does not fit the task."""
-    if objective is None:
-        return
-    core = objective.core()
-    if not isinstance(core, _FITS[task]):
-        fitting = ", ".join(m.model_fields["kind"].default for m in _FITS[task])
-        raise UserError(
-            f"objective: {type(core).model_fields['kind'].default!r} does not fit the task {task}. Use {fitting}, or a wrapper around it."
-        )
-    weights = core.class_weights if isinstance(core, CrossEntropy) else None
-    if weights is not None and len(weights) != n_outputs:
-        raise UserError(
-            f"objective.class_weights: {len(weights)} weights for {n_outputs} classes. Give one a class, in sorted order."
-        )
+        whole, half = self.epochs(amount, total), self.half()
+        if not self.timed or whole >= ALL_LAYERS_EPOCHS:
+            return total, f"all {total} layers see {whole:.1f} epochs"
+        depth = next((n for n in range(half, 1, -1) if self.epochs(amount, n) >= HALF_EPOCHS), 1)
+        why = f"all {total} layers would see {whole:.1f} epochs (< {ALL_LAYERS_EPOCHS:g})"
+        if depth < half:
+            why += f", the last {half} {self.epochs(amount, half):.1f} (< {HALF_EPOCHS:g})"
+        return depth, f"{why}: the last {depth} only"
 
 
 # ---------------------------------------------------------------------------------------------- shared stages
@@ -358,6 +345,14 @@ def head(plan: Plan, rows: int | None, cut: int) -> Step:
     if config.max_length:
         why += " (max_length was given)"
     return (yield from plan.trial("head", action, why, share=0.5 * plan.remaining if plan.timed else 0.0))
+
+
+def begin(plan: Plan, rows: int | None) -> Steps:
+    """The head of a pretrained encoder, its hidden states kept below the layers that the time after it can train; and how many those are."""
+    if plan.scratch is None:
+        layers, _ = plan.layers(max(0.0, plan.remaining - plan.encode_s(rows or plan.problem.rows["train"])))
+        plan.begins = (yield from head(plan, rows, cut=plan.facts["n_layers"] - layers)).state
+    plan.choose_depth()
 
 
 def finish(plan: Plan) -> Steps:

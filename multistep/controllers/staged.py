@@ -78,17 +78,12 @@ def more_linear(plan: Plan, first: Outcome, long: bool) -> Steps:
 
 def encoder(plan: Plan, rows: int | None, train: Train) -> Steps:
     """Head, training, averages."""
-    scratch = plan.scratch
-    if scratch is None:
-        left = plan.remaining - plan.encode_s(rows or plan.problem.rows["train"])
-        layers, _ = plan.layers(left)
-        plan.begins = (yield from stages.head(plan, rows, cut=plan.facts["n_layers"] - layers)).state
-        if rows:
-            yield Skip(stage="trunk", why=stages.PARTIAL)
-            return
-    plan.depth, _ = plan.layers(plan.remaining)
-    if scratch:
-        plan.depth, epochs = plan.facts["n_layers"], plan.epochs(plan.remaining, plan.facts["n_layers"])
+    yield from stages.begin(plan, rows)
+    if rows and plan.scratch is None:
+        yield Skip(stage="trunk", why=stages.PARTIAL)
+        return
+    if scratch := plan.scratch:
+        epochs = plan.epochs(plan.remaining, plan.depth)
         if epochs < scratch.least_epochs:
             why = f"an encoder from scratch would see {epochs:.1f} epochs (< {scratch.least_epochs:g})"
             yield Skip(stage="trunk", why=why)

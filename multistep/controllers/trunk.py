@@ -81,6 +81,8 @@ def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
     share = min(plan.remaining - end_s(plan, 1), longest) if plan.timed else plan.remaining
     which = "the whole model" if action.trains == "all" else f"the last {action.layers} layers"
     why = f"lr {action.optimizer.lr:.2g}, {which}, about {plan.epochs(share, action.layers):.1f} epochs"
+    if plan.depth_rule:
+        why += f" ({plan.depth_rule})"
     if action.augment.on:
         why += ", words changed anew every epoch and so read as token ids"
     told = yield from plan.trial("trunk", action, why, start=start, share=share, watch=True)

@@ -44,8 +44,8 @@ class TextEncoder(nn.Module, ABC):
         """How many layers the forward pass can be cut at; 0 when it cannot be cut."""
         return len(self.layers())
 
-    def lower(self, ids_BT: Tensor, mask_BT: Tensor, n_layers: int) -> Tensor:
-        """Hidden states [B,T,D] after the first `n_layers` layers."""
+    def lower(self, x: Tensor, mask_BT: Tensor, n_layers: int, after: int = 0) -> Tensor:
+        """Hidden states [B,T,D] after the first `n_layers` layers, from token ids [B,T] or, with `after` > 0, from those after so many."""
         raise ValueError(f"{type(self).__name__} cannot be cut")
 
     def upper(self, hidden_BTD: Tensor, mask_BT: Tensor, n_layers: int) -> Tensor:

@@ -46,10 +46,10 @@ class Encoder(TextEncoder):
     def layers(self) -> Sequence[nn.Module]:
         return list(self.backbone.encoder.layer) if self.config.model_type in LAYERED else []
 
-    def lower(self, ids_BT: Tensor, mask_BT: Tensor, n_layers: int) -> Tensor:
-        """Hidden states [B,T,D] after the first `n_layers` layers."""
-        hidden_BTD = self.backbone.embeddings(input_ids=ids_BT)
-        return self._through(self.layers()[:n_layers], hidden_BTD, mask_BT)
+    def lower(self, x: Tensor, mask_BT: Tensor, n_layers: int, after: int = 0) -> Tensor:
+        """Hidden states [B,T,D] after the first `n_layers` layers, from token ids [B,T] or, with `after` > 0, from those after so many."""
+        hidden_BTD = x if after else self.backbone.embeddings(input_ids=x)
+        return self._through(self.layers()[after:n_layers], hidden_BTD, mask_BT)
 
     def upper(self, hidden_BTD: Tensor, mask_BT: Tensor, n_layers: int) -> Tensor:
         """Pooled features [B,D] from the hidden states after the first `n_layers` layers."""

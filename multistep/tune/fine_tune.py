@@ -29,7 +29,7 @@ LOOK_ROWS = 1000  # of the control split, for early stopping and the plateau
 def run_fine_tune(bench: Bench, trial: Trial, action: FineTune) -> Run:
     started = time.monotonic()
     work = bench.work
-    data = training_rows(bench, action)
+    data = training_rows(bench, action, trial.start)
     state = TrainState(work.encoder(trial.start))
     state.counters.seed = work.config.seed
     watch = _looks(bench, trial, action) or _gap_watch(bench, trial, action)
@@ -56,25 +56,31 @@ def run_fine_tune(bench: Bench, trial: Trial, action: FineTune) -> Run:
 # ---------------------------------------------------------------------------------------------- data
 
 
-def training_rows(bench: Bench, action: FineTune) -> Rows | AugmentedRows:
-    """Train's rows: cached hidden states below the trained layers where they fit in memory, else token ids; those of texts that change
-    every epoch where that was asked for."""
+def training_rows(bench: Bench, action: FineTune, start: str | None = None) -> Rows | AugmentedRows:
+    """Train's rows: cached hidden states below the layers that are trained from `start` where they fit in memory, else token ids; those
+    of texts that change every epoch where that was asked for."""
     work = bench.work
     rows = work.rows("train", action.max_length)
-    model = work.encoder()
+    model = work.encoder(start)
     cut = _cut(model, action)
+    below = start if start and cut and _changed_below(work.encoder(), model, cut) else None
     for split in ("train", "control"):
         part = work.rows(split, action.max_length)
-        if part.cut not in (
-            0,
-            cut,
-        ):  # cached above what is trained now, or below: then dropout would reach layers that stand still
+        if part.cut > cut or (part.cut and part.below != below):  # kept above what is trained now, or of other weights
             part.hidden_SD, part.cut = None, 0
+        part.below = below
     if action.augment.on:
         return AugmentedRows(rows, work.texts["train"], action.augment, work.tokenize)
-    if cut > 0 and rows.cut == 0 and work.fits_hidden(rows):
+    if rows.cut < cut and work.fits_hidden(rows):  # from layers that stand still dropout must keep away
         keep_hidden(model, rows, cut, bf16=action.bf16, watch=work.watch)
     return rows
+
+
+def _changed_below(first: TextEncoder, model: TextEncoder, cut: int) -> bool:
+    """Whether anything below the layers that are trained is not as it was: a run that is given more time may train fewer of them."""
+    above = {id(p) for part in (*model.layers()[cut:], model.head) for p in part.parameters()}
+    pairs = zip(first.parameters(), model.parameters(), strict=True)
+    return any(id(b) not in above and not torch.equal(a, b) for a, b in pairs)
 
 
 def _cut(model: TextEncoder, action: FineTune) -> int:
