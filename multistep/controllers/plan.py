@@ -31,7 +31,8 @@ LINEAR_CHARACTERS_S = (
     1.5e6  # prior: features and solve, characters of train a second; corrected by what the incumbent took
 )
 ALL_LAYERS_EPOCHS = 8.0  # with fewer epochs for all layers, the last half on cached states is trained for longer
-HALF_EPOCHS = 1.5  # with fewer for the last half, fewer layers still are trained for so long
+HALF_EPOCHS = 1.0  # with fewer for the last half, fewer layers still are trained for so long,
+SHALLOW = 2.0  # and at so many times the learning rate (LOG.md)
 INCUMBENT_ROWS = (
     5000  # of the first model at least: 2 s on long reviews, 0.896 where 2,000 rows (1.3 s) give 0.873 (LOG.md)
 )
@@ -234,8 +235,8 @@ class Plan(BasePlan):
     def fine_tune(self, lr: float | None = None, layers: int | None = None) -> FineTune:
         """The calibrated prior, with what the user fixed laid over it."""
         config, scratch = self.problem.config, self.scratch
-        optimizer = self.optimizer.at(lr or config.optimizer.lr or self.prior_lr())
         depth = layers or config.layers or self.facts["n_layers"]
+        optimizer = self.optimizer.at(lr or config.optimizer.lr or self.prior_lr(depth))
         return FineTune(
             trains="all" if scratch or not self.facts["n_layers"] else "top",
             layers=min(depth, self.facts["n_layers"]),
@@ -255,19 +256,20 @@ class Plan(BasePlan):
             bf16=self.facts["precision"] == "bf16",
         )
 
-    def prior_lr(self) -> float:
+    def prior_lr(self, depth: int | None = None) -> float:
         """The calibrated learning rate: AdamW's of the runs in LOG.md, and for the others that times the ratio of their priors."""
         scratch = self.scratch
         calibrated = scratch.lr if scratch else FINE_TUNE_LR * min(1.0, (384 / self.facts["hidden"]) ** 1.5)
+        if depth and depth < self.half() and not scratch:
+            calibrated *= SHALLOW
         regime = "scratch" if scratch else "fine_tune"
         ratio = self.optimizer.member.rates[regime].prior / AdamW.rates[regime].prior
         return calibrated * ratio
 
     def choose_depth(self) -> None:
         """How many layers the time that is left can train."""
-        self.depth, self.depth_rule = (
-            self.layers(self.remaining) if self.scratch is None else (self.facts["n_layers"], "")
-        )
+        whole = self.facts["n_layers"], ""
+        self.depth, self.depth_rule = whole if self.scratch else self.layers(self.remaining)
 
     def layers(self, amount: float) -> tuple[int, str]:
         """How many layers to train, and the rule that says so."""

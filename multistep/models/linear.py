@@ -57,16 +57,18 @@ def candidates(task_kind: TaskKind, n_outputs: int, facts: TextFacts) -> list[Ng
     """Features worth trying, the calibrated default first (validation sets of imdb, sst2, chnsenticorp, banking77).
 
     The rule: text without spaces takes characters, other text words; two classes take naive-Bayes weights, more outputs
-    tf-idf (a ratio of one against many says little); short texts gain from characters inside words, long ones from triples.
+    tf-idf (a ratio of one against many says little); short texts gain from characters inside words, long ones from runs of words.
     """
     two = task_kind == "classify" and n_outputs == 2
     if facts.unspaced_share > 0.3:
         chars = NgramFeatures(unit="char", char_order=3, weight="nb_tfidf" if two else "tfidf")
         return [chars, chars.with_(weight="nb" if two else "nb_tfidf"), chars.with_(weight="tfidf", char_order=4)]
     if facts.mean_words > 60:
-        triples = NgramFeatures(unit="word", order=3, min_count=3, weight="nb" if two else "tfidf")
-        pairs = triples.with_(order=2, min_count=2)
-        return [triples, pairs.with_(weight="nb_tfidf"), pairs.with_(weight="tfidf")]
+        fours = NgramFeatures(unit="word", order=4, min_count=3, max_features=1_000_000, weight="nb_tfidf")
+        pairs = NgramFeatures(unit="word", order=2, weight="tfidf")
+        if two:
+            return [fours, fours.with_(weight="nb"), pairs]
+        return [pairs.with_(order=3, min_count=3), pairs.with_(weight="nb_tfidf"), pairs]
     both = NgramFeatures(unit="both", weight="nb_tfidf" if two else "tfidf")
     pairs = both.with_(unit="word")
     return [both, both.with_(weight="nb"), pairs] if two else [pairs, both]
