@@ -373,8 +373,7 @@ def test_killed_after_a_divergence_it_goes_on_as_the_straight_run(
             with pytest.raises(Killed):
                 runs.run(runs.config(rows, out, encoder, **settings))
         (kept,) = (out / "states").glob("*.live.*")
-        number = int(kept.name.rsplit(".", 1)[1]) % segment._A_RESTART
-        assert kept.name.rsplit(".", 1)[1] != str(number) and (number == 0) == (call == times[0] + 5)  # begun again
+        assert int(kept.name.rsplit(".", 1)[1]) >= segment._A_RESTART  # of the segment that began again
         again = api.resume(out)
         assert runs.committed(again) == runs.committed(straight)
         runs.same_states(tmp_path / "straight", out)
