@@ -117,6 +117,6 @@ def set_rng(rng: Tensor, cuda: bool) -> None:
     if cuda:
         size = len(torch.cuda.get_rng_state())
         torch.cuda.set_rng_state(rng[:size])
-        rng = rng[size:]
+        rng = rng[size:].clone()  # torch reads from where the memory begins
     if len(rng):  # what an earlier version kept has the GPU's alone
         torch.set_rng_state(rng)

@@ -108,7 +108,7 @@ def test_stopped_at_the_fourth_bad_batch_it_decides_as_the_straight_one(
         records.close()
     state, keeper, records = started(tmp_path / "again", rows(bad=(7,)), budget="400 updates")
     assert keeper.rollbacks == segment.MAX_ROLLBACKS
-    assert end(records) == facts
+    assert repr(end(records)) == repr(facts)  # a loss that is not a number is among them
     assert_same(state, straight)
 
 
@@ -369,5 +369,5 @@ def test_beside_a_gpu_the_random_numbers_of_the_cpu_go_on_too(monkeypatch: pytes
     monkeypatch.setattr(torch, "Generator", lambda kind: made.append(kind) or generator())
     seeded = seeded_rng(5, "cuda")
     assert made == ["cuda", "cpu"]
-    torch.set_rng_state(seeded[len(seeded) // 2 :])
+    torch.set_rng_state(seeded[len(seeded) // 2 :].clone())
     assert torch.equal(torch.rand(3), drawn)
