@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,8 @@ def stopped(rank: int, folder: Path) -> tuple[TrainState, list[tuple[str, dict[s
 
 def work(rank: int, folder: Path, cases: tuple[str, ...]) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    meeting = f"file://{folder / 'meeting'}"  # who waits for one that does not come gives up
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     for case in cases:
         Broken.calls, Broken.at, Broken.room = 0, -1, 10**9
         state, records = stopped(rank, folder / case) if case == "stopped" else trained(rank, case, folder / case)
