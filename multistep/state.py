@@ -102,8 +102,7 @@ class TrainState:
         if before is None:
             self._take_parameters(strategy)
             self.counters = Counters(seed=counters.seed, micro_batch=counters.micro_batch)
-            device = self.trained[0][1].device.type
-            self.rng = torch.Generator(device).manual_seed(counters.seed).get_state()
+            self.rng = seeded_rng(counters.seed, self.trained[0][1].device.type)
         elif strategy.keeps_moments(before):
             self._set_weight_decay(strategy)
             self._restart_averages()
@@ -339,6 +338,14 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"state {folder.name!r} is missing from {folder.parent}. Start the run again.") from None
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a folder that is there. It is renamed first: a kill leaves no half of it under its name, and `sweep` finds the rest."""
+    doomed = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
 def sweep(folder: Path) -> None:
     """Delete what killed processes had half written in `folder`."""
     for path in folder.glob(".*.tmp"):
@@ -384,3 +391,9 @@ def _exchange(a: Path, b: Path) -> bool:
 def now_s() -> float:
     """The segment's clock: monotonic seconds."""
     return time.monotonic()
+
+
+def seeded_rng(seed: int, device: str) -> Tensor:
+    """The state of the device's random generator for a seed; after a GPU's that of the CPU, from which loaders draw."""
+    kinds = ("cuda", "cpu") if device == "cuda" else (device,)
+    return torch.cat([torch.Generator(kind).manual_seed(seed).get_state() for kind in kinds])

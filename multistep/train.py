@@ -2,8 +2,9 @@
 
 A loss or gradient that is not finite, that spikes or explodes is seen before the update is made: the update is left out, the
 measurement carries the event and the batch's rows, and the caller decides what to do (go on, or roll back and halve the learning rate).
-An update that explodes is seen after it was made and before the next batch: the caller has to restore the state of before. Where
-memory runs out nothing of the batch is applied, and it comes again in micro-batches of half the size.
+An update that explodes or is not finite is seen after it was made and before the next batch: the caller has to restore the state of
+before. Where memory runs out for a batch nothing of it is applied, and it comes again in micro-batches of half the size; where it runs
+out in the middle of the step, the error is raised: the caller has to restore the state, and to halve them.
 
 When torch.distributed is initialised, every process takes its part of each batch and all make the same updates (`processes`).
 """
@@ -27,6 +28,7 @@ from multistep.state import TrainState
 from multistep.types import Measure, UserError
 
 _SAMPLED = 512  # entries of each trained tensor, by which the norm of an update is measured
+_IN_A_STEP = "out of memory in the middle of a step, in one of the processes"
 
 
 class TrainData(Protocol):
@@ -56,8 +58,9 @@ class Order(Protocol):
 
 
 def train(state: TrainState, data: TrainData, bf16: bool = False) -> Iterator[Measure]:
-    """Run the state's segment to its end. Yields after every batch; the state is consistent at every yield but that of an exploding
-    update. Raises UserError when memory runs out with one example at once."""
+    """Run the state's segment to its end. Yields after every batch; the state is consistent at every yield but that of an update that
+    explodes or is not finite. Raises UserError when memory runs out with one example at once; an error for which
+    `allocation.out_of_memory` holds, in all processes, when it does in the middle of a step."""
     optimizer, before = state.optimizer, state.strategy
     assert before is not None and optimizer is not None, "begin() comes first"
     if before.optimizer.products and processes.count() > 1:
@@ -65,10 +68,11 @@ def train(state: TrainState, data: TrainData, bf16: bool = False) -> Iterator[Me
             f"optimizer: {before.optimizer.kind} works in one process. Choose another one, or train in one process."
         )
     order = data.order(before.batch_size, state.counters.seed + before.reshuffle)
-    sample, moving = Sample([p for _, p in state.trained]), Moving([b for _, b in state.buffers()])
-    device = state.trained[0][1].device
+    parameters, buffers = [p for _, p in state.trained], [b for _, b in state.buffers()]
+    sample, moving = Sample(parameters), Moving(buffers)
+    device = parameters[0].device
     cuda, applied = device.type == "cuda", None
-    started = processes.shared_now_s(device)
+    started, flat = _meet(parameters, buffers)
     while state.segment.progress() < 1.0:
         counters, strategy = state.counters, state.strategy  # between yields the caller may restore or adjust the state
         assert strategy is not None
@@ -81,39 +85,38 @@ def train(state: TrainState, data: TrainData, bf16: bool = False) -> Iterator[Me
         progress = state.segment.progress()
         pieces = [order.at(counters.position + n) for n in range(strategy.batches(progress))]
         rows = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-        batch = Batch(state, data, rows, bf16, cuda, pieces)
+        batch = Batch(state, data, rows, bf16, cuda, pieces, flat)
         lr = strategy.optimizer.lr * strategy.schedule(progress) * counters.lr_scale
         moving.keep()
+        loss_nats, norm, event, short = float("nan"), float("nan"), "", False
         try:
             loss_nats, norm = batch.gradients()
             event = state.detector.see(loss_nats, norm, state.norms.explodes(norm))
         except OutOfMemory:
-            loss_nats, norm, event = float("nan"), float("nan"), "out of memory"
+            event = "out of memory"
+        except (MemoryError, RuntimeError) as error:
+            short = processes.fell_short(error)
         if event == "out of memory":
             moving.restore()
             optimizer.zero_grad(set_to_none=True)
             release()
             state.halve_micro_batch(batch.micro)
-            state.segment.wall_s += (now := processes.shared_now_s(device)) - started
+            state.segment.wall_s += (now := processes.agreed(device)[0]) - started
             started, named = now, tuple(int(r) for r in rows)
             done = counters.update, counters.tokens, counters.examples
             yield Measure(*done, loss_nats, lr, norm, event, named, batch.micro)
             continue
-        if not event:
-            state.norms.see(state.norms.limit(norm, strategy.clip_z))
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-            sample.keep()
-            if strategy.optimizer.closure:
-                optimizer.step(batch)  # pyright: ignore[reportCallIssue, reportArgumentType]
-            else:
-                optimizer.step()
-            event = sample.event(state, lr)
-            if not event:
-                counters.update += 1
-                state.average()
-        else:
+        if event:
             moving.restore()
+        elif not short:
+            try:
+                event = _step(state, sample, batch, lr, norm)
+            except OutOfMemory:  # while the loss was looked at again: all processes know
+                raise
+            except (MemoryError, RuntimeError) as error:
+                short = processes.fell_short(error)
+        now = _agree(batch, flat, short)
+        processes.share(buffers)
         optimizer.zero_grad(set_to_none=True)
         state.rng = batch.rng_after()
         counters.position += len(pieces)
@@ -121,10 +124,71 @@ def train(state: TrainState, data: TrainData, bf16: bool = False) -> Iterator[Me
         counters.examples += len(rows)
         state.segment.updates += 1  # a batch that was left out counts too: the segment must end
         state.segment.tokens += batch.tokens
-        state.segment.wall_s += (now := processes.shared_now_s(device)) - started
+        state.segment.wall_s += now - started
         started = now
         named = tuple(int(r) for r in rows) if event else ()
         yield Measure(counters.update, counters.tokens, counters.examples, loss_nats, lr, norm, event, named)
+
+
+def _meet(parameters: Sequence[nn.Parameter], buffers: Sequence[Tensor]) -> tuple[float, Tensor | None]:
+    """The clock, and what several processes add up in; their running statistics are made the same. Raises UserError in all of them where
+    one has no memory for that."""
+    flat, short = None, False
+    try:
+        flat = processes.room(parameters)
+    except (MemoryError, RuntimeError) as error:
+        short = processes.fell_short(error)
+    started, short = processes.agreed(parameters[0].device, short)
+    if short:
+        raise UserError(
+            "out of memory: several processes need room for the gradients once more. Train fewer layers or take a smaller model."
+        )
+    processes.share(buffers)
+    return started, flat
+
+
+def _step(state: TrainState, sample: Sample, batch: Batch, lr: float, norm: float) -> str:
+    """Make the update; '' when it was like those before it (and it is counted), else what it was."""
+    strategy, optimizer = batch.strategy, state.optimizer
+    assert optimizer is not None
+    state.norms.see(state.norms.limit(norm, strategy.clip_z))
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    sample.keep()
+    if strategy.optimizer.closure:
+        optimizer.step(batch)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    else:
+        optimizer.step()
+    event = sample.event(state, lr)
+    if not event:
+        state.counters.update += 1
+        state.average()
+    return event
+
+
+def _agree(batch: Batch, flat: Tensor | None, short: bool) -> float:
+    """The clock, after the processes have told each other who fell short. Raises OutOfMemory in all of them where one did."""
+    if flat is not None and batch.strategy.optimizer.closure:
+        # who falls short meets those that look at the loss again, and they raise the same there
+        _, short = processes.add_up(batch.parameters, flat, 0.0, 0.0, short)
+        if short:
+            raise OutOfMemory(_IN_A_STEP)
+    now, short = processes.agreed(batch.parameters[0].device, short)
+    if short:
+        raise OutOfMemory(_IN_A_STEP)
+    return now
+
+
+def at_once(state: TrainState, rows: int) -> int:
+    """How many examples of a batch of so many rows go through the model at once, in this process."""
+    assert state.strategy is not None
+    limits = (state.strategy.micro_batch, state.counters.micro_batch, -(-rows // processes.count()))
+    return min(limit for limit in limits if limit)
+
+
+def is_finite(state: TrainState) -> bool:
+    """Whether all that is trained is finite: a pass over it, for once in a while (every update is looked at in samples)."""
+    return bool(torch.nn.utils.get_total_norm([p.detach() for _, p in state.trained]) < float("inf"))
 
 
 class Sample:
@@ -161,30 +225,24 @@ def _some(tensor: Tensor) -> Tensor:
 
 
 class Moving:
-    """The buffers that a forward pass changes (running statistics), so that a batch that is left out leaves no trace in them."""
+    """The buffers that a forward pass may change (running statistics), so that a batch that is left out leaves no trace in them.
+
+    All of them: neither torch's counts of what is written into a tensor (batch norm's statistics are not counted) nor the batches so
+    far say which ones will move.
+    """
 
     def __init__(self, buffers: Sequence[Tensor]):
         self._buffers, self._values = list(buffers), [b.clone() for b in buffers]
-        self._versions = [b._version for b in buffers]
-        self._first = True
 
     def keep(self) -> None:
         """Remember them as they are before a batch."""
-        if not self._buffers:
-            return
-        if not self._first:  # which ones move is known: torch counts what is written into a tensor
-            kept = [i for i, b in enumerate(self._buffers) if b._version != self._versions[i]]
-            if len(kept) < len(self._buffers):
-                self._buffers, self._values = [self._buffers[i] for i in kept], [self._values[i] for i in kept]
-                self._versions = [self._versions[i] for i in kept]
-        self._first = False
-        for value, buffer in zip(self._values, self._buffers, strict=True):
-            value.copy_(buffer)
+        if self._buffers:
+            torch._foreach_copy_(self._values, self._buffers)  # pyright: ignore[reportPrivateImportUsage]
 
     def restore(self) -> None:
         """Put them back to how they were before the batch."""
-        for value, buffer in zip(self._values, self._buffers, strict=True):
-            buffer.copy_(value)
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._values)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Batch:
@@ -196,7 +254,7 @@ class Batch:
 
     def __init__(
         self, state: TrainState, data: TrainData, rows: np.ndarray, bf16: bool, cuda: bool,
-        pieces: Sequence[np.ndarray] = (),
+        pieces: Sequence[np.ndarray] = (), flat: Tensor | None = None,
     ):  # fmt: skip
         assert state.strategy is not None
         self.state, self.strategy, self.data, self.rows = state, state.strategy, data, rows
@@ -204,9 +262,8 @@ class Batch:
         self.bf16, self.cuda = bf16, cuda
         self.parameters = [p for _, p in state.trained]
         self.tokens = data.tokens(rows)
-        most = max(len(piece) for piece in (pieces or (rows,)))
-        limits = (self.strategy.micro_batch, state.counters.micro_batch, -(-most // processes.count()))
-        self.micro = min(limit for limit in limits if limit)  # examples at once
+        self.micro = at_once(state, max(len(piece) for piece in (pieces or (rows,))))
+        self._flat = flat  # where several processes add up
         self._loaded: list[tuple[Any, Any]] = []
         self._weight = 1.0  # what this process's rows count
         self._rng, self._rng_after = state.rng, None
@@ -247,8 +304,8 @@ class Batch:
             if not out_of_memory(error):
                 raise
             short = True
-        if processes.count() > 1:
-            found, short = processes.add_up(self.parameters, float(total), self._weight, short)
+        if self._flat is not None:
+            found, short = processes.add_up(self.parameters, self._flat, float(total), self._weight, short)
             total = torch.tensor(found)
         if short:
             raise OutOfMemory(f"out of memory with {self.micro} examples at once")

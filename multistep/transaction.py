@@ -78,11 +78,11 @@ class Transaction:
                 state.adjust(strategy)
             else:
                 state.begin(strategy, budget)
-        except Exception:
+            known = {id(p) for _, p in before.trained}
+            before.others = [(p, p.detach().clone()) for _, p in state.trained if id(p) not in known]
+        except Exception:  # memory that runs out is one
             self.restore()
             raise
-        known = {id(p) for _, p in before.trained}
-        before.others = [(p, p.detach().clone()) for _, p in state.trained if id(p) not in known]
 
     def commit(self) -> None:
         """Keep what was tried. Raises UserError when nothing was."""

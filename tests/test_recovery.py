@@ -166,21 +166,6 @@ def test_exploding_gradients_are_left_out_and_named(
     assert not any(m.event for m in train(state, rows))
 
 
-def test_a_batch_that_is_left_out_leaves_no_trace_in_running_statistics() -> None:
-    x, y = blobs(64, 0)
-    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
-    state = begun(model, TrainModule(batch_size=8), Budget(amount=40, unit="updates"))
-    rows: Any = rows_of((x, y), "train", "cpu")
-    list(islice(train(state, rows), 9))
-    kept = {n: b.clone() for n, b in model.named_buffers()}
-    wrong = x.clone()
-    wrong[list(rows.order(8, 3).at(9))] = float("nan")
-    (measure,) = islice(train(state, rows_of((wrong, y), "train", "cpu")), 1)
-    assert measure.event == "nonfinite" and all(torch.equal(b, kept[n]) for n, b in model.named_buffers())
-    (measure,) = islice(train(state, rows), 1)
-    assert not measure.event and not torch.equal(model[1].running_mean, kept["1.running_mean"])
-
-
 # ---------------------------------------------------------------------------------------------- runs
 
 
@@ -354,15 +339,26 @@ def test_killed_after_a_divergence_it_goes_on_as_the_straight_run(
     monkeypatch.setattr(segment, "_SAVE_SHARE", 1e9)  # every snapshot is written
     rows, encoder = runs.write_rows(tmp_path / "rows.csv"), runs.tiny_encoder(tmp_path / "encoder")
     settings: dict[str, Any] = {"optimizer": {"lr": 0.5}, "clip": 0.0, "budget": "300 updates"}
-    straight = runs.run(runs.config(rows, tmp_path / "straight", encoder, **settings))
-    at = events(straight, "divergence")
-    load, calls = Rows.load, [0]
-    assert at
+    load, begin_again, calls, times = Rows.load, Keeper.begin_again, [0], []
+
+    def counted(self: Rows, few: np.ndarray) -> Any:
+        calls[0] += 1
+        return load(self, few)
+
+    def noting(self: Keeper, state: Any) -> None:
+        times.append(calls[0])
+        begin_again(self, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Rows, "load", counted)
+        patch.setattr(Keeper, "begin_again", noting)
+        straight = runs.run(runs.config(rows, tmp_path / "straight", encoder, **settings))
+    assert events(straight, "divergence") and times
 
     class Killed(BaseException):
         pass
 
-    for call in (30, 60):
+    for call in (times[0] + 5, times[0] + 2 * segment.SNAPSHOT_UPDATES):
         calls[0] = 0
 
         def dying(self: Rows, few: np.ndarray, call: int = call) -> Any:
@@ -376,6 +372,8 @@ def test_killed_after_a_divergence_it_goes_on_as_the_straight_run(
             patch.setattr(Rows, "load", dying)
             with pytest.raises(Killed):
                 runs.run(runs.config(rows, out, encoder, **settings))
+        (kept,) = (out / "states").glob("*.live.*")
+        assert int(kept.name.rsplit(".", 1)[1]) >= segment._A_RESTART  # of the segment that began again
         again = api.resume(out)
         assert runs.committed(again) == runs.committed(straight)
         runs.same_states(tmp_path / "straight", out)

@@ -143,9 +143,9 @@ class _GapWatch:
         return {"seen": list(self.seen)}, {} if self._last_N is None else {"last": torch.tensor(self._last_N)}
 
     def remember(self, memory: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.seen = memory["seen"]
+        self.seen = list(memory["seen"])
         self._last_N = tensors["last"].numpy() if "last" in tensors else None
-        del self.checks[: len(self.seen)]
+        self.checks = [p for p in GAP_CHECKS if not self.seen or p > self.seen[-1]["progress"]]
 
     def looks(self) -> list[dict[str, Any]]:
         return list(self.seen)

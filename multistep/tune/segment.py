@@ -3,29 +3,31 @@
     a bad batch      back to the last snapshot, half the learning rate, the batch left out; after three more the training ends, or,
                      where they came close together, it has diverged
     divergence       back to the segment's beginning, a tenth of the learning rate, for what is left of it; three times at most
-    out of memory    the batch again in micro-batches of half the size, down to one
+    out of memory    the batch again in micro-batches of half the size, down to one; in the middle of a step: from the last snapshot on
 
 On disk there are only snapshots taken every few updates (`states/<trial>.live.<number>`): a killed run goes on from the last
-one, and so does a roll back, which makes both the same under budgets in updates or tokens, bit for bit.
+one, and so does a roll back, which makes both the same under budgets in updates or tokens, bit for bit. Several processes keep them
+in a folder each, stop at the same update and go on from the newest snapshot that all of them have.
 """
 
 from __future__ import annotations
 
-import shutil
+import copy
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from multistep import processes
 from multistep.allocation import out_of_memory, release
 from multistep.budget import Budget, Clock
 from multistep.detect import Course
-from multistep.state import TrainState, read_folder, write_folder
+from multistep.state import TrainState, read_folder, remove_folder, write_folder
 from multistep.strategy import Trial
-from multistep.train import TrainData, train
+from multistep.train import TrainData, at_once, is_finite, train
 from multistep.tune.watch import Watch
 from multistep.types import Interrupted, Measure
 
@@ -51,7 +53,7 @@ def run_segment(
     trial: Trial, state: TrainState, data: TrainData, keeper: Keeper, watch: Watch | None, stop: Callable[[], int]
 ) -> Generator[Record, None, dict[str, Any]]:
     """Train to the end of the segment; the facts of how it went."""
-    last_said, again = time.monotonic(), True
+    last_said, again, device = time.monotonic(), True, state.trained[0][1].device
     try:
         while again:  # once, and once more for every divergence
             again = False
@@ -60,6 +62,9 @@ def run_segment(
                 if measure.event == "out of memory":
                     yield "Event", _memory(trial, measure, state)
                     continue
+                due = not measure.event and measure.update % SNAPSHOT_UPDATES == 0
+                if due and not is_finite(state):  # what the samples of the updates have missed must not be kept
+                    measure = replace(measure, event="nonfinite")
                 diverged = keeper.course.blows_up() if measure.event else keeper.took(measure, state)
                 if measure.event and (diverged is None or not keeper.can_restart(state)):
                     yield "Event", _roll_back(trial, measure, state, keeper)
@@ -82,12 +87,12 @@ def run_segment(
                     yield found.kind, {"trial": trial.id, **found.fields}
                     if found.ends:
                         return {**_facts(state, keeper), found.ends: found.fields}
-                if measure.update % SNAPSHOT_UPDATES == 0:  # after the look: a resumed segment does not look again
+                if due:  # after the look: a resumed segment does not look again
                     keeper.snapshot(state)
                 if time.monotonic() - last_said > 1.0:
                     last_said = time.monotonic()
                     yield "Measured", _measured(trial, measure, state, keeper.losses[-50:])
-                if signal := stop():
+                if signal := int(processes.most(device, stop())[0]):
                     raise Interrupted(signal)
     except Interrupted:  # here, or thrown in where a record is given out
         keeper.save()
@@ -106,8 +111,8 @@ def _updates(state: TrainState, data: TrainData, keeper: Keeper) -> Iterator[Mea
             if not out_of_memory(error):
                 raise
         release()
-        keeper.roll_back(state)
-        micro = state.counters.micro_batch or state.strategy.micro_batch or state.strategy.batch_size
+        keeper.undo(state)
+        micro = at_once(state, state.strategy.batch_size)
         state.halve_micro_batch(micro)
         c = state.counters
         yield Measure(c.update, c.tokens, c.examples, float("nan"), 0.0, float("nan"), "out of memory", (), micro)
@@ -138,15 +143,17 @@ def _memory(trial: Trial, measure: Measure, state: TrainState) -> dict[str, Any]
 
 
 def _roll_back(trial: Trial, measure: Measure, state: TrainState, keeper: Keeper) -> dict[str, Any]:
-    """Go back to the last snapshot, halve the learning rate and leave the batch out; the record of it."""
-    position, segment = state.counters.position, state.segment
-    lr_scale = state.counters.lr_scale / 2
+    """Go back to the last snapshot, halve the learning rate and leave the batch out; the record of it. The place in the data and what the
+    segment has spent stay."""
+    counters, segment = state.counters, state.segment
+    lr_scale = counters.lr_scale / 2
     keeper.rollbacks += 1
     keeper.good_since = 0 if keeper.rollbacks == 1 else keeper.good_since
     keeper.roll_back(state)
-    state.counters.position, state.counters.lr_scale = position, lr_scale
-    state.segment.wall_s, state.segment.updates, state.segment.tokens = segment.wall_s, segment.updates, segment.tokens
-    keeper.snapshot(state)
+    state.counters.position, state.counters.examples = counters.position, counters.examples
+    state.counters.lr_scale, state.segment = lr_scale, segment
+    if keeper.rollbacks <= MAX_ROLLBACKS:  # else what follows is decided at once: a resumed run meets this batch again
+        keeper.snapshot(state)
     done = "rolled back, learning rate halved, batch left out"
     if keeper.rollbacks > MAX_ROLLBACKS:
         done = "rolled back: too many, too close" if keeper.came_close(state) else "stopped: too many bad batches"
@@ -216,7 +223,7 @@ class Keeper:
     """The last good snapshot, in memory, and on disk as often as that costs little; the beginning of the segment; and what the trial has
     spent and seen so far.
 
-    `spent`, `losses`, `course` and the gap watch's memory travel with the snapshot, so that a resumed trial decides as the straight one.
+    `spent`, `losses`, `course` and the watch's memory travel with the snapshot, so that a resumed trial decides as the straight one.
     """
 
     def __init__(self, folder: Path, trial: str, clock: Clock, watch: Watch | None):
@@ -229,29 +236,40 @@ class Keeper:
         self.good_since = 0  # updates since the first roll back
         self._tokens = 0
         self._beginning: dict[str, Any] | None = None
+        self._unseen = self._looked()  # what the watch remembers when a segment begins
         self._last: dict[str, Any] = {}
         self._saved_at = time.monotonic()
         self._cost_s = 0.1
 
     def load(self, state: TrainState) -> bool:
         """Go on from the newest snapshot on disk, if there is one. `state` stands where the segment begins."""
-        self._beginning = state.snapshot()
-        found = self._on_disk()
-        if found:
-            meta, tensors = read_folder(found[-1])
+        self._beginning, device = state.snapshot(), state.trained[0][1].device
+        found = self._newest(device)
+        if found is not None:
+            meta, tensors = read_folder(found)
             state.restore({"meta": meta, "tensors": tensors})
-            memory = meta["memory"]
-            self.spent, self.losses = memory["spent"], memory["losses"]
-            self.rollbacks, self.restarts = memory["rollbacks"], memory.get("restarts", 0)
-            self.good_since = memory.get("good_since", 0)
-            self.course = Course(**memory.get("course", {}))
-            self.curve = memory["curve"]
-            self.clock.spend(**self.spent)
-            if self.watch is not None:
-                looked = {k.removeprefix(_LOOKED): v for k, v in tensors.items() if k.startswith(_LOOKED)}
-                self.watch.remember(memory["watch"], looked)
+            self._recall(meta["memory"], tensors)
+            if state.segment.total.unit == "seconds":  # loading took time, and the end of the run stays where it is
+                left = processes.most(device, max(1e-3, min(state.segment.left(), self.clock.remaining())))
+                stretch(state, left[0])
         self._take(state)
-        return bool(found)
+        return found is not None
+
+    def _recall(self, memory: dict[str, Any], tensors: dict[str, Any]) -> None:
+        """Take over what was remembered with a snapshot."""
+        memory = copy.deepcopy(memory)
+        self.clock.spend(**{k: n - self.spent[k] for k, n in memory["spent"].items()})
+        self.spent, self.losses = memory["spent"], memory["losses"]
+        self.rollbacks, self.restarts = memory["rollbacks"], memory.get("restarts", 0)
+        self.good_since = memory.get("good_since", 0)
+        self.course = Course(**memory.get("course", {}))
+        self.curve = memory["curve"]
+        if self.watch is not None:
+            looked = {k.removeprefix(_LOOKED): v for k, v in tensors.items() if k.startswith(_LOOKED)}
+            self.watch.remember(memory["watch"], looked)
+
+    def _looked(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return self.watch.memory() if self.watch is not None else ({}, {})
 
     def spend(self, measure: Measure) -> None:
         """Pay for one update: on the run's clock and in the trial's own account."""
@@ -279,14 +297,15 @@ class Keeper:
         if state.segment.progress() > RESTART_UNTIL:
             self._beginning = None
         self._take(state)
-        if time.monotonic() - self._saved_at > self._cost_s / _SAVE_SHARE:
+        due = time.monotonic() - self._saved_at > self._cost_s / _SAVE_SHARE
+        if any(processes.most(state.trained[0][1].device, due)):
             self.save()
 
     def _take(self, state: TrainState) -> None:
         self._last = state.snapshot(into=self._last.get("tensors"))
         self._tokens = state.counters.tokens
         del self.losses[:-50]
-        memory, looked = self.watch.memory() if self.watch is not None else ({}, {})
+        memory, looked = self._looked()
         self._last["meta"]["memory"] = {
             "spent": self.spent, "losses": list(self.losses), "rollbacks": self.rollbacks, "restarts": self.restarts,
             "good_since": self.good_since, "course": asdict(self.course), "curve": list(self.curve), "watch": memory,
@@ -294,15 +313,16 @@ class Keeper:
         self._last["tensors"] |= {f"{_LOOKED}{k}": v for k, v in looked.items()}
 
     def save(self) -> None:
-        """Write the last snapshot; the one before it is deleted after."""
+        """Write the last snapshot; the one before it is deleted after. Of several processes another may not have written this one when it
+        is killed: there the last two stay."""
         started = time.monotonic()
         old = self._on_disk()
         number = self.restarts * _A_RESTART + self._last["meta"]["counters"]["position"]
         new = self.folder / f"{self.trial}.live.{number}"
         if not new.exists():
             write_folder(new, self._last["meta"], self._last["tensors"])
-            for path in old:
-                shutil.rmtree(path)
+            for path in old[:-1] if processes.count() > 1 else old:
+                remove_folder(path)
         self._saved_at = time.monotonic()
         self._cost_s = max(0.05, self._saved_at - started)
 
@@ -312,6 +332,13 @@ class Keeper:
         state.restore(self._last)
         state.counters.micro_batch = micro_batch
         self._tokens = state.counters.tokens
+
+    def undo(self, state: TrainState) -> None:
+        """Back to the last snapshot as if nothing had been done since, but for the time that it took."""
+        wall_s = state.segment.wall_s
+        self.roll_back(state)
+        state.segment.wall_s = wall_s
+        self._recall(self._last["meta"]["memory"], self._last["tensors"])
 
     def can_restart(self, state: TrainState) -> bool:
         return self._beginning is not None and state.segment.progress() <= RESTART_UNTIL
@@ -329,7 +356,8 @@ class Keeper:
         self._tokens = state.counters.tokens
 
     def begin_again(self, state: TrainState) -> None:
-        """Back to the beginning of the segment, which takes what is left of it, with a tenth of the learning rate for every time."""
+        """Back to the beginning of the segment, which takes what is left of it, with a tenth of the learning rate for every time. What
+        the failed one was seen to do is forgotten."""
         left = state.segment.left()
         self.to_beginning(state)
         stretch(state, left)
@@ -337,11 +365,27 @@ class Keeper:
         state.counters.lr_scale *= RESTART_LR**self.restarts
         self.losses.clear()
         self.curve, self.course, self.rollbacks = [], Course(), 0
+        if self.watch is not None:
+            self.watch.remember(*self._unseen)
         self.snapshot(state)
 
     def clear(self) -> None:
         for path in self._on_disk():
-            shutil.rmtree(path)
+            remove_folder(path)
 
     def _on_disk(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{self.trial}.live.*"), key=lambda p: int(p.name.rsplit(".", 1)[1]))
+        return sorted(self.folder.glob(f"{self.trial}.live.*"), key=_number)
+
+    def _newest(self, device: Any) -> Path | None:
+        """The newest snapshot on disk that every process has; None where there is none. Newer ones, which are to be made again, go."""
+        found = {_number(path): path for path in self._on_disk()}
+        newest = -int(processes.most(device, -max(found, default=-1))[0])
+        lacking = any(processes.most(device, newest not in found))
+        for number, path in found.items():
+            if lacking or number > newest:
+                remove_folder(path)
+        return None if lacking else found[newest]
+
+
+def _number(path: Path) -> int:
+    return int(path.name.rsplit(".", 1)[1])

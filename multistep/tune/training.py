@@ -25,8 +25,6 @@ def run_training(
     begin(state, states / trial.start if trial.start else None, action, budget, rest, micro_batch)
     keeper = Keeper(states, trial.id, clock, watch)
     if keeper.load(state):
-        if budget.unit == "seconds":  # loading took time, and the end of the run stays where it is
-            stretch(state, max(1e-3, min(state.segment.left(), clock.remaining())))
         yield "Event", {"trial": trial.id, "event": "resumed", "update": state.counters.update}
     facts = yield from run_segment(trial, state, data, keeper, watch, stop)
     if watch is not None:
@@ -40,6 +38,8 @@ def run_training(
         snapshot["tensors"],
     )  # fmt: skip
     keeper.clear()
+    if isinstance(watch, Looks):  # last: until here a resumed run may go back to the best state
+        watch.clear()
     return facts, keeper.spent
 
 

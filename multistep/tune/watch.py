@@ -23,7 +23,7 @@ from torch import Tensor
 from multistep.diagnosis.training import rise
 from multistep.metrics import judge_losses
 from multistep.schedules import Plateau
-from multistep.state import TrainState, read_folder, write_folder
+from multistep.state import TrainState, read_folder, remove_folder, write_folder
 from multistep.types import Verdict
 
 CHECKS = 19  # looks at most: every twentieth of the segment
@@ -49,7 +49,7 @@ class Watch(Protocol):
     def memory(self) -> tuple[dict[str, Any], dict[str, Tensor]]: ...
 
     def remember(self, memory: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Take over what `memory` gave."""
+        """Take over what `memory` gave, a moment ago or in another process: what was seen since is forgotten."""
         ...
 
     def looks(self) -> list[dict[str, Any]]:
@@ -84,7 +84,8 @@ class Looks:
         self, folder: Path, validate: Callable[[TrainState], np.ndarray], at: list[float], *, overfitting: bool = False,
         patience: int = 0, plateau: Plateau | None = None, every: int = 0,
     ):  # fmt: skip
-        self._folder, self._validate, self._at = folder, validate, at
+        self._folder, self._validate = folder, validate
+        self._checks, self._at = tuple(at), list(at)  # all, and those to come
         self._overfitting, self._patience, self._plateau, self._every = overfitting, patience, plateau, every
         self._seen: list[dict[str, Any]] = []
         self._without_gain, self._since_cut, self._cuts = 0, 0, 0  # looks, looks, times
@@ -102,7 +103,7 @@ class Looks:
         self._without_gain, self._since_cut, self._cuts = (memory[k] for k in ("without_gain", "since_cut", "cuts"))
         self._epoch = memory["epoch"]
         self._losses = {k: v.numpy() for k, v in tensors.items()}
-        self._at = [p for p in self._at if not self._seen or p > self._seen[-1]["progress"]]
+        self._at = [p for p in self._checks if not self._seen or p > self._seen[-1]["progress"]]
 
     def looks(self) -> list[dict[str, Any]]:
         return list(self._seen)
@@ -196,3 +197,8 @@ class Looks:
         lr = state.strategy.optimizer.lr * state.strategy.schedule(progress) * state.counters.lr_scale
         state.counters.lr_scale = 1.0
         return {"best_progress": progress, "best_lr": lr}
+
+    def clear(self) -> None:
+        """Delete the best state, which nobody goes back to once the trial has ended."""
+        if self._folder.exists():
+            remove_folder(self._folder)

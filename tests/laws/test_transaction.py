@@ -179,6 +179,30 @@ def test_a_change_that_cannot_begin_changes_nothing(monkeypatch: pytest.MonkeyPa
     assert_same(state, trained(7))
 
 
+def test_memory_that_ends_while_an_attempt_begins_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its last copies: of the layers that were frozen."""
+    frozen = ("0", "1")
+    state = trained(7, frozen)
+    transaction, begin, clone = Transaction(state), TrainState.begin, torch.Tensor.clone
+
+    def short(tensor: torch.Tensor, *given: Any, **more: Any) -> torch.Tensor:
+        monkeypatch.setattr(torch.Tensor, "clone", clone)  # once
+        raise MemoryError
+
+    def begins(self: TrainState, *given: Any) -> None:
+        begin(self, *given)
+        monkeypatch.setattr(torch.Tensor, "clone", short)
+
+    monkeypatch.setattr(TrainState, "begin", begins)
+    with pytest.raises(MemoryError):
+        transaction.attempt(strategy(), TRIED)
+    monkeypatch.setattr(TrainState, "begin", begin)
+    assert torch.Tensor.clone is clone and not transaction.is_open
+    assert_same(state, trained(7, frozen))
+    assert not state.model[0].weight.requires_grad
+    transaction.attempt(strategy(), TRIED)
+
+
 def test_out_of_turn_is_one_line() -> None:
     with pytest.raises(UserError, match="has not begun"):
         Transaction(TrainState(network())).attempt(strategy(), TRIED)
