@@ -276,7 +276,7 @@ def test_a_correction_has_the_time_of_what_it_is_held_against_or_is_not_tried() 
 
 @pytest.mark.parametrize("given", [True, False])
 def test_reactive_moves_no_rate_that_was_given_and_none_further_than_is_searched(given: bool) -> None:
-    fixed = {"optimizer": {"kind": "adamw", "lr": PRIOR}} if given else {}
+    fixed: dict[str, Any] = {"optimizer": {"kind": "adamw", "lr": PRIOR}} if given else {}
     machine = Machine(problem(**fixed), diverges_above=PRIOR / 100)
     asks, _ = live("reactive", machine)
     rates = [t.action.optimizer.lr for t in machine.trials if isinstance(t.action, TrainModule)]
@@ -321,7 +321,7 @@ def test_the_estimator_is_told_of_the_prior_where_the_prior_is(monkeypatch: pyte
     monkeypatch.setattr(optuna, "create_study", kept)
     machine = Machine(problem(), best_rate=3 * PRIOR)
     live("bayes", machine)
-    begun = [t.action for t in machine.trials if t.stage == "bayes" and t.start is None]
+    begun: list[Any] = [t.action for t in machine.trials if t.stage == "bayes" and t.start is None]
     told = made[0].trials
     assert len(begun) == len(told) > 2 and value_of(begun[0], "optimizer.lr") == PRIOR
     for action, trial in zip(begun, told, strict=True):
