@@ -80,31 +80,49 @@ def _better(outcome: Outcome) -> bool:
     return "family_verdict" not in outcome.facts or Verdict(**outcome.facts["family_verdict"]).accept
 
 
+def eligible(of: Of, trial: Trial, outcome: Outcome) -> bool:
+    """Whether what a trial left may take the incumbent's place, were it better: what these rules, a controller's account of the gains it
+    found and the target of a run have in common. Of tuning, admission is all in the verdict."""
+    facts = outcome.facts
+    match of:
+        case "labels" if isinstance(trial.action, Predict):
+            return outcome.ok
+        case "labels":
+            whole = outcome.ok and trial.commit and "diagnosis" not in facts and outcome.state is not None
+            return whole and facts.get("family") is not None and _better(outcome)
+        case "module":
+            return outcome.ok and trial.commit and outcome.state is not None
+        case "language":
+            whole = outcome.ok and trial.commit and not {"diagnosis", "stopped"} & set(facts)
+            return whole and "standing" in facts
+        case _:
+            return outcome.ok
+
+
 # ---------------------------------------------------------------------------------------------- runs
 
 
 def labels(stood: Stood, trial: Trial, outcome: Outcome) -> After:
     facts = outcome.facts
-    if not outcome.ok or isinstance(trial.action, Profile):
+    if isinstance(trial.action, Profile) or not eligible("labels", trial, outcome):
         return stood, False
     if isinstance(trial.action, Predict):
         if not _accepted(outcome.verdict):
             return stood, False
         predictor = _PREDICTOR.validate_python(facts["predictor"])
         return replace(stood, incumbent=predictor.model_dump(mode="json")), True
-    family = facts.get("family")
-    if family is None or not trial.commit or "diagnosis" in facts or outcome.state is None:
-        return stood, False
-    families, better = {**stood.families, family: outcome.state}, _better(outcome)
-    if stood.incumbent is None or (better and _accepted(outcome.verdict)):
+    assert outcome.state is not None
+    family: str = facts["family"]
+    families = {**stood.families, family: outcome.state}
+    if stood.incumbent is None or _accepted(outcome.verdict):
         return replace(stood, incumbent=Single(model=family).model_dump(mode="json"), families=families), True
-    if better and family not in _PREDICTOR.validate_python(stood.incumbent).models():
+    if family not in _PREDICTOR.validate_python(stood.incumbent).models():
         return replace(stood, families=families), False  # a better member for a blend to come
     return stood, False
 
 
 def module(stood: Stood, trial: Trial, outcome: Outcome) -> After:
-    if not (outcome.ok and trial.commit and outcome.state is not None):
+    if not eligible("module", trial, outcome) or outcome.state is None:
         return stood, False
     if stood.incumbent is not None and not _accepted(outcome.verdict):
         return stood, False
@@ -121,7 +139,7 @@ def language(stood: Stood, trial: Trial, outcome: Outcome) -> After:
         families["trunk"] = standing["state"]  # from where more budget goes on
     if family == "ngram":
         families["ngram"] = standing["state"]
-    if not trial.commit or "diagnosis" in facts or "stopped" in facts:
+    if not eligible("language", trial, outcome):
         return replace(stood, families=families), False
     if _better(outcome) and family in ("model", "spans"):
         families[family] = standing["state"]

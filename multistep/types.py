@@ -166,7 +166,8 @@ class Cost(Spec):
 class Comparison(Spec):
     """A paired comparison of a candidate with the incumbent over the same examples. Differences: candidate - incumbent,
     signed so that higher is better. `p` is one-sided: the chance of such a gain if there were none. `test`: where it comes from (paired
-    t, exact McNemar, swapped pairs); `wins`, `losses`: of McNemar, the examples that only the candidate, only the incumbent has right."""
+    t, exact McNemar, swapped pairs); `wins`, `losses`: of McNemar, the examples that only the candidate, only the incumbent has right;
+    `p_worse`: of swapped pairs, the chance of such a loss: draws that come out the same are in both, so it is not 1 - p."""
 
     metric: str
     candidate: float
@@ -178,6 +179,7 @@ class Comparison(Spec):
     test: Literal["", "t", "mcnemar", "swap"] = ""
     wins: int | None = None
     losses: int | None = None
+    p_worse: float | None = None
 
 
 class Gain(Spec):

@@ -351,6 +351,16 @@ def test_prediction_is_tuned_around_what_stands(name: str) -> None:
     assert live(name, "few rows").skips("predict")
 
 
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_only_a_trunk_is_stopped_early(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What decays to zero is compared at its end: stopped on the way it would not have decayed."""
+    monkeypatch.setitem(SCENARIOS, "here", {"problem": problem(5000, "updates", patience=3)})
+    tuned = [t for t in live(name, "here").trials() if isinstance(t.action, FineTune)]
+    assert tuned and {t.patience for t in tuned if t.stage != "trunk"} <= {0}
+    if name in ("staged", "race", "fixed"):
+        assert [t.patience for t in tuned if t.stage == "trunk"] == [3]
+
+
 def test_a_scratch_encoder_is_trained_whole_and_without_a_head() -> None:
     story = live("staged", "from scratch")
     (trunk,) = story.trials("trunk")

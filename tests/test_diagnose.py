@@ -17,6 +17,7 @@ from multistep import api, report
 from multistep.api import Run
 from multistep.controllers import diagnosing
 from multistep.metrics.power import FEWEST_ROWS
+from multistep.tune import evidence
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,20 @@ def test_a_head_on_the_encoder_says_it_too(
         return
     suspects = found(run)["noisy labels"]["numbers"]["suspects"]
     assert sum(s["row"] in bad for s in suspects) / len(suspects) >= 0.8
+
+
+def test_a_part_of_train_says_nothing_of_more_rows(
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diagnosing, "measured_by", lambda plan: "head")
+    data = folder(tmp_path / "d", train=marked(400, words=2), validation=marked(200, 1, words=2), test=marked(60, 2))
+    for most, whole in ((400, True), (300, False)):
+        monkeypatch.setattr(evidence, "MOST_ROWS", most)
+        run = runs.run(runs.config(data, tmp_path / f"run{most}", encoder, budget="40 updates"))
+        assert ("too little data" in {**found(run), **not_found(run)}) == whole
+        told = next(r["outcome"]["facts"] for r in runs.of_kind(run, "Told") if r["stage"] == "diagnose")
+        assert whole or "saw 300 of the 400 rows" in told["not_measured"]
+        assert "noisy labels" in {**found(run), **not_found(run)}, "labels are asked about all the same"
 
 
 def test_shuffled_labels_cannot_be_learnt_and_what_stood_first_stays(tmp_path: Path, encoder: Path) -> None:

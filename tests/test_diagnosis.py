@@ -85,7 +85,7 @@ def test_overfitting_by_the_gap(gap: Fit, expected: bool) -> None:
 
 def test_overfitting_by_the_watch_or_the_losses() -> None:
     rise = trained(diagnosed="overfitting", looks=looks([0.5, 0.6, 0.7], [0.4, 0.3, 0.2]))
-    said = of_training.overfitting([rise], fit(0.05, 0.06), ADVICE)
+    said = of_training.overfitting([rise], fit(0.05, 0.06), ADVICE)  # what stands has no gap: the run went back
     assert found(said, "overfitting") and said is not None
     assert "0.5000 at 33%" in said.words and "0.7000 at 100%" in said.words and "dropout=0.1" in said.action
     near, far = (trained(looks=looks([0.8] * 4, [train] * 4)) for train in (0.21, 0.19))
@@ -155,6 +155,21 @@ def test_budget(losses: list[float], expected: bool) -> None:
     assert of_train is not None and of_train.found == expected and of_train.numbers["loss_of"] == "training"
 
 
+def test_the_law_is_that_of_the_trunk_not_of_its_cool_down() -> None:
+    """A trunk that stands still, and a cool-down whose curve falls with its rate: nothing says that more time would help."""
+
+    def curved(losses: list[float]) -> tuple[Curve, ...]:
+        return tuple(Curve(progress=k.progress, updates=k.updates, train_loss=k.train_loss) for k in looks(losses))
+
+    trunk = trained(curve=curved(curve(0.0, 0.002)))
+    cool = trained(trial="06-cool-down", stage="cool-down", curve=curved(curve(0.5, 0.002)))
+    for runs in ([trunk, cool], [trunk, cool, trained(trial="07-race", stage="race", looks=looks(curve(0.5, 0.002)))]):
+        said = of_training.budget(runs, "", ADVICE)
+        assert said is not None and not said.found and said.numbers["trial"] == "05-trunk"
+    alone = of_training.budget([trained(), cool], "", ADVICE)
+    assert alone is not None and alone.found and alone.numbers["trial"] == "06-cool-down", "nothing else has a curve"
+
+
 def test_a_budget_that_bought_no_training() -> None:
     assert found(
         of_training.budget([], "no training fitted into 5s: the encoder is as it came", ADVICE), "budget too small"
@@ -194,6 +209,23 @@ def test_validation_too_small(rows: int, stderr: float, expected: bool) -> None:
     assert found(said, "validation too small") == expected
     assert ("only gains of 0.25" in said.words) == (rows < FEWEST_ROWS)
     assert not expected or said.numbers["needed"] >= FEWEST_ROWS
+
+
+def test_where_all_validation_rows_decide_no_more_are_asked_for() -> None:
+    half, whole = (of_rows.small_validation("accuracy", 0.9, True, True, 15, 0.1, halved) for halved in (True, False))
+    needed = half.numbers["needed"]
+    assert needed == whole.numbers["needed"]
+    assert f"give {2 * needed:,} validation rows" in half.action and "half of them decide" in half.action
+    assert f"give {needed:,} validation rows or more:" in whole.action
+    assert "no blend" in half.words and "no blend" not in whole.words
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"), [("bleu", "only gains of 25 "), ("mse", "only gains of 7.5 "), ("bits_per_byte", "")]
+)
+def test_what_few_rows_may_decide_is_on_the_scale_of_the_metric(metric: str, said: str) -> None:
+    words = of_rows.small_validation(metric, 30.0, metric == "bleu", False, 12, 1.0).words
+    assert said in words if said else "only gains" not in words
 
 
 @pytest.mark.parametrize(("stderr", "expected"), [(0.9, False), (1.0, True)])

@@ -104,6 +104,45 @@ def test_states_below_what_is_trained_are_those_of_the_state_it_starts_from(
     assert hidden(LAYERS, "whole").numel() == 0, "all layers read token ids"
 
 
+def test_frozen_features_are_never_made_of_another_states_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a run that was given more time: the hidden states that are kept are those of the state that training starts from."""
+    import shutil
+
+    import runs
+
+    from multistep import data
+    from multistep.api import task_for
+    from multistep.tune.workbench import Workbench
+
+    monkeypatch.setenv("MULTISTEP_CACHE", str(tmp_path / "cache"))
+    config = runs.config(
+        runs.write_rows(tmp_path / "rows.csv", 90), tmp_path / "run", runs.tiny_encoder(tmp_path / "encoder")
+    )
+    dataset = data.load(config.data, task=config.task, text=config.text, label=config.label, seed=config.seed)
+    work = Workbench(config, dataset, task_for(dataset), tmp_path / "run")
+    assert work.find_encoder() == ""
+    wanted_ND, _ = work.features("train", 32, bf16=False)
+    rows, other = work.rows("train", 32), work.encoder()
+    with torch.no_grad():
+        other.layers()[0].output.dense.weight.mul_(1.5)
+    keep_hidden(other, rows, 1)
+    rows.below = "05-trunk"
+    for cut in (0, 1):
+        for cached in (True, False):
+            if not cached:
+                shutil.rmtree(tmp_path / "cache")
+            kept, hidden_SD = rows.cut, rows.hidden_SD
+            found_ND, from_cache = work.features("train", 32, bf16=False, cut=cut)
+            assert from_cache == cached
+            np.testing.assert_allclose(found_ND, wanted_ND, atol=1e-5)
+            assert (rows.cut, rows.below) == (kept, "05-trunk") and rows.hidden_SD is hidden_SD
+    rows.hidden_SD, rows.cut = None, 0  # what is kept from here on is that state's as well
+    np.testing.assert_allclose(work.features("train", 32, bf16=False, cut=1)[0], wanted_ND, atol=1e-5)
+    assert rows.cut == 0
+
+
 @torch.no_grad()
 def test_an_encoder_that_cannot_be_cut(model, make_rows: Callable) -> None:
     rows = make_rows(9)

@@ -83,7 +83,7 @@ def test_a_translation_learns_and_its_folder_writes_the_same_in_transformers(tmp
 
     out = tmp_path / "run"
     found = run(
-        config(pairs(tmp_path), out, "translate", budget="400 updates", batch_tokens=512, width=64, metric="chrf")
+        config(pairs(tmp_path, 700), out, "translate", budget="600 updates", batch_tokens=512, width=64, metric="chrf")
     )
     kinds = [r["kind"] for r in found.records()]
     assert kinds.count("TestRead") == 1 and kinds[-1] == "Finished"
@@ -100,7 +100,7 @@ def test_a_translation_learns_and_its_folder_writes_the_same_in_transformers(tmp
         ids = model.generate(**tokenizer(text, return_tensors="pt"))
         assert tokenizer.decode(ids[0], skip_special_tokens=True).strip() == said
     again = bundle.evaluate(tmp_path / "pairs.jsonl")
-    assert again["n"] == 260 and {"chrf", "bleu"} <= again["metrics"].keys()
+    assert again["n"] == 700 and {"chrf", "bleu"} <= again["metrics"].keys()
     assert all(0.0 <= p.confidence <= 1.0 for p in bundle.predict(texts) if p.confidence is not None)
 
 

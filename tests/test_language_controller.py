@@ -11,21 +11,27 @@ from multistep.config import FitConfig
 from multistep.controllers import Reserve, Scripted, Skip
 from multistep.controllers.language import LANGUAGE_CONTROLLERS
 from multistep.controllers.language_plan import LanguageProblem
+from multistep.metrics.verdicts import better
 from multistep.predictors.decoding import Greedy
 from multistep.strategy import Decode, Diagnose, FitWriter, Profile, ReadTest, Shape, TrainWriter, Trial
 from multistep.tasks.writing import Writing
-from multistep.types import Cost, Outcome
+from multistep.types import Comparison, Cost, Outcome
 
 ROWS = {"train": 20_000, "control": 500, "calibration": 500, "test": 1000}
 GREEDY_S = 1.0  # writing the calibration rows
+READS: dict[str, Any] = {"translate": "pairs", "lm": "stream"}
+NO_GAIN = better((Comparison(metric="bleu", candidate=30, incumbent=30, difference=0, stderr=0.1, p=0.6, n=500),))
 
 
 @dataclass
 class Machine:
-    """Runs trials on paper. A beam costs `beam_s` over the calibration rows; whatever is tried is accepted."""
+    """Runs trials on paper. A beam costs `beam_s` over the calibration rows; whatever is tried is accepted, or where it `loses`, no look
+    finds a gain."""
 
     budget: float
     beam_s: float
+    kind: str = "translate"
+    loses: bool = False
     spent: float = 0.0
     reserved: float = 0.0
     standing: dict[str, Any] = field(default_factory=dict)
@@ -35,20 +41,20 @@ class Machine:
         cost_s, facts = 0.1, {}
         match trial.action:
             case Profile():
-                shape = Shape(reads="pairs", width=128, layers=4, vocabulary=6000)
+                shape = Shape(reads=READS[self.kind], width=128, layers=4, vocabulary=6000)
                 facts = {
-                    "shape": shape.model_dump(), "reads": "pairs", "optimizer": "muon", "choice": "", "bf16": False, "tokens_s": 1e4,
-                    "batch_rows": 90, "batch_tokens": 3000, "train_tokens": 10**6, "given": False, "characters": False,
+                    "shape": shape.model_dump(), "reads": shape.reads, "optimizer": "muon", "choice": "", "bf16": False, "tokens_s": 1e4,
+                    "batch_rows": 90, "batch_tokens": 3000, "train_tokens": 10**6, "given": False, "characters": self.kind == "lm",
                     "new_tokens": 50, "judge_s": GREEDY_S, "calibration_s": GREEDY_S, "judged_rows": 500, "test_rows": 1000,
                     "test_s": 5 * 2 * GREEDY_S, "why_no_model": "",
                 }  # fmt: skip
             case Diagnose():
                 cost_s = 0.0  # it reads what is there
             case FitWriter():
-                self.standing = {"kind": "writer"}
+                self.standing = {"kind": "ngram" if self.kind == "lm" else "writer"}
             case TrainWriter():
                 cost_s = trial.share
-                self.standing = {"kind": "model", "decoding": Greedy().model_dump()}
+                self.standing = {"kind": "ngram" if self.kind == "lm" else "model", "decoding": Greedy().model_dump()}
             case Decode(decoding=decoding):
                 cost_s = self.width(decoding.model_dump()) * self.beam_s
                 self.standing = {"kind": "model", "decoding": decoding.model_dump()}
@@ -56,20 +62,22 @@ class Machine:
                 cost_s = 2 * self.width(self.standing.get("decoding")) * self.beam_s
         self.spent += cost_s
         remaining = max(0.0, self.budget - self.spent - self.reserved)
+        judged = self.loses and trial.commit and not isinstance(trial.action, Profile | Diagnose | ReadTest)
         return Outcome(
-            state=trial.id, cost=Cost(wall_s=cost_s), facts=facts, remaining=remaining, incumbent=self.standing
-        )
+            state=trial.id, cost=Cost(wall_s=cost_s), facts=facts, remaining=remaining, incumbent=self.standing,
+            verdict=NO_GAIN if judged else None, families={"ngram": "02-incumbent", "model": "03-trunk"},
+        )  # fmt: skip
 
     def width(self, decoding: dict[str, Any] | None) -> float:
         return float((decoding or {}).get("beams", GREEDY_S / self.beam_s))
 
 
-def driven(budget: float, beam_s: float, name: str = "staged") -> Machine:
+def driven(budget: float, beam_s: float, name: str = "staged", kind: Any = "translate", loses: bool = False) -> Machine:
     problem = LanguageProblem(
-        task=Writing(kind="translate"), metric="bleu", config=FitConfig(data="x.csv", task="translate"), rows=ROWS,
-        bytes={split: 60 * n for split, n in ROWS.items()}, budget=budget, unit="seconds",
+        task=Writing(kind=kind), metric="bleu" if kind == "translate" else "bits_per_byte", config=FitConfig(data="x.csv", task=kind),
+        rows=ROWS, bytes={split: 60 * n for split, n in ROWS.items()}, budget=budget, unit="seconds",
     )  # fmt: skip
-    controller, machine = Scripted(LANGUAGE_CONTROLLERS[name](problem)), Machine(budget, beam_s)
+    controller, machine = Scripted(LANGUAGE_CONTROLLERS[name](problem)), Machine(budget, beam_s, kind, loses)
     while (ask := controller.ask()) is not None:
         if isinstance(ask, Reserve):
             machine.reserved = ask.amount

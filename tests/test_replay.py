@@ -138,6 +138,31 @@ def _flip(verdict: dict[str, Any]) -> None:
     verdict["accept"] = not verdict["accept"]
 
 
+def test_a_rival_that_is_gone_is_missed(lived: Records) -> None:
+    for key in ("against", "family"):
+        places = [n for n, r in enumerate(lived) if r["kind"] == "Told" and f"{key}_rival" in r["outcome"]["facts"]]
+        assert places
+        for n in places:
+            for gone in ([f"{key}_rival"], [f"{key}_verdict"], [f"{key}_rival", f"{key}_verdict"]):
+                found = tampered(lived, lambda rs, n=n, gone=gone: [rs[n]["outcome"]["facts"].pop(k) for k in gone])
+                assert any(f.n == n and f"nothing of {key}_" in f.says for f in found.findings), (n, gone)
+
+
+def test_evidence_of_before_a_comparison_had_both_tails_replays(lived: Records) -> None:
+    def older(records: Records) -> None:
+        for record in records:
+            for compared in record.get("evidence") or []:
+                del compared["p_worse"]
+            if record["kind"] == "Told":
+                verdicts = [record["outcome"]["verdict"] or {}]
+                verdicts += [v for k, v in record["outcome"]["facts"].items() if k.endswith("_verdict")]
+                for compared in (c for v in verdicts for c in v.get("evidence", ())):
+                    del compared["p_worse"]
+
+    found = tampered(lived, older)
+    assert found.ok, found.findings
+
+
 def test_every_decision_that_is_turned_round_is_seen(lived: Records) -> None:
     turned = {"Committed": "RolledBack", "RolledBack": "Committed"}
     for n, record in enumerate(lived):

@@ -3,20 +3,21 @@ what has decayed, and find what there is to find."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import random
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from multistep.controllers import Scripted, Skip, Target, Wait
+from multistep.controllers.members import Member
 from multistep.controllers.module import MODULE_CONTROLLERS, ModuleProblem
+from multistep.controllers.reactive import moved
 from multistep.controllers.searches import SEARCHES
 from multistep.controllers.space import settled, space_of, value_of
-from multistep.controllers.wealth import BEGIN, EARN, Wealth
 from multistep.objectives import CrossEntropy
 from multistep.optimizers import SGD, AdamW
 from multistep.strategy import Average, Profile, ReadTest, TrainModule, Trial
@@ -44,6 +45,7 @@ class Machine:
     pace: float = 300.0  # updates
     diverges_above: float = math.inf
     overfits_after: float = math.inf  # updates
+    heals: bool = True  # by stronger regularization
     spent: float = 0.0
     trained: dict[str, tuple[float, float]] = field(default_factory=dict)  # state -> updates, score
     incumbent: str | None = None
@@ -71,7 +73,7 @@ class Machine:
             score = 0.1 + (self.ceiling - 0.1) * math.exp(-(off**2) / 8) * (1 - math.exp(-updates / self.pace))
             if updates > self.overfits_after:
                 regular = value_of(action, "objective.label_smoothing") > 0 or value_of(action, "dropout") > 0
-                score -= 0.0 if regular else 0.1
+                score -= 0.0 if regular and self.heals else 0.1
             facts = {"train_loss": 1 / (1 + updates)}
         self.trained[trial.id] = (updates, score)
         if trial.against is not None:
@@ -151,11 +153,13 @@ def test_told_the_same_it_asks_the_same(name: str) -> None:
 
 
 @EVERYWHERE
-def test_the_order_in_which_workers_come_back_changes_nothing(name: str) -> None:
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_order_in_which_workers_come_back_changes_nothing_but_levels(name: str, seed: int) -> None:
+    """What stands when a trial is judged is another one then, and so is what its comparison pays."""
     asks, _ = live(name, Machine(problem(), best_rate=2 * PRIOR))
-    shuffled, _ = live(name, Machine(problem(), best_rate=2 * PRIOR), seed=1)
-    plain = [(a.id, a.start, a.share) for a in asks if isinstance(a, Trial) and not a.commit]
-    assert plain == [(a.id, a.start, a.share) for a in shuffled if isinstance(a, Trial) and not a.commit]
+    shuffled, _ = live(name, Machine(problem(), best_rate=2 * PRIOR), seed=seed)
+    alike = [[a.with_(alpha=0.5) if isinstance(a, Trial) else a for a in part] for part in (asks, shuffled)]
+    assert alike[0] == alike[1]
 
 
 @pytest.mark.parametrize("name", ["halving", "population"])
@@ -245,12 +249,83 @@ def test_reactive_tries_a_correction_beside_going_on_and_keeps_it_only_when_it_h
     words = [t.why for t in machine.trials if t.stage == "reactive"]
     tried = [w for w in words if "smoother targets" in w]
     assert tried, words
-    pairs = [t for t in machine.trials if t.stage == "reactive" and " or not" in t.why]
-    for stays, moved in zip(pairs[::2], pairs[1::2], strict=True):
-        assert stays.start == moved.start and stays.share == moved.share
-        assert stays.action != moved.action
+    fork_of_corrections(machine)
     smooth = [t for t in machine.trials if t.why.startswith("run (label_smoothing")]
     assert smooth, "it was committed: training goes on with it"
+
+
+def fork_of_corrections(machine: Machine) -> None:
+    """Every correction begins where what went on as before began, is as long, and is another setting; and so are their cool-downs."""
+    steps = [(t, machine.trials[n + 1]) for n, t in enumerate(machine.trials) if t.stage == "reactive"]
+    moved = [(t, cool) for t, cool in steps if t.why.endswith("in place of going on as before")]
+    assert moved
+    for other, cool in moved:
+        stays, cooled = [s for s in steps if s[0].start == other.start and s[0].why.endswith(": on as before")][-1]
+        assert other.share == stays.share and other.action != stays.action
+        assert cool.share == cooled.share and cool.start == other.id and cooled.start == stays.id
+        assert cool.against == cooled.id
+
+
+def test_a_correction_has_the_time_of_what_it_is_held_against_or_is_not_tried() -> None:
+    for budget in (1500, 2000, 2345, 3000, 5000):
+        machine = Machine(problem(budget), pace=30)
+        live("reactive", machine)
+        if any("in place of" in t.why for t in machine.trials):
+            fork_of_corrections(machine)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_reactive_moves_no_rate_that_was_given_and_none_further_than_is_searched(given: bool) -> None:
+    fixed: dict[str, Any] = {"optimizer": {"kind": "adamw", "lr": PRIOR}} if given else {}
+    machine = Machine(problem(**fixed), diverges_above=PRIOR / 100)
+    asks, _ = live("reactive", machine)
+    rates = [t.action.optimizer.lr for t in machine.trials if isinstance(t.action, TrainModule)]
+    assert rates == pytest.approx([PRIOR] if given else [PRIOR, PRIOR / 3, PRIOR / 8])
+    (end,) = [a for a in asks if isinstance(a, Skip) and a.stage == "reactive"]
+    assert "no lower one may be tried" in end.why
+
+
+def test_a_setting_moves_no_further_than_is_searched() -> None:
+    strategy = TrainModule(optimizer=AdamW(lr=PRIOR), objective=CrossEntropy(label_smoothing=0.15))
+    ground: Any = SimpleNamespace(space=lambda: space_of(strategy, batches=True), prior=lambda: strategy)
+
+    def at(path: str, value: float, times: float, plus: float = 0.0) -> float | None:
+        return moved(ground, Member("m", {path: value}), path, times, plus)
+
+    assert moved(ground, Member("m", {}), "optimizer.lr", 2.0) == 2 * PRIOR
+    assert at("optimizer.lr", 6 * PRIOR, 2.0) == pytest.approx(8 * PRIOR)
+    assert at("optimizer.lr", 8 * PRIOR, 2.0) is None
+    assert at("objective.label_smoothing", 0.15, 1.0, 0.1) == 0.2 and at("batch_size", 32, 2.0) == 64
+    assert at("batch_size", 64, 2.0) is None
+    assert moved(ground, Member("m", {}), "dropout", 1.0, 0.1) is None, "this module has none"
+
+
+def test_halving_keeps_the_best_end_whatever_becomes_of_its_member() -> None:
+    machine = Machine(problem(), pace=100, overfits_after=600, heals=False)
+    live("halving", machine)
+    ends = {t.id: machine.trained[t.id][1] for t in machine.trials if t.stage == "cool-down"}
+    averaged = {t.start for t in machine.trials if t.stage == "average"}
+    assert [ends[str(state)] for state in averaged] == [max(ends.values())]
+    assert list(ends.values())[-1] < max(ends.values()), "what was trained longest is not the best"
+
+
+def test_the_estimator_is_told_of_the_prior_where_the_prior_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    import optuna
+
+    made, create = [], optuna.create_study
+
+    def kept(**settings: Any) -> Any:
+        made.append(create(**settings))
+        return made[-1]
+
+    monkeypatch.setattr(optuna, "create_study", kept)
+    machine = Machine(problem(), best_rate=3 * PRIOR)
+    live("bayes", machine)
+    begun: list[Any] = [t.action for t in machine.trials if t.stage == "bayes" and t.start is None]
+    told = made[0].trials
+    assert len(begun) == len(told) > 2 and value_of(begun[0], "optimizer.lr") == PRIOR
+    for action, trial in zip(begun, told, strict=True):
+        assert trial.params == {path: pytest.approx(value_of(action, path), rel=0.01) for path in trial.params}
 
 
 def test_reactive_stops_when_nothing_helps() -> None:
@@ -276,6 +351,10 @@ def test_the_space_is_what_nobody_has_fixed() -> None:
     assert {a.path for a in space_of(strategy, fixed=["dropout", "optimizer.lr"]).axes} == {
         "optimizer.weight_decay", "objective.label_smoothing",
     }  # fmt: skip
+    bare = strategy.with_(optimizer=AdamW(lr=1e-3, weight_decay=0.0))
+    assert space_of(strategy, batches=True).nearest(bare) == {
+        "optimizer.lr": 1e-3, "optimizer.weight_decay": 1e-4, "dropout": 0.1, "objective.label_smoothing": 0.0, "batch_size": 32,
+    }  # fmt: skip
     drawn = space_of(strategy, batches=True).draw(random.Random(0))
     moved = settled(strategy, drawn)
     assert value_of(moved, "optimizer.lr") == drawn["optimizer.lr"] and moved.batch_size == drawn["batch_size"]
@@ -293,29 +372,3 @@ def test_a_nudge_moves_live_settings_and_stays_inside() -> None:
             assert axis.low <= new[axis.path] <= axis.high
         assert settled(strategy, new).same_but_live(settled(strategy, point))
         point = new
-
-
-def test_looks_that_find_nothing_have_to_be_surer_every_time() -> None:
-    wealth, levels = Wealth(), []
-    for _ in range(6):
-        levels.append(wealth.level())
-        wealth.settle(levels[-1], found=False)
-    assert levels[0] == 0.1 and all(a > b for a, b in itertools.pairwise(levels))
-    before = wealth.level()
-    wealth.settle(before, found=True)
-    assert wealth.level() > before
-
-
-def test_false_gains_stay_as_few_as_promised() -> None:
-    """2,000 runs of 60 looks at nothing: on average BEGIN false gains, and EARN for each of them."""
-    draw, false = random.Random(0), 0
-    for _ in range(2000):
-        wealth = Wealth()
-        for _ in range(60):
-            level = wealth.level()
-            found = draw.random() <= level
-            false += found
-            wealth.settle(level, found)
-    floor = 60 * 0.005  # what a run that has spent everything may still look for
-    assert false / 2000 <= (BEGIN + floor) / (1 - EARN) + 0.05
-    assert false / 2000 > 0.1, "it does look"

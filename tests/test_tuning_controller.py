@@ -178,6 +178,18 @@ def test_the_sampler_finds_the_better_side_and_is_the_same_again() -> None:
     assert search.ask() is not None
 
 
+def test_what_was_refused_is_as_bad_as_the_worst_that_was_measured() -> None:
+    """Merits may be below zero: of a loss, of a cost."""
+    import optuna
+
+    search = Proposals(lambda trial: trial.suggest_float("x", 0, 1), 0)
+    for merit in (None, -0.7, None, -0.9, None):
+        search.ask()
+        search.tell(merit, 1.0)
+    told = [t.values for t in search._study.get_trials(states=[optuna.trial.TrialState.COMPLETE])]
+    assert told == [[-0.7, 1.0], [-0.7, 1.0], [-0.9, 1.0], [-0.9, 1.0]]
+
+
 def test_no_controller_of_writing_needs_torch() -> None:
     import ast
     from pathlib import Path

@@ -10,11 +10,22 @@ import numpy as np
 import pytest
 from papers import N, counted, lost
 
-from multistep.metrics import Scored, judge, judge_losses
+from multistep.metrics import Scored, compare, judge, judge_losses
 from multistep.metrics import counts as label_counts
 from multistep.metrics import texts as text_metrics
-from multistep.metrics.texts import LANGUAGE_METRICS, judge_rows, judge_texts
-from multistep.metrics.verdicts import ALPHA, agrees, better, derived, follows, lower_is_better, slow, unsound
+from multistep.metrics.texts import LANGUAGE_METRICS, compare_rows, judge_rows, judge_texts, loss_statistics, statistics
+from multistep.metrics.verdicts import (
+    ALPHA,
+    agrees,
+    better,
+    derived,
+    follows,
+    large_gain,
+    lower_is_better,
+    mirrored,
+    slow,
+    unsound,
+)
 from multistep.policy import Latency, Limit, admit
 from multistep.tasks import Classify, Regress
 from multistep.types import Apart, Comparison, Finite, Slow, Verdict, Wanted
@@ -186,6 +197,75 @@ def test_words_and_signs_agree_with_the_lists_of_metrics() -> None:
     assert lower_is_better("loss") and lower_is_better("cost")
     for swaps in (label_counts.SWAPS, text_metrics.SWAPS):
         assert 1000 % (swaps + 1) == 0, "every p of a swap test is a whole number of thousandths"
+
+
+OLD, NEW = scored(1, 1.5), scored(2, 2.0)
+SAID = [f"the {n} of {n * 7 % 5} or so" for n in range(60)]
+
+
+def said(skip: int) -> list[str]:
+    return [text if n % skip else f"no {n}" for n, text in enumerate(SAID)]
+
+
+@pytest.mark.parametrize(
+    "name", ["accuracy", "log_loss", "f1_macro", "mcc", "auroc", "bleu", "chrf", "rougeL", "exact_match"]
+)
+def test_the_other_side_is_the_comparison_with_the_sides_exchanged(name: str) -> None:
+    if name in LANGUAGE_METRICS:
+        references = [(text,) for text in SAID]
+        a, b = (statistics(name, said(skip), references) for skip in (4, 3))
+        there, back = compare_rows(name, a, b), compare_rows(name, b, a)
+    else:
+        there, back = compare(name, FOUR, NEW, OLD), compare(name, FOUR, OLD, NEW)
+    assert there.difference != 0
+    drawn = name in ("f1_macro", "mcc")  # the cells of the table come in another order there, and so do the draws
+    for c, other in ((there, back), (back, there)):
+        seen = mirrored(c)
+        assert (seen.candidate, seen.incumbent, seen.difference) == pytest.approx(
+            (other.candidate, other.incumbent, other.difference)
+        )
+        assert seen.p == pytest.approx(other.p, abs=0.08 if drawn else 1e-9)
+        assert (seen.wins, seen.losses) == (other.wins, other.losses) and not unsound(seen)
+        assert mirrored(seen).p == pytest.approx(c.p)
+
+
+def test_a_draw_that_came_out_is_in_both_tails() -> None:
+    """One row that differs: half of all swaps give what was seen, so that neither side is better nor worse."""
+    nats = np.ones(30)
+    low, high = (loss_statistics(nats + more * (np.arange(30) == 0), nats, 4 * nats) for more in (0.0, 0.5))
+    c = compare_rows("perplexity", high, low)
+    assert c.difference < 0 and c.p == 1.0 and c.p_worse == pytest.approx(0.5, abs=0.06)
+    assert mirrored(counted(0, 1)).p == 0.5 and mirrored(counted(0, 0)).p == 1.0
+    assert "leave swaps out" in unsound(c.with_(p=0.3, p_worse=0.3)) and "no count" in unsound(c.with_(p_worse=0.12345))
+    old = c.with_(p_worse=None)
+    assert not unsound(old) and mirrored(old).p == 1.0, "a journal that has one tail says nothing of the other"
+
+
+@pytest.mark.parametrize(
+    ("metric", "incumbent", "n", "least"),
+    [
+        ("accuracy", 0.6, 20, 0.25), ("accuracy", 0.6, 21, 0.0), ("mse", 2.0, 20, 0.5), ("loss", 2.0, 5, 0.5), ("chrf", 40.0, 20, 25.0),
+        ("bleu", 3.0, 12, 25.0), ("bleu", 3.0, 21, 0.0), ("rougeL", 0.3, 12, 0.25), ("f1", 0.3, 12, 0.25), ("perplexity", 9.0, 3, 0.0),
+        ("bits_per_byte", 2.0, 3, 0.0),
+    ],
+)  # fmt: skip
+def test_few_rows_decide_on_large_gains_alone_on_the_scale_of_the_metric(
+    metric: str, incumbent: float, n: int, least: float
+) -> None:
+    c = Comparison(metric=metric, candidate=incumbent, incumbent=incumbent, difference=0, stderr=0.1, p=0.01, n=n)
+    assert large_gain(c) == pytest.approx(least)
+
+
+@pytest.mark.parametrize("rows", [12, 40])
+def test_a_small_gain_of_few_texts_is_none(rows: int) -> None:
+    references = [(f"the right answer is number {n} of all the others here",) for n in range(rows)]
+    good, poor = [r[0] for r in references], [r[0].replace(" here", " hers") for r in references]
+    verdict = judge_texts("chrf", good, poor, references)
+    assert verdict.evidence[0].p <= 0.1 and 1 < verdict.evidence[0].difference < 25 and follows(verdict)
+    assert verdict.accept == (rows == 40) and ("too few for less than 25" in verdict.rule) == (rows == 12)
+    assert judge_texts("chrf", good, ["no"] * rows, references).accept
+    without = better(verdict.evidence, ALPHA)  # as if these rows were enough
+    assert follows(without) == (rows == 40), "a replay asks for the large gain itself"
 
 
 def test_the_second_comparison_decides_at_half_of_alpha() -> None:

@@ -40,6 +40,7 @@ def bayes(ground: Ground) -> Found:
     sampler = optuna.samplers.TPESampler(seed=ground.seed, n_startup_trials=1 + DRAWN)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     space, trials = ground.space(), count(ground)
+    study.enqueue_trial(space.nearest(ground.prior()))  # what comes of the prior is told where the prior is
     best: Member | None = None
     at_a_third: Member | None = None  # the best early score so far
     for n in range(trials):
@@ -62,7 +63,7 @@ def bayes(ground: Ground) -> Found:
         asked.report(member.merit, 1)
         hopeless = at_a_third is not None and worse(early, BEHIND)
         if at_a_third is None or member.merit > at_a_third.merit:
-            at_a_third = Member(member.name, point, cooled=member.cooled, merit=member.merit)
+            at_a_third = Member(member.name, member.point, cooled=member.cooled, merit=member.merit)
         if not hopeless:
             yield from stretched(ground, "bayes", [member], (1 - FIRST) * stretch, "not behind: on to the end")
             if member.alive:

@@ -76,19 +76,24 @@ class Proposals(Generic[C]):
         self._suggested = suggested
         self._study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
         self._trial: Any = None
-        self._worst = 0.0
+        self._worst: float | None = None  # that was measured
 
     def ask(self) -> C:
         self._trial = self._study.ask()
         return self._suggested(self._trial)
 
     def tell(self, merit: float | None, ms: float) -> None:
-        """`merit`: higher is better; None where it was not measured: then as bad as the worst so far."""
-        self._worst = min(self._worst, merit) if merit is not None else self._worst
+        """`merit`: higher is better; None where it was not measured: then as bad as the worst so far, or passed over where nothing was
+        measured yet."""
+        known = [m for m in (merit, self._worst) if m is not None]
+        if not known:
+            self.pass_over()
+            return
+        self._worst = min(known)
         self._study.tell(self._trial, [self._worst if merit is None else merit, ms])
 
     def pass_over(self) -> None:
-        """What was asked for is known already, or cannot be paid for."""
+        """What was asked for is known already, cannot be paid for, or came to nothing."""
         import optuna
 
         self._study.tell(self._trial, state=optuna.trial.TrialState.FAIL)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from multistep.controllers import plan as stages
 from multistep.controllers.plan import Plan
-from multistep.controllers.script import Problem, Skip, Steps
+from multistep.controllers.script import Does, Problem, Skip, Steps
 from multistep.controllers.trunk import worth_training
+from multistep.controllers.wealth import Purse
 
 
-def fixed(problem: Problem) -> Steps:
+def fixed(problem: Problem) -> Does[Purse]:
     plan = Plan(problem)
     yield from plan.until(_models(plan))
     yield from stages.finish(plan)
+    return plan.purse
 
 
 def _models(plan: Plan) -> Steps:

@@ -9,6 +9,7 @@ Differs from the sources: members are paused and thaw, nothing restarts; what is
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 from multistep.controllers.members import (
@@ -56,6 +57,7 @@ def halving(ground: Ground) -> Found:
         members = sorted((m for m in members if m.alive), key=lambda m: -m.merit)
         if not members:
             break
-        best = best_of([*members, *([best] if best is not None else [])])
+        found = best_of([*members, *([best] if best is not None else [])])
+        best = found and replace(found)  # as it is now: what a later rung makes of that member may be worse
         members = members[: max(1, len(members) // 2)]
     return None if best is None else best.cooled

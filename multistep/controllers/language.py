@@ -19,6 +19,7 @@ from multistep.controllers.members import Found, Ground, legs
 from multistep.controllers.script import Does, Skip, Steps, left_out
 from multistep.controllers.searches import SEARCHES
 from multistep.controllers.trunk import LEAST_UPDATES, averages
+from multistep.controllers.wealth import Purse
 from multistep.predictors.decoding import Beam
 from multistep.schedules import Constant, Linear
 from multistep.strategy import AsGiven, Decode, Diagnose, FitWriter, Mix, Profile, ReadTest, Recount, TrainWriter
@@ -26,7 +27,7 @@ from multistep.tasks.writing import LOSSES
 from multistep.types import Verdict
 
 WriterName = Literal["ngram", "copy", "lead", "nearest", "dictionary", "extract", "passage", "choose"]
-LanguageScript = Callable[[LanguageProblem], Steps]
+LanguageScript = Callable[[LanguageProblem], Does[Purse]]
 
 PROBE_SHARE = 0.05  # of what is left, for each probe of the race
 COOL_SHARE = 0.3  # of a training from scratch: decaying from the trunk's learning rate to zero
@@ -169,7 +170,7 @@ def _decode(plan: Plan) -> Steps:
     if plan.problem.task.kind == "lm":
         if "model" in plan.families and ngram is not None and facts["characters"]:
             why, model_state = "the two models make different mistakes", plan.families["model"]
-            yield from plan.trial("mix", Mix(ngram=ngram), why, start=model_state)
+            yield from plan.trial("mix", Mix(ngram=ngram), why, start=model_state, judges="calibration")
         return
     if not model or facts["reads"] == "spans" or plan.problem.metric in LOSSES:
         return
@@ -186,7 +187,8 @@ def _decode(plan: Plan) -> Steps:
             yield Skip(stage="decode", why=f"{plan.remaining:.0f} s are left, {width} beams take about {needed:.0f} s")
             continue
         beam = Beam(beams=width, length_penalty=penalty, max_new_tokens=facts["new_tokens"])
-        told = yield from plan.trial("decode", Decode(decoding=beam), f"{width} beams, length penalty {penalty:g}")
+        why = f"{width} beams, length penalty {penalty:g}"
+        told = yield from plan.trial("decode", Decode(decoding=beam), why, judges="calibration")
         if told.ok:
             beam_s = told.cost.wall_s / width
         if plan.incumbent["decoding"] == beam.model_dump():  # it writes the test
@@ -201,7 +203,8 @@ def _recount(plan: Plan) -> Steps:
     if plan.timed and plan.remaining < needed:
         yield Skip(stage="recount", why=f"{plan.remaining:.1f} s are left, counting again takes about {needed:.1f} s")
         return
-    yield from plan.trial("recount", Recount(), "the held-out text counted too: nothing is left to decide with it")
+    why = "the held-out text counted too: nothing is left to decide with it"
+    yield from plan.trial("recount", Recount(), why, judges="calibration")
 
 
 def _finish(plan: Plan) -> Steps:
@@ -225,12 +228,13 @@ def _reserve(plan: Plan) -> Steps:
 def _script(train: Callable[[Plan], Found], whole: bool) -> LanguageScript:
     """`train`: what stands between the cheap writers and prediction. `whole`: averages and ways of decoding too."""
 
-    def script(problem: LanguageProblem) -> Steps:
+    def script(problem: LanguageProblem) -> Does[Purse]:
         plan = Plan(problem)
         yield from plan.until(_models(plan, train, whole))
         if whole and plan.shape is not None:
             yield from _decode(plan)
         yield from _finish(plan)
+        return plan.purse
 
     return script
 
@@ -265,9 +269,10 @@ def _searching(search: Callable[[Ground], Found]) -> LanguageScript:
     return _script(search, whole=True)
 
 
-def go_on(problem: LanguageProblem) -> Steps:
-    """A finished run is given more budget: the trunk goes on where it was, with another cool-down from its new end."""
-    plan = Plan(problem)
+def go_on(problem: LanguageProblem, purse: Purse | None = None) -> Does[Purse]:
+    """A finished run is given more budget: the trunk goes on where it was, with another cool-down from its new end. `purse`: what the run
+    has left of its wealth."""
+    plan = Plan(problem, purse)
     plan.facts = (yield from plan.trial("profile", Profile(), "throughput on this machine")).facts
     trunk = plan.families.get("trunk", plan.families.get("model"))
     if plan.shape is None or trunk is None:
@@ -289,6 +294,7 @@ def go_on(problem: LanguageProblem) -> Steps:
                 yield from _averages(plan, state)
         yield from _decode(plan)
     yield from _finish(plan)
+    return plan.purse
 
 
 LANGUAGE_CONTROLLERS: Mapping[str, LanguageScript] = {

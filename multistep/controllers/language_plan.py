@@ -8,6 +8,7 @@ from typing import Any, Literal
 from multistep.config import FitConfig
 from multistep.controllers.script import BasePlan, Reserve, Steps, Target
 from multistep.controllers.space import Point, Space, settled, space_of
+from multistep.controllers.wealth import Purse
 from multistep.metrics.texts import LANGUAGE_METRICS
 from multistep.objectives import NextToken, Seq2Seq, Span
 from multistep.optimizers.base import Rate, Regime
@@ -44,8 +45,10 @@ class LanguageProblem(Spec):
 class Plan(BasePlan):
     """What is left, what things cost, and the trials so far."""
 
-    def __init__(self, problem: LanguageProblem):
-        super().__init__(problem.budget, problem.target)
+    of = "language"
+
+    def __init__(self, problem: LanguageProblem, purse: Purse | None = None):
+        super().__init__(problem.budget, problem.target, purse)
         self.problem = problem
         self.families: dict[str, str] = {}
         self.incumbent: dict[str, Any] = {}

@@ -13,9 +13,10 @@ from typing import Protocol
 
 from multistep.controllers.script import Does, Skip, Step
 from multistep.controllers.space import Point, Space, said
+from multistep.metrics import verdicts
 from multistep.schedules import Constant, Linear, Schedule
 from multistep.strategy import Action, Training, Trial
-from multistep.types import Outcome, Verdict
+from multistep.types import Gain, Outcome, Verdict
 
 LEGS = (1 / 8, 1 / 8, 1 / 4, 1 / 2)  # of a trunk that ends where a target stands
 ON_THE_WAY = 0.25  # the stake of a cool-down that is not the last
@@ -77,7 +78,7 @@ class Ground(Protocol):
 
     def asked(
         self, stage: str, action: Action, why: str, *, start: str | None = None, share: float = 0.0,
-        against: str | None = None, commit: bool = True, stake: float = 1.0,
+        against: str | None = None, commit: bool = True, stake: float = 1.0, among: int = 1,
     ) -> Trial: ...  # fmt: skip
 
     def together(self, trials: Sequence[Trial]) -> Group: ...
@@ -118,19 +119,21 @@ def cooled(
     ground: Ground, members: Sequence[Member], share: float, against: str | None, commit: bool, stake: float = 1.0
 ) -> Group:
     """A branch of every member that decays to zero, from its trunk's end, for `share` each; compared with the state `against`. `stake`:
-    of the level at which it may become what stands; small for one on the way, so that the last one still has it."""
+    of the level at which it may become what stands; small for one on the way, so that the last one still has it. A branch that did not
+    get to its end is not alive: it has not decayed."""
     trials = []
     for m in members:
         words = f"{m.name}: what it is worth once its learning rate has decayed"
         action = ground.at(m.point, Linear(warmup=0.0))
         trials.append(
             ground.asked(
-                "cool-down", action, words, start=m.trunk, share=share, against=against, commit=commit, stake=stake
+                "cool-down", action, words, start=m.trunk, share=share, against=against, commit=commit, stake=stake, among=len(members)
             )
-        )
+        )  # fmt: skip
     outcomes = yield from ground.together(trials)
     for member, outcome in zip(members, outcomes, strict=True):
-        member.alive = outcome.ok and outcome.state is not None
+        whole = not {"diagnosis", "stopped"} & set(outcome.facts)
+        member.alive = outcome.ok and outcome.state is not None and whole
         if member.alive:
             member.cooled, member.merit = outcome.state, ground.merit(outcome)
     return outcomes
@@ -165,19 +168,38 @@ def best_of(members: Sequence[Member]) -> Member | None:
     return max(alive, key=lambda m: m.merit, default=None)
 
 
-def better(outcome: Outcome) -> bool:
-    """Whether it beat what it was held against, beyond noise."""
+def _against(outcome: Outcome) -> Verdict | None:
+    """The verdict on it and on what it was held against."""
     found = outcome.facts.get("against_verdict")
-    return outcome.ok and found is not None and Verdict.model_validate(found).accept
+    return None if found is None or not outcome.ok else Verdict.model_validate(found)
+
+
+def better(outcome: Outcome) -> bool:
+    """Whether it beat what it was held against, beyond noise, at the level of its trial."""
+    found = _against(outcome)
+    return found is not None and found.accept
+
+
+def ahead(outcome: Outcome, level: float) -> bool:
+    """The same at any level: as seldom as `level` by chance."""
+    found = _against(outcome)
+    if found is None or not found.evidence:
+        return found is not None and found.accept
+    return verdicts.better(found.evidence, level, _least(found)).accept
 
 
 def worse(outcome: Outcome, level: float) -> bool:
-    """Whether it is behind what it was held against, beyond noise: as seldom as `level` by chance."""
-    found = outcome.facts.get("against_verdict")
-    if not outcome.ok or found is None:
-        return not outcome.ok
-    evidence = Verdict.model_validate(found).evidence
-    return bool(evidence) and evidence[-1].difference < 0 and 1 - evidence[-1].p <= level
+    """Whether it failed, or is behind what it was held against, beyond noise: as seldom as `level` by chance. By the rule that makes a
+    candidate better, from the other side: the metric decides, and the loss where it does not speak against that."""
+    found = _against(outcome)
+    if found is None or not found.evidence:
+        return not outcome.ok or (found is not None and not found.accept)
+    return verdicts.better([verdicts.mirrored(c) for c in found.evidence], level, _least(found)).accept
+
+
+def _least(verdict: Verdict) -> float:
+    """The gain, and so the loss, that rows which are too few for less may decide on."""
+    return verdict.by.least if isinstance(verdict.by, Gain) else 0.0
 
 
 def legs(ground: Ground, point: Point) -> Found:

@@ -86,6 +86,8 @@ ModuleScript = Callable[[ModuleProblem], Steps]
 class _Plan(BasePlan):
     """What is left, what an update costs, and the trials so far."""
 
+    of = "module"
+
     def __init__(self, problem: ModuleProblem):
         super().__init__(problem.budget, problem.target)
         self.problem = problem

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from multistep.controllers import plan as stages
 from multistep.controllers.plan import Plan
-from multistep.controllers.script import Problem, Skip, Steps
+from multistep.controllers.script import Does, Problem, Skip
 from multistep.controllers.trunk import average, trunk
+from multistep.controllers.wealth import Purse
 
 
-def more(problem: Problem) -> Steps:
-    plan = Plan(problem)
+def more(problem: Problem, purse: Purse | None = None) -> Does[Purse]:
+    """`purse`: what the run has left of its wealth."""
+    plan = Plan(problem, purse)
     yield from stages.profile(plan)
     length, rows = yield from stages.encoder_rows(plan)
     state = plan.families.get("encoder")
@@ -22,3 +24,4 @@ def more(problem: Problem) -> Steps:
             yield from average(plan, found)
     yield from stages.predict(plan)
     yield from stages.finish(plan)
+    return plan.purse

@@ -1,4 +1,5 @@
-"""A run's controller, and after it one more for every time that the finished run was given more budget."""
+"""A run's controller, and after it one more for every time that the finished run was given more budget. The rows that judge are the same
+ones, so what is left of their wealth goes on from one to the next."""
 
 from __future__ import annotations
 
@@ -6,15 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from multistep.budget import Budget
-from multistep.controllers.script import Ask, Controller, Scripted, Steps, Wait
+from multistep.controllers.script import Ask, Does, Scripted, Wait
+from multistep.controllers.wealth import Purse
 from multistep.strategy import Trial
 from multistep.types import Outcome
 
 
 class Phases:
-    """`first`: the steps of the run; `more`: those after it, for so much more of the budget. `past`: the journal so far."""
+    """`first`: the steps of the run; `more`: those after it, for so much more of the budget and with what is left of the wealth. `past`:
+    the journal so far."""
 
-    def __init__(self, first: Steps, more: Callable[[float], Steps], budget: Budget, past: Sequence[Mapping[str, Any]]):
+    def __init__(
+        self, first: Does[Purse], more: Callable[[float, Purse], Does[Purse]], budget: Budget, past: Sequence[Mapping[str, Any]]
+    ):  # fmt: skip
         totals = [budget, *(Budget(**r["budget"]) for r in past if r["kind"] == "Resumed")]
         resumed = [n for n, r in enumerate(past) if r["kind"] == "Resumed"]
         self._more = [  # what every extension of a finished run added
@@ -23,13 +28,13 @@ class Phases:
             if past[n - 1]["kind"] == "Finished"
         ]
         self._make, self._prefix = more, 0
-        self._now: Controller = Scripted(first)
+        self._now = Scripted(first)
 
     def ask(self) -> Ask | Wait | None:
         ask = self._now.ask()
         while ask is None and self._more:
             self._prefix += 1
-            self._now = Scripted(self._make(self._more.pop(0)))
+            self._now = Scripted(self._make(self._more.pop(0), self._now.result or {}))
             ask = self._now.ask()
         if isinstance(ask, Trial) and self._prefix:
             return ask.with_(id=f"{self._name()}{ask.id}")

@@ -15,6 +15,7 @@ from multistep.config import OptimizerConfig
 from multistep.controllers.diagnosing import diagnose, set_aside
 from multistep.controllers.script import BasePlan, Does, Problem, Reserve, Skip, Step, Steps, left_out
 from multistep.controllers.space import Point, Space, settled, space_of
+from multistep.controllers.wealth import Purse
 from multistep.metrics.power import FEWEST_ROWS, LARGE
 from multistep.objectives import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, Objective
 from multistep.optimizers import AdamW
@@ -62,8 +63,10 @@ _PREDICTOR: TypeAdapter[Predictor] = TypeAdapter(Predictor)
 class Plan(BasePlan):
     """What a script keeps track of while it runs. All methods are arithmetic on the profile and on what was told."""
 
-    def __init__(self, problem: Problem):
-        super().__init__(problem.budget, problem.target)
+    of = "labels"
+
+    def __init__(self, problem: Problem, purse: Purse | None = None):
+        super().__init__(problem.budget, problem.target, purse)
         self.problem = problem
         self.timed = problem.unit == "seconds"
         self.incumbent: Predictor | None = None
@@ -126,7 +129,9 @@ class Plan(BasePlan):
     # ------------------------------------------------------------------ running trials
 
     def patience(self, stage: str, action: Action, commit: bool) -> int:
-        return self.problem.config.patience if isinstance(action, FineTune) and commit else 0
+        return (
+            self.problem.config.patience if stage == "trunk" and commit else 0
+        )  # what cools down has to get to its end
 
     def told(self, action: Action, outcome: Outcome) -> None:
         if (

@@ -17,9 +17,9 @@ from multistep.controllers.members import (
     Found,
     Ground,
     Member,
+    ahead,
     alone,
     best_of,
-    better,
     cooled,
     enough,
     says_something,
@@ -70,7 +70,8 @@ def population(ground: Ground) -> Found:
 
 
 def compared(ground: Ground, members: Sequence[Member], share: float) -> Does[set[str]]:
-    """Cool every member down, each against the best so far; the names of those that are behind one of the others."""
+    """Cool every member down, each against the best so far; the names of those that are behind one of the others, whichever of the two
+    came first."""
     behind: set[str] = set()
     first: Member | None = None
     for member in members:
@@ -78,7 +79,7 @@ def compared(ground: Ground, members: Sequence[Member], share: float) -> Does[se
         (outcome,) = yield from cooled(ground, [member], share, against, commit=True, stake=ON_THE_WAY)
         if not member.alive or worse(outcome, BEHIND):
             behind.add(member.name)
-        elif first is None or better(outcome):
+        elif first is None or ahead(outcome, BEHIND):
             behind |= set() if first is None else {first.name}
             first = member
     return behind

@@ -5,15 +5,17 @@ from __future__ import annotations
 from multistep.controllers import plan as stages
 from multistep.controllers.members import legs
 from multistep.controllers.plan import Plan
-from multistep.controllers.script import Problem, Skip, Steps
+from multistep.controllers.script import Does, Problem, Skip, Steps
 from multistep.controllers.trunk import race_rates, worth_training
+from multistep.controllers.wealth import Purse
 
 
-def race(problem: Problem) -> Steps:
+def race(problem: Problem) -> Does[Purse]:
     plan = Plan(problem)
     yield from plan.until(_models(plan))
     yield from stages.predict(plan)
     yield from stages.finish(plan)
+    return plan.purse
 
 
 def _models(plan: Plan) -> Steps:

@@ -7,9 +7,11 @@ After each stretch of the trunk a short cool-down says what it is worth, paired 
     gap         worse while the training loss falls: more dropout and decay; smoother targets; a lower rate
     divergence  not finite, or no way back from spikes: back to the last good state with a third of the rate
 
+No setting leaves what is searched (space.py), and what nobody may move stays: where the rate was given, a divergence ends training.
 A correction is a transaction: from the state before the stretch the same stretch is trained with it, and after an equal cool-down it is
-compared with what went on as before. The better one is committed, the other is as if it had never been; ties go to what was there. What
-was refused is not tried again before something has helped; when nothing is left to try, two more stretches without a gain end training.
+compared with what went on as before; where the time for that is not there, none is tried. The better one is committed, the other is as if
+it had never been; ties go to what was there. What was refused is not tried again before something has helped; when nothing is left to
+try, two more stretches without a gain end training.
 """
 
 from __future__ import annotations
@@ -28,20 +30,21 @@ from multistep.controllers.members import (
     worse,
 )
 from multistep.controllers.script import Does, Skip
-from multistep.controllers.space import Space, value_of
+from multistep.controllers.space import value_of
 from multistep.types import Outcome
 
 MOST_STRETCHES = 10
 IDLE = 2  # stretches without a gain, and nothing left to try: training ends
 BEHIND = 0.1  # the chance of seeing a gap where there is none
-BACK = 1 / 3  # of the rate after a divergence
+RATE, BACK = "optimizer.lr", 1 / 3  # of the rate after a divergence
+DIVERGED = 2  # times that it is lowered
 _CAUSES = {
     "plateau": ("half the rate", "twice the rate", "twice the batch"),
     "gap": ("more dropout", "more decay", "smoother targets", "half the rate"),
 }
 _MOVES: dict[str, tuple[str, float, float]] = {  # path, times, plus
-    "half the rate": ("optimizer.lr", 0.5, 0.0),
-    "twice the rate": ("optimizer.lr", 2.0, 0.0),
+    "half the rate": (RATE, 0.5, 0.0),
+    "twice the rate": (RATE, 2.0, 0.0),
     "twice the batch": ("batch_size", 2.0, 0.0),
     "more dropout": ("dropout", 1.0, 0.1),
     "more decay": ("optimizer.weight_decay", 10.0, 0.01),
@@ -62,22 +65,23 @@ def reactive(ground: Ground) -> Found:
         outcome = yield from judged_stretch(ground, member, stretch, "on as before", best)
         if outcome is None:
             diverged += 1
-            if diverged > 2:
-                yield Skip(stage="reactive", why="training diverged again at a ninth of its rate: it ends")
+            rate, lower = value_at(ground, member, RATE), moved(ground, member, RATE, BACK)
+            if lower is None or diverged > DIVERGED:
+                why = "and no lower one may be tried" if lower is None else f"after it was lowered {DIVERGED} times"
+                yield Skip(stage="reactive", why=f"training diverged at learning rate {rate:.2g}, {why}: it ends")
                 break
-            rate = BACK * member.point.get("optimizer.lr", value_of(ground.prior(), "optimizer.lr"))
-            member = Member(member.name, {**member.point, "optimizer.lr": rate}, trunk=before)
+            member = Member(member.name, {**member.point, RATE: lower}, trunk=before)
             continue
         if best is None or better(outcome):
             best, idle = replace(member), 0
             refused.clear()
             continue
         cause = "gap" if worse(outcome, BEHIND) and member.train_loss < best.train_loss else "plateau"
-        moved = yield from corrected(ground, member, before, share, cause, refused)
-        if moved is None:
+        better_one = yield from corrected(ground, member, before, stretch, share, cause, refused)
+        if better_one is None:
             idle += 1
             continue
-        member, idle = moved, 0
+        member, idle = better_one, 0
         refused.clear()
         if member.merit > best.merit:
             best = replace(member)
@@ -104,26 +108,35 @@ def judged_stretch(
 
 
 def corrected(
-    ground: Ground, stayed: Member, before: str | None, share: float, cause: str, refused: set[str]
+    ground: Ground, stayed: Member, before: str | None, stretch: float, share: float, cause: str, refused: set[str]
 ) -> Does[Member | None]:
-    """Corrections for this cause, one after the other, each beside what `stayed` as it was; the first that is better. None: none is."""
-    known = _paths(ground.space())
+    """Corrections for this cause, one after the other, each for the same `stretch` as what `stayed` as it was; the first that is better.
+    None: none is."""
     for name in _CAUSES[cause]:
         path, times, plus = _MOVES[name]
-        if name in refused or path not in known:
+        if name in refused or (value := moved(ground, stayed, path, times, plus)) is None:
             continue
-        if not (stretch := affordable(ground, share)):
+        if affordable(ground, share) < stretch:
             break
-        value = times * stayed.point.get(path, value_of(ground.prior(), path)) + plus
-        moved = Member(name, {**stayed.point, path: value}, trunk=before)
+        other = Member(name, {**stayed.point, path: value}, trunk=before)
         outcome = yield from judged_stretch(
-            ground, moved, stretch, f"{cause}: this in place of going on as before", stayed
+            ground, other, stretch, f"{cause}: this in place of going on as before", stayed
         )
         if outcome is not None and better(outcome):
-            return replace(moved, name=stayed.name)
+            return replace(other, name=stayed.name)
         refused.add(name)
     return None
 
 
-def _paths(space: Space) -> set[str]:
-    return {axis.path for axis in space.axes}
+def value_at(ground: Ground, member: Member, path: str) -> float:
+    return member.point.get(path, value_of(ground.prior(), path))
+
+
+def moved(ground: Ground, member: Member, path: str, times: float, plus: float = 0.0) -> float | None:
+    """A member's setting, moved as far as what is searched goes; None where that is not at all, or nobody may move it."""
+    axis = next((a for a in ground.space().axes if a.path == path), None)
+    if axis is None:
+        return None
+    now = value_at(ground, member, path)
+    value = axis.inside(times * now + plus)
+    return None if value == now else value

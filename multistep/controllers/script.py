@@ -11,7 +11,8 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol, TypeVar
 
 from multistep.config import FitConfig
-from multistep.controllers.wealth import Wealth
+from multistep.controllers.wealth import Purse, Wealth
+from multistep.standing import Of, eligible
 from multistep.strategy import Action, Trial
 from multistep.text import NgramFeatures
 from multistep.types import Outcome, Spec, TaskKind, Unit
@@ -73,7 +74,7 @@ Ask = Trial | Skip | Reserve
 Does = Generator[Ask | tuple[Trial, ...], Any, T]  # a part of a script that comes back with a T
 Steps = Does[None]
 Step = Does[Outcome]
-Script = Callable[[Problem], Steps]
+Script = Callable[[Problem], Does[Purse]]  # comes back with what is left of its wealth
 
 
 class Reached(Exception):
@@ -81,15 +82,18 @@ class Reached(Exception):
 
 
 class BasePlan:
-    """What every script keeps track of while it runs: the trials, by number, what is left of the budget, and what the profile found."""
+    """What every script keeps track of while it runs: the trials, by number, what is left of the budget, and what the profile found.
+    `purse`: what an earlier part of the run has left of its wealth."""
 
-    def __init__(self, budget: float, target: Target | None = None):
+    of: Of = "answers"
+
+    def __init__(self, budget: float, target: Target | None = None, purse: Purse | None = None):
         self.remaining = budget
         self.facts: dict[str, Any] = {}
         self.target = target
         self.reached = ""  # by what, once it was
         self._armed = False  # whether reaching it ends what goes on
-        self._wealth: dict[str, Wealth] = {}  # by the split that judges
+        self.purse: Purse = {} if purse is None else purse
         self._trials = 0
 
     def trial(
@@ -121,24 +125,25 @@ class BasePlan:
     def asked(
         self, stage: str, action: Action, why: str, *, start: str | None = None, share: float = 0.0,
         against: str | None = None, commit: bool = True, watch: bool = False, judges: str = "control",
-        stake: float = 1.0,
+        stake: float = 1.0, among: int = 1,
     ) -> Trial:  # fmt: skip
-        """The next trial, with the chance of an error that it may have. A probe ships nothing: its comparisons are free."""
+        """The next trial, with the chance of an error that it may have. A probe ships nothing: its comparisons are free. `among`: how many
+        are asked together, this one with them."""
         self._trials += 1
-        wealth = self._wealth.setdefault(judges if commit and judges else "free", Wealth())
+        wealth = self.purse.setdefault(judges if commit and judges else "free", Wealth())
         return Trial(
             id=f"{self._trials:02d}-{stage}", stage=stage, action=action, start=start, share=round(share, 3), why=why,
             against=against, commit=commit, watch_gap=watch, patience=self.patience(stage, action, commit),
-            alpha=wealth.level(stake),
+            alpha=wealth.level(stake, among),
         )  # fmt: skip
 
     def took(self, trial: Trial, outcome: Outcome, judges: str = "control") -> None:
         """Take in what came of a trial."""
         self.remaining = outcome.remaining
+        taken = eligible(self.of, trial, outcome) and (outcome.verdict is None or outcome.verdict.accept)
         if judges and trial.commit:
-            self._settle(trial, outcome, self._wealth.setdefault(judges, Wealth()))
+            self._settle(trial, outcome, self.purse.setdefault(judges, Wealth()), taken)
         self.told(trial.action, outcome)
-        taken = trial.commit and outcome.ok and (outcome.verdict is None or outcome.verdict.accept)
         if self.target is None or self.reached or not taken:
             return
         found = outcome.metrics.get(self.target.metric)
@@ -154,12 +159,12 @@ class BasePlan:
         if self.reached and self._armed:
             raise Reached
 
-    def _settle(self, trial: Trial, outcome: Outcome, wealth: Wealth) -> None:
-        """Pay for the comparison with what stands, or earn what was found: what is only cheaper is no find."""
+    def _settle(self, trial: Trial, outcome: Outcome, wealth: Wealth, taken: bool) -> None:
+        """Pay for the comparison with what stands, or earn what was found: what is only cheaper is no find, nor what is rolled back."""
         verdict = outcome.verdict
         if verdict is not None and verdict.evidence:
             found = any(c.difference > 0 and c.p <= trial.alpha for c in verdict.evidence)
-            wealth.settle(trial.alpha, verdict.accept and found)
+            wealth.settle(trial.alpha, taken and found)
 
     def until(self, steps: Steps) -> Steps:
         """The steps, to their end or to where the target stands."""
@@ -190,10 +195,10 @@ class Controller(Protocol):
 
 
 class Scripted:
-    """A controller from the steps of a script."""
+    """A controller from the steps of a script. `result`: what the script came back with, at its end."""
 
-    def __init__(self, steps: Steps):
-        self._steps = steps
+    def __init__(self, steps: Does[Any]):
+        self._steps, self.result = steps, None
         self._begun = self._ended = False
         self._queue: deque[Trial] = deque()  # of several that were yielded at once: not asked yet
         self._group: tuple[Trial, ...] = ()  # whose outcomes the script waits for
@@ -212,8 +217,8 @@ class Scripted:
         self._group, self._told = (), {}
         try:
             asked = self._steps.send(answer) if self._begun else next(self._steps)
-        except StopIteration:
-            self._ended = True
+        except StopIteration as end:
+            self._ended, self.result = True, end.value
             return None
         self._begun = True
         if isinstance(asked, tuple):

@@ -41,13 +41,17 @@ class Axis(Spec):
             return _rounded(self.low * (self.high / self.low) ** share)
         return _rounded(self.low + (self.high - self.low) * share)
 
+    def inside(self, value: float) -> float:
+        """The nearest setting that may be taken."""
+        return min(self.high, max(self.low, value))
+
     def moved(self, value: float, up: bool) -> float:
         """A neighbour, inside of the range."""
         if self.log:
             value = max(value, self.low) * (NUDGE if up else 1 / NUDGE)
         else:
             value += (0.1 if up else -0.1) * (self.high - self.low)
-        return _rounded(min(self.high, max(self.low, value)))
+        return _rounded(self.inside(value))
 
 
 class Space(Spec):
@@ -58,6 +62,10 @@ class Space(Spec):
     def draw(self, random: Random) -> dict[str, float]:
         """Any point, every axis evenly over its scale."""
         return {axis.path: axis.at(random.random()) for axis in self.axes}
+
+    def nearest(self, strategy: Training) -> dict[str, float]:
+        """The point at which a strategy is, or the nearest to it."""
+        return {axis.path: axis.inside(value_of(strategy, axis.path)) for axis in self.axes}
 
     def suggest(self, trial: Any) -> dict[str, float]:
         """A point that a trial of Optuna proposes."""

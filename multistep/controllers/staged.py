@@ -11,8 +11,9 @@ from collections.abc import Callable
 from multistep.controllers import plan as stages
 from multistep.controllers.members import Found, legs
 from multistep.controllers.plan import Plan
-from multistep.controllers.script import Problem, Script, Skip, Steps, left_out
+from multistep.controllers.script import Does, Problem, Script, Skip, Steps, left_out
 from multistep.controllers.trunk import average, race_rates, soup, trunk, worth_training
+from multistep.controllers.wealth import Purse
 from multistep.strategy import FitLinear
 from multistep.types import Outcome
 
@@ -20,7 +21,7 @@ LONG_SHOT = 0.25  # the stake of other features: what comes later needs the leve
 Train = Callable[[Plan], Found]
 
 
-def staged(problem: Problem) -> Steps:
+def staged(problem: Problem) -> Does[Purse]:
     """A calibrated prior, a short race, one trunk, averages, prediction: the default."""
     return _run(problem, _race_and_trunk)
 
@@ -28,18 +29,19 @@ def staged(problem: Problem) -> Steps:
 def searching(search: Train, what: str) -> Script:
     """The same around a search over strategies."""
 
-    def script(problem: Problem) -> Steps:
+    def script(problem: Problem) -> Does[Purse]:
         return _run(problem, search)
 
     script.__doc__ = what
     return script
 
 
-def _run(problem: Problem, train: Train) -> Steps:
+def _run(problem: Problem, train: Train) -> Does[Purse]:
     plan = Plan(problem)
     yield from plan.until(_models(plan, train))
     yield from stages.predict(plan)
     yield from stages.finish(plan)
+    return plan.purse
 
 
 def _models(plan: Plan, train: Train) -> Steps:

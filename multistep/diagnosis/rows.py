@@ -17,7 +17,8 @@ from typing import Any
 
 from multistep.diagnosis.base import Diagnosis, percent, with_error
 from multistep.diagnosis.curves import Gain
-from multistep.metrics.power import FEWEST_ROWS, LARGE, detectable, least_wins
+from multistep.metrics.power import FEWEST_ROWS, detectable, least_wins
+from multistep.metrics.verdicts import large
 from multistep.types import Comparison, Spec
 
 NEAR_SHARE = 0.01  # of a split: fewer rows of the same words in another order are chance
@@ -89,9 +90,10 @@ def _rows(pair: str, found: Leaks) -> str:
 
 
 def small_validation(
-    metric: str, value: float, higher_is_better: bool, zero_one: bool, rows: int, stderr: float
+    metric: str, value: float, higher_is_better: bool, zero_one: bool, rows: int, stderr: float, halved: bool = True
 ) -> Diagnosis:
-    """`value`: of the incumbent; `stderr`: of paired differences in this run, on `rows` rows."""
+    """`value`: of the incumbent; `stderr`: of paired differences in this run, on `rows` rows. `halved`: these are half of the validation
+    rows, and prediction was to be tuned on the others."""
     seen, noise = detectable(stderr, rows, zero_one), detectable(stderr, rows, False)
     wanted = COARSE * max(1.0, abs(value)) if higher_is_better else COARSE_LOSS * abs(value)
     numbers = {
@@ -105,14 +107,17 @@ def small_validation(
     words = f"on {rows} rows a gain of {metric} below {seen:.2g} would be missed more than one time in five (alpha 0.1, power 0.8)"
     if rows >= FEWEST_ROWS and seen <= wanted:
         return Diagnosis(name="validation too small", numbers=numbers, words=words)
-    if rows < FEWEST_ROWS:
-        words += (
-            f"; with fewer than {FEWEST_ROWS} rows only gains of {LARGE:g} changed the course, and no blend, calibration or "
-            "thresholds were fitted"
-        )
+    if rows < FEWEST_ROWS and (least := large(metric, value)):
+        words += f"; with fewer than {FEWEST_ROWS} rows only gains of {least:.3g} changed the course"
+        words += ", and no blend, calibration or thresholds were fitted" if halved else ""
     needed = max(FEWEST_ROWS, math.ceil(rows * (noise / max(wanted, 1e-12)) ** 2))
     needed = max(needed, math.ceil(least_wins() / wanted)) if zero_one else needed
-    action = f"give {2 * needed:,} validation rows or more (half of them decide training): then a gain of {wanted:.2g} is seen"
+    wanted_rows = (
+        f"{2 * needed:,} validation rows or more (half of them decide training)"
+        if halved
+        else f"{needed:,} validation rows or more"
+    )
+    action = f"give {wanted_rows}: then a gain of {wanted:.2g} is seen"
     return Diagnosis(name="validation too small", numbers={**numbers, "needed": needed}, words=words, action=action)
 
 

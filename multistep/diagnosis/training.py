@@ -1,7 +1,7 @@
 """Rules about training: they read what trials left in the journal, and how a model does on rows that it was and was not trained on.
 
     divergence        a training went back three times for bad batches, or was stopped by them
-    overfitting       a watch saw validation rise while train fell; or at the end train has at most a quarter of validation's errors
+    overfitting       at the end train has at most a quarter of validation's errors; or a watch saw validation rise while train fell
     underfitting      train and validation alike bad, and train still falls
     plateau           no gain beyond noise over the second half of the looks
     budget too small  a law fitted to the looks says that twice the training brings something beyond noise; or nothing was trained
@@ -129,7 +129,8 @@ def rise(seen: Sequence[Mapping[str, Any]]) -> str:
 
 
 def overfitting(trained: Sequence[Trained], fit: Fit | None, advice: Advice) -> Diagnosis | None:
-    """By the gap where it was measured, else by what a watch saw, else by the losses of the last look."""
+    """By the gap, where it was measured and is one; else by what a watch saw, although what stands now may have no gap: the run went back;
+    else, where no gap was measured, by the losses of the last look."""
     action = f"add rows; without them, regularize: {advice.regularized}"
     if fit is not None and _by_heart(fit):
         words = (
@@ -267,8 +268,10 @@ def budget(trained: Sequence[Trained], untrained: str, advice: Advice, seed: int
 
 
 def _longest(trained: Sequence[Trained]) -> Trained | None:
-    """The last training with a curve, or looks: a probe of the race is none."""
-    return next((t for t in reversed(trained) if (t.looks or t.curve) and t.stage != "race"), None)
+    """The last training with a curve, or looks. A probe of the race is none; a cool-down, whose curve is that of its falling rate, only
+    where nothing else was trained."""
+    known = [t for t in reversed(trained) if (t.looks or t.curve) and t.stage != "race"]
+    return next((t for t in known if t.stage != "cool-down"), known[0] if known else None)
 
 
 def _points(training: Trained) -> tuple[str, np.ndarray, np.ndarray]:

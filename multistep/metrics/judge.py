@@ -24,7 +24,7 @@ _ZERO_ONE = ("accuracy", "exact_match")
 
 def compare(name: str, task: TaskLike, candidate: Scored, incumbent: Scored, seed: int = 0) -> Comparison:
     """Paired over the rows. Differences: candidate - incumbent, signed so that higher is better; p one-sided."""
-    metric = METRICS[check_metric(name, task.kind)]
+    metric, p_worse = METRICS[check_metric(name, task.kind)], None
     n, sign = len(candidate.targets), 1.0 if metric.higher_is_better else -1.0
     if n == 0 or not np.array_equal(candidate.targets, incumbent.targets):
         raise ValueError("compare: candidate and incumbent must be scored on the same rows, at least one")
@@ -47,9 +47,10 @@ def compare(name: str, task: TaskLike, candidate: Scored, incumbent: Scored, see
         stderr = float(spread) if n > 1 else math.nan
         by_chance = sign * swap_differences(cells, metric.of, seed)
         p, test = float((1 + np.sum(by_chance >= gain - 1e-12)) / (SWAPS + 1)), "swap"
+        p_worse = float((1 + np.sum(by_chance <= gain + 1e-12)) / (SWAPS + 1))
     return Comparison(
-        metric=metric.name, candidate=new, incumbent=old, difference=gain, stderr=stderr, p=p, n=n, test=test
-    )
+        metric=metric.name, candidate=new, incumbent=old, difference=gain, stderr=stderr, p=p, n=n, test=test, p_worse=p_worse
+    )  # fmt: skip
 
 
 def counted(metric: str, new: float, old: float, gain: float, stderr: float, gain_N: np.ndarray) -> Comparison:

@@ -30,7 +30,7 @@ import numpy as np
 from multistep.metrics.counts import ratio
 from multistep.metrics.judge import counted, not_finite
 from multistep.metrics.measure import stderr_of
-from multistep.metrics.verdicts import ALPHA, better, paired_t
+from multistep.metrics.verdicts import ALPHA, better, large_gain, paired_t
 from multistep.metrics.words import f1, last_number, normalized, rouge, rouge_words, unspaced
 from multistep.text import unspaced_share
 from multistep.types import Comparison, MetricValue, UserError, Verdict, nearest
@@ -287,7 +287,7 @@ def measure_texts(
 
 def compare_rows(name: str, candidate_NS: np.ndarray, incumbent_NS: np.ndarray, seed: int = 0) -> Comparison:
     """Paired over the examples. Differences: candidate - incumbent, signed so that higher is better; p one-sided."""
-    metric, n = _metric(name), len(candidate_NS)
+    metric, n, p_worse = _metric(name), len(candidate_NS), None
     if n == 0 or candidate_NS.shape != incumbent_NS.shape:
         raise ValueError("compare_rows: candidate and incumbent must be scored on the same rows, at least one")
     sign = 1.0 if metric.higher_is_better else -1.0
@@ -307,10 +307,12 @@ def compare_rows(name: str, candidate_NS: np.ndarray, incumbent_NS: np.ndarray, 
         differ = (candidate_NS != incumbent_NS).any(axis=1)
         moved_BS = _swapped((candidate_NS - incumbent_NS)[differ], seed)
         by_chance = sign * (metric.value(new_S - moved_BS) - metric.value(old_S + moved_BS))
-        p, test = float((1 + np.sum(by_chance >= gain - 1e-9 * abs(new))) / (SWAPS + 1)), "swap"
+        near = 1e-9 * max(abs(new), abs(old))
+        p, test = float((1 + np.sum(by_chance >= gain - near)) / (SWAPS + 1)), "swap"
+        p_worse = float((1 + np.sum(by_chance <= gain + near)) / (SWAPS + 1))
     return Comparison(
-        metric=metric.name, candidate=new, incumbent=old, difference=gain, stderr=stderr, p=p, n=n, test=test
-    )
+        metric=metric.name, candidate=new, incumbent=old, difference=gain, stderr=stderr, p=p, n=n, test=test, p_worse=p_worse
+    )  # fmt: skip
 
 
 def _swapped(difference_NS: np.ndarray, seed: int) -> np.ndarray:
@@ -323,10 +325,12 @@ def _swapped(difference_NS: np.ndarray, seed: int) -> np.ndarray:
 def judge_rows(
     name: str, candidate_NS: np.ndarray, incumbent_NS: np.ndarray, seed: int = 0, alpha: float = ALPHA
 ) -> Verdict:
-    """Accept a candidate that is better beyond noise. Losses that are not finite lose to any that are."""
+    """Accept a candidate that is better beyond noise. Losses that are not finite lose to any that are. Few rows decide only for a large
+    gain (`large_gain`)."""
     if refused := not_finite("losses", candidate_NS, incumbent_NS):
         return refused
-    return better((compare_rows(name, candidate_NS, incumbent_NS, seed),), alpha)
+    compared = compare_rows(name, candidate_NS, incumbent_NS, seed)
+    return better((compared,), alpha, large_gain(compared))
 
 
 def judge_texts(

@@ -18,6 +18,8 @@ ALPHA = 0.1  # of a gain that is none, where nothing else is asked for
 SAME = 0.01  # of the metric: a loss that is, less one standard error, within this is no loss
 CHEAPER = 0.9  # of the incumbent's mean latency: what counts as cheaper
 TEXTS, POINTS = 0.98, 0.3  # of an engine's texts that are the same, at least; of 100 points that it may lose
+_OF_100 = ("bleu", "chrf")  # all other metrics that are better when higher are in 0..1, or nearly
+_OF_TOKENS = ("perplexity", "bits_per_byte")  # a text is not one answer there but many: few of them say enough
 _LOWER = ("loss", "cost", "perplexity", "bits_per_byte")  # beside those metrics of labels that are better when lower
 _CLOSE = 1e-9  # relative: the same number, computed again
 _STEPS = 1000  # the p-values of both swap tests are whole numbers of thousandths
@@ -73,10 +75,33 @@ def better(evidence: Sequence[Comparison], alpha: float = ALPHA, least: float = 
 
 
 def large_gain(c: Comparison) -> float:
-    """The least gain on which so few rows decide: `LARGE` of the metric, or of what a loss was; 0 where they are enough."""
-    if c.n >= FEWEST_ROWS:
+    """The least gain on which so few rows decide; 0 where they are enough."""
+    return 0.0 if c.n >= FEWEST_ROWS else large(c.metric, c.incumbent)
+
+
+def large(metric: str, incumbent: float) -> float:
+    """`LARGE` on the metric's scale, or of what a loss was; 0 for what is read off the losses of single tokens."""
+    if metric in _OF_TOKENS:
         return 0.0
-    return LARGE * (abs(c.incumbent) if lower_is_better(c.metric) else 1.0)
+    return LARGE * (100.0 if metric in _OF_100 else abs(incumbent) if lower_is_better(metric) else 1.0)
+
+
+def mirrored(c: Comparison) -> Comparison:
+    """The same from the other side: the incumbent against the candidate. What came out is in both tails of a count, so that its p is more
+    than 1 - p. Swapped pairs of a journal that has only one of their tails say nothing from the other side."""
+    match c.test:
+        case "t":
+            p = paired_t(-c.difference, c.stderr, c.n)
+        case "mcnemar" if c.wins is not None and c.losses is not None:
+            p = mcnemar_p(c.losses, c.wins)
+        case "swap":
+            p = 1.0 if c.p_worse is None else c.p_worse
+        case _:
+            p = 1 - c.p
+    return c.with_(
+        candidate=c.incumbent, incumbent=c.candidate, difference=-c.difference, p=p, wins=c.losses, losses=c.wins,
+        p_worse=c.p if c.test == "swap" else None,
+    )  # fmt: skip
 
 
 def finite(by: Finite) -> Verdict:
@@ -178,9 +203,13 @@ def problems(verdict: Verdict) -> list[str]:
     """What of the evidence does not follow from the rest of it, in words."""
     read = comparisons(verdict)
     found = [problem for c in read if (problem := unsound(c))]
-    by = verdict.by.quality if isinstance(verdict.by, Admitted) else verdict.by
-    if isinstance(by, Gain) and by.least and by.least != large_gain(read[0]):
-        found.append(f"a gain of {by.least:g} was asked for on {read[0].n} rows")
+    by, first = verdict.by, read[:1]
+    if isinstance(by, Admitted):
+        by, first = by.quality, by.gain[:1]
+    if isinstance(by, Gain) and first and by.least != large_gain(first[0]):
+        found.append(
+            f"a gain of {by.least:g} was asked for on {first[0].n} rows, it has to be {large_gain(first[0]):g}"
+        )
     if len({c.n for c in read}) > 1:
         found.append(f"comparisons over the same rows have {' and '.join(str(c.n) for c in read)} of them")
     return found
@@ -188,7 +217,7 @@ def problems(verdict: Verdict) -> list[str]:
 
 def unsound(c: Comparison) -> str:
     """What of a comparison does not follow from the rest of it, in words; "" where all does. Swapped pairs cannot be swapped again
-    without the rows: of them only the steps of p are known."""
+    without the rows: of them only the steps of p are known, and what both sides of it have in common."""
     apart = c.incumbent - c.candidate if lower_is_better(c.metric) else c.candidate - c.incumbent
     scale = max(1.0, abs(c.candidate), abs(c.incumbent))
     if math.isfinite(apart) and not abs(apart - c.difference) <= 1e-6 * scale:
@@ -199,9 +228,18 @@ def unsound(c: Comparison) -> str:
         case "mcnemar":
             return _counted(c)
         case "swap":
-            steps = _STEPS * c.p
-            if not (0.5 < steps < _STEPS + 0.5 and abs(steps - round(steps)) < 1e-6):
-                return f"p = {c.p:.6g} is no count of swaps"
+            return _swapped(c)
+    return ""
+
+
+def _swapped(c: Comparison) -> str:
+    """Both tails are counts, and have the draw that came out in common."""
+    for p in (c.p,) if c.p_worse is None else (c.p, c.p_worse):
+        steps = _STEPS * p
+        if not (0.5 < steps < _STEPS + 0.5 and abs(steps - round(steps)) < 1e-6):
+            return f"p = {p:.6g} is no count of swaps"
+    if c.p_worse is not None and c.p + c.p_worse < 1 + 0.5 / _STEPS:
+        return f"p = {c.p:.6g} and {c.p_worse:.6g} from the other side leave swaps out"
     return ""
 
 

@@ -12,7 +12,7 @@ from multistep.replay.found import Found
 from multistep.report.summary import describe
 from multistep.standing import Of, Stood, after, settlement
 from multistep.strategy import Trial
-from multistep.types import Outcome, UserError
+from multistep.types import Comparison, Outcome, UserError
 
 Record = Mapping[str, Any]
 _ASKS = ("Asked", "Skipped", "Reserved")
@@ -73,7 +73,7 @@ def _stands(records: Sequence[Record], of: Of, found: Found) -> dict[str, Lived]
                 )
                 continue
             outcome = Outcome.parse(record["outcome"])
-            _rivals(record, trial, outcome, stood, found)
+            _rivals(record, of, trial, outcome, stood, found)
             try:
                 stood, committed = after(of, stood, trial, outcome)
             except _LOST as error:
@@ -90,9 +90,17 @@ def _settled(record: Record, due: Mapping[str, Any] | None, found: Found) -> Non
     elif due["kind"] != record["kind"]:
         found.wrong(record, f"{record['trial']} was {_word(record)}", f"it follows: {_decision(due)}")
     else:
-        now = plain_record(due)
-        for key in (k for k in now if now[k] != record.get(k)):
+        now, lived = plain_record(due), {**record, "evidence": _evidence(record["evidence"])}
+        for key in (k for k in now if now[k] != lived.get(k)):
             found.wrong(record, f"{key} {_short(record.get(key))}", f"from what was told follows {_short(now[key])}")
+
+
+def _evidence(compared: Any) -> Any:
+    """As a comparison is written now: an older journal does not have all of its fields. What is none stays as it is."""
+    try:
+        return [plain_record(Comparison.parse(c).model_dump()) for c in compared]
+    except (UserError, TypeError):
+        return compared
 
 
 def plain_record(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,15 +118,18 @@ def _decision(due: Mapping[str, Any]) -> str:
     return f"{due['trial']} is {_word(due)} ({due['rule']})"
 
 
-def _rivals(record: Record, trial: Trial, outcome: Outcome, stood: Stood, found: Found) -> None:
-    """Whom it was compared with: the best of its family as it stood, and whom the trial names."""
+def _rivals(record: Record, of: Of, trial: Trial, outcome: Outcome, stood: Stood, found: Found) -> None:
+    """Whom it was compared with: the best of its family as it stood, and whom the trial names. Where there was one the verdict has to be
+    there, and its name; models that write did not always name theirs."""
     facts = outcome.facts
-    for key, rival in (
-        ("family_rival", stood.families.get(str(facts.get("family")))),
-        ("against_rival", trial.against),
-    ):
+    family = stood.families.get(str(facts.get("family")))
+    for name, rival, due in (("family", family, of == "labels"), ("against", trial.against, True)):
+        key = f"{name}_rival"
         if key in facts and facts[key] != rival:
             found.wrong(record, f"{trial.id} was compared with {facts[key]}", f"{rival} stood")
+        keys = [f"{name}_verdict", *([] if of == "language" else [key])]
+        if outcome.ok and rival is not None and due and (missing := [k for k in keys if k not in facts]):
+            found.wrong(record, f"nothing of {' and '.join(missing)} of {trial.id}", f"it is compared with {rival}")
 
 
 def _pick(records: Sequence[Record], standings: Mapping[str, Lived], found: Found) -> None:

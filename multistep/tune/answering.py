@@ -20,7 +20,7 @@ from multistep.controllers.answering import AnsweringProblem
 from multistep.evaluate import Engine, TextModel
 from multistep.metrics import METRICS, Scored, compare, judge, measure
 from multistep.metrics.measure import stderr_of
-from multistep.metrics.verdicts import better, looked, paired_t
+from multistep.metrics.verdicts import better, large_gain, looked, paired_t
 from multistep.policy import Entry, Latency, Policy, admit, front, one_by_one, side_by_side
 from multistep.predictors import Predictor, Single, predict
 from multistep.predictors.conformal import fit_conformal
@@ -335,7 +335,7 @@ class Quality:
             metric="cost", candidate=float(new.mean()), incumbent=float(old.mean()), difference=gain, stderr=stderr,
             p=paired_t(gain, stderr, n), n=n, test="t",
         )  # fmt: skip
-        return better((compared,), alpha), compared
+        return better((compared,), alpha, large_gain(compared)), compared
 
 
 def _encodes(recipe: Recipe) -> bool:

@@ -38,7 +38,7 @@ Past = Sequence[tuple[Trial, Outcome]]
 
 class Known(NamedTuple):
     """What the rules read beside the trials. `report`: of the data, {} where there is none; `value`: of what stands, on the rows that
-    decide; `untrained`: why there is no training although there is a model to train."""
+    decide; `untrained`: why there is no training although there is a model to train; `halved`: only half of the validation rows decide."""
 
     metric: str
     value: MetricValue | None
@@ -50,6 +50,7 @@ class Known(NamedTuple):
     untrained: str = ""
     higher_is_better: bool = True
     seed: int = 0
+    halved: bool = True
 
 
 def diagnoses(past: Past, known: Known) -> list[Diagnosis]:
@@ -135,7 +136,7 @@ def _small_validation(past: Past, known: Known) -> Diagnosis | None:
     usual = (0.2 / known.rows) ** 0.5  # two models that differ in every fifth answer
     return of_rows.small_validation(
         known.metric, known.value.value, known.higher_is_better, zero_one, known.rows,
-        float(np.median(stderrs)) if stderrs else usual,
+        float(np.median(stderrs)) if stderrs else usual, known.halved,
     )  # fmt: skip
 
 
@@ -203,8 +204,11 @@ def run_diagnose(bench: Bench, trial: Trial, action: Diagnose, past: Past) -> Ru
         else:
             where = "train" if work.dataset.splits_given else "the file"
             found.append(of_rows.noisy_labels(noise(bench, measured), label, where))
-            if (gain := more_rows(measured, seed)) is not None:
-                found.append(of_rows.few_rows(gain, len(measured.rows_N), WHAT[work.task.kind], measured.model))
+            asked, n = len(measured.rows_N), len(work.texts["train"])
+            if asked < n:  # what more of a part would bring is not what more of all would
+                facts["not_measured"] = f"too little data: {measured.model} saw {asked:,} of the {n:,} rows of train"
+            elif (gain := more_rows(measured, seed)) is not None:
+                found.append(of_rows.few_rows(gain, n, WHAT[work.task.kind], measured.model))
     untrained = f"no training fitted into {bench.clock.budget}: the encoder is as it came" if work.has_encoder else ""
     known = Known(
         bench.metric, metrics.measure((bench.metric,), work.task, stands, seed=seed)[bench.metric], len(stands.targets),

@@ -1,7 +1,7 @@
 """What a language run does with a trial: profile, fit a cheap writer, train, average, decode, mix, read the test.
 
 Candidates are compared on the same records of the control half: by the texts that they write, or by what the right answers cost
-them where the metric is read off losses; where texts do not tell them apart, by losses if both have them.
+them where the metric is read off losses; where texts do not tell them apart, by losses if both have them and records are enough.
 Shapes: N records, S statistics of a metric.
 """
 
@@ -18,7 +18,7 @@ from multistep.controllers.language_plan import LanguageProblem, higher_is_bette
 from multistep.data.cells import Record
 from multistep.metrics.judge import compare_losses, not_finite
 from multistep.metrics.texts import judge_rows, measure_rows, statistics
-from multistep.metrics.verdicts import better
+from multistep.metrics.verdicts import better, large_gain
 from multistep.metrics.words import f1
 from multistep.models.ngram import NGram
 from multistep.other_writers import Mixed, Spans, measured, mixed_nats
@@ -162,7 +162,7 @@ class LanguageWorks:
         if found.accept or self.by_losses or candidate.losses_N3 is None or incumbent.losses_N3 is None:
             return found
         losses = candidate.losses_N3[:, 0], incumbent.losses_N3[:, 0]
-        if not found.evidence or found.evidence[0].difference < 0:
+        if not found.evidence or found.evidence[0].difference < 0 or large_gain(found.evidence[0]):
             return found
         return not_finite("losses", *losses) or better((found.evidence[0], compare_losses(*losses)), alpha)
 
@@ -181,11 +181,11 @@ class LanguageWorks:
         found: dict[str, Any] = {**facts, "standing": standing, "family": family, "judged": len(answers.rows_NS)}
         if trial.against is not None:
             rival = {**standing, "state": trial.against}
-            found |= {"against_verdict": self.verdict(answers, self.known(rival, split), trial.alpha).model_dump()}
+            against = self.verdict(answers, self.known(rival, split), trial.alpha)
+            found |= {"against_verdict": against.model_dump(), "against_rival": trial.against}
         if trial.commit and (before := self.best.get(family)) is not None and split == "control":
-            found["family_verdict"] = self.verdict(
-                answers, self.known({**standing, "state": before}, split), trial.alpha
-            ).model_dump()
+            best = self.verdict(answers, self.known({**standing, "state": before}, split), trial.alpha)
+            found |= {"family_verdict": best.model_dump(), "family_rival": before}
         verdict = None
         if trial.commit and self.incumbent is not None:
             verdict = self.verdict(answers, self.known(self.incumbent, split), trial.alpha)

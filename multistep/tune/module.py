@@ -274,7 +274,7 @@ class ModuleWorks:
         found = diagnoses(
             self.past,
             Known(p.metric, value, p.rows["validation"], advice_of_module(p.optimizer.kind, f"{2 * p.budget:g} {p.unit}"),
-                  higher_is_better=higher_is_better(p.metric), seed=self.seed),
+                  higher_is_better=higher_is_better(p.metric), seed=self.seed, halved=False),
         )  # fmt: skip
         records, outcome = told(trial, found, {}, started)
         yield from records

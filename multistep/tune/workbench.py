@@ -201,6 +201,8 @@ class Workbench:
     ) -> tuple[np.ndarray, bool]:
         """Pooled features [N,D] of the frozen encoder (of the rows `take`), and whether they came from the disk cache."""
         rows = self.rows(split, max_length)
+        if take is None and rows.below is not None:  # the hidden states that are kept are another state's
+            take = np.arange(len(rows.ids))
         part = rows if take is None else rows.subset(take)
         path = self._feature_path(part, max_length, bf16)
         cut = cut if take is None else 0
