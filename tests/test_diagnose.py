@@ -259,6 +259,11 @@ def test_modules_and_writers_are_told_what_the_journal_knows(tmp_path: Path, mon
     names = [r["name"] for r in result.records() if r["kind"] == "Diagnosed" and r.get("at") == "end"]
     clear = [r["facts"] for r in result.records() if r["kind"] == "Noted" and r["what"] == "not found"]
     assert {"validation too small", "budget too small", "plateau"} & {*names, *(clear[0] if clear else {})}
+    few = test_modules.run(validation=test_modules.blobs(15, 1), budget="12 updates")
+    (small,) = [r for r in few.records() if r["kind"] == "Diagnosed" and r["name"] == "validation too small"]
+    assert small["action"].startswith(f"give {small['numbers']['needed']:,} validation rows or more:"), (
+        "all of them decide"
+    )
     monkeypatch.setattr(measuring, "LEAST_TARGETS", 10)
     written = runs.run(
         test_language.config(test_language.corpus(tmp_path), tmp_path / "run", "lm", budget="120 updates")

@@ -266,12 +266,12 @@ def fork_of_corrections(machine: Machine) -> None:
         assert cool.against == cooled.id
 
 
-def test_a_correction_has_the_time_of_what_it_is_held_against_or_is_not_tried() -> None:
-    for budget in (1500, 2000, 2345, 3000, 5000):
-        machine = Machine(problem(budget), pace=30)
-        live("reactive", machine)
-        if any("in place of" in t.why for t in machine.trials):
-            fork_of_corrections(machine)
+@pytest.mark.parametrize("budget", [485, 596, 1500, 3000])
+@pytest.mark.parametrize("best", [PRIOR, 4 * PRIOR])
+def test_a_correction_has_the_time_of_what_it_is_held_against_or_is_not_tried(budget: float, best: float) -> None:
+    machine = Machine(problem(budget), pace=30, best_rate=best)
+    live("reactive", machine)
+    fork_of_corrections(machine)
 
 
 @pytest.mark.parametrize("given", [True, False])

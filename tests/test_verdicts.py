@@ -268,6 +268,32 @@ def test_a_small_gain_of_few_texts_is_none(rows: int) -> None:
     assert follows(without) == (rows == 40), "a replay asks for the large gain itself"
 
 
+@pytest.mark.parametrize("rows", [12, 40])
+def test_of_few_texts_losses_decide_nothing(rows: int) -> None:
+    from multistep.config import FitConfig
+    from multistep.controllers.language_plan import LanguageProblem
+    from multistep.tasks.writing import Writing
+    from multistep.tune.language import Answers, LanguageWorks
+
+    problem = LanguageProblem(
+        task=Writing(kind="translate"),
+        metric="chrf",
+        config=FitConfig(data="x.csv"),
+        rows={},
+        bytes={},
+        budget=60,
+        unit="seconds",
+    )
+    works: Any = LanguageWorks
+    works = works(None, problem, None, lambda: 0)
+    texts_NS = statistics("chrf", SAID[:rows], [(text,) for text in SAID[:rows]])
+    poor_N3 = np.stack([np.linspace(1, 2, rows), np.ones(rows), np.ones(rows)], axis=1)
+    good_N3 = poor_N3 - np.array([[0.5, 0, 0]]) * np.linspace(0.8, 1.2, rows)[:, None]
+    verdict = works.verdict(Answers(texts_NS, good_N3), Answers(texts_NS, poor_N3), ALPHA)
+    assert verdict.accept == (rows == 40) and follows(verdict)
+    assert ("loss gain" in verdict.rule) == (rows == 40)
+
+
 def test_the_second_comparison_decides_at_half_of_alpha() -> None:
     even, gain = counted(12, 12), lost(0.017)
     assert ALPHA / 2 < lost(0.013, 0.0085).p < ALPHA

@@ -106,7 +106,9 @@ def test_ways_to_write_pay_from_the_rows_that_judge_them() -> None:
     assert first.alpha == 0.1 > second.alpha
     machine = test_language_controller.driven(900.0, 0.2, kind="lm", loses=True)
     stages = {t.stage: t.alpha for t in machine.asked if isinstance(t, Trial)}
-    assert stages["mix"] == 0.1 > stages["recount"]
+    once = Wealth()
+    once.settle(0.1, found=False)
+    assert (stages["mix"], stages["recount"]) == (0.1, once.level())
 
 
 # ---------------------------------------------------------------------------------------------- what is a gain
