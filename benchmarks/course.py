@@ -1,7 +1,7 @@
 """The course: four datasets and a GPT, our controllers and every way that a competent user would spend the same minutes, paired.
 
 Equal wall clock; the test is never seen: a peer gets the same seconds for all it does from raw texts to a model that predicts, chooses on
-the validation split, and its test is loaded when it has ended. Its imports and its reading of the test are not counted; ours are.
+the validation split, and its test is loaded when it has ended. Its imports are not counted; ours are.
 Every run is a process of its own, killed at twice its budget + 120 s (and 1,800 s for a test). What is there is not run again; a failed
 run stays as a row with "ok": false and is run again. `--plan` says what is missing and about how long it takes.
 """

@@ -202,20 +202,18 @@ def test_nats_of_rows_are_those_of_every_character_once() -> None:
         np.testing.assert_allclose(nats_of(lambda ids_BT: table[ids_BT], found, rows, context), wanted, rtol=1e-5)
 
 
-def test_our_run_and_its_predictions_must_agree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_our_row_is_what_predict_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     labels = ["x"] * 10
     answers = {"predictions": [{"value": v} for v in ["x"] * 6 + ["y"] * 4]}
     monkeypatch.setattr(course_ours, "load", lambda name, split: ([""] * 10, labels))
     monkeypatch.setattr(course_ours, "multistep", lambda *words, limit_s: Ran(answers, 0, 1.0, ""))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "multistep.json").write_text('{"predictor": {"kind": "single", "model": "encoder"}}')
-
-    def row(read: float | None) -> dict[str, Any]:
-        return course_ours._right(tmp_path, tmp_path, "sst2", np.arange(10), read)
-
-    for read in (0.6, 0.8, None):
-        assert row(read)["accuracy"] == 0.6 and row(read)["facts"] == {"stands": "single of encoder"}
-    assert row(0.9) == {"ok": False, "error": "predict is right on 0.60000, the run read 0.90000"}
+    row = course_ours._right(tmp_path, tmp_path / "held.jsonl.gz", "sst2", np.arange(10))
+    assert row["accuracy"] == 0.6 and row["facts"] == {"stands": "single of encoder"}
+    monkeypatch.setattr(course_ours, "multistep", lambda *words, limit_s: Ran({}, 2, 1.0, "no such file"))
+    failed = course_ours._right(tmp_path, tmp_path / "held.jsonl.gz", "sst2", np.arange(10))
+    assert failed == {"ok": False, "status": 2, "error": "predict: no such file"}
 
 
 def test_a_process_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
