@@ -375,7 +375,7 @@ def test_more_goes_on_from_the_best_encoder() -> None:
 
 
 @pytest.mark.parametrize("name", ["staged", "race", "fixed"])
-@pytest.mark.parametrize("tokens_s, layers", [(200_000.0, 6), (20_000.0, 3), (12_000.0, 3), (6_000.0, 2), (4_500.0, 1)])
+@pytest.mark.parametrize("tokens_s, layers", [(200_000.0, 6), (20_000.0, 3), (12_000.0, 3), (8_000.0, 2), (6_000.0, 1)])
 def test_the_less_time_the_fewer_layers(
     name: str, tokens_s: float, layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
