@@ -13,7 +13,19 @@ from multistep.controllers.language import LANGUAGE_CONTROLLERS
 from multistep.controllers.language_plan import LanguageProblem
 from multistep.metrics.verdicts import better
 from multistep.predictors.decoding import Greedy
-from multistep.strategy import Decode, Diagnose, FitWriter, Profile, ReadTest, Shape, TrainWriter, Trial
+from multistep.strategy import (
+    Average,
+    Decode,
+    Diagnose,
+    FitWriter,
+    Mix,
+    Profile,
+    ReadTest,
+    Recount,
+    Shape,
+    TrainWriter,
+    Trial,
+)
 from multistep.tasks.writing import Writing
 from multistep.types import Comparison, Cost, Outcome
 
@@ -51,6 +63,7 @@ class Machine:
             case Diagnose():
                 cost_s = 0.0  # it reads what is there
             case FitWriter():
+                cost_s = GREEDY_S
                 self.standing = {"kind": "ngram" if self.kind == "lm" else "writer"}
             case TrainWriter():
                 cost_s = trial.share
@@ -58,6 +71,10 @@ class Machine:
             case Decode(decoding=decoding):
                 cost_s = self.width(decoding.model_dump()) * self.beam_s
                 self.standing = {"kind": "model", "decoding": decoding.model_dump()}
+            case Average():
+                cost_s = 1.3 * GREEDY_S  # a judgement, and more than was thought
+            case Mix() | Recount():
+                cost_s = 2.6 * GREEDY_S
             case ReadTest():
                 cost_s = 2 * self.width(self.standing.get("decoding")) * self.beam_s
         self.spent += cost_s
@@ -95,6 +112,16 @@ def test_a_run_ends_inside_its_budget(budget: float, beam_s: float, name: str) -
     machine = driven(budget, beam_s, name)
     assert machine.spent <= budget
     assert isinstance(machine.asked[-1], Trial) and isinstance(machine.asked[-1].action, ReadTest)
+
+
+@pytest.mark.parametrize(
+    "name, budget", [("staged", 60.0), ("staged", 120.0), ("race", 60.0), ("random", 120.0), ("reactive", 300.0)]
+)
+def test_there_is_time_to_count_the_held_out_text(budget: float, name: str) -> None:
+    machine = driven(budget, 1.0, name, kind="lm")
+    stages = [a.stage for a in machine.asked if isinstance(a, Trial)]
+    assert any(isinstance(a, Trial) and isinstance(a.action, TrainWriter) for a in machine.asked)
+    assert stages[-3:] == ["recount", "diagnose", "test"] and machine.spent <= budget
 
 
 def test_what_the_first_beams_took_decides_on_the_next() -> None:

@@ -221,7 +221,7 @@ def _reserve(plan: Plan) -> Steps:
     f = plan.facts
     written = plan.problem.task.writes and f["reads"] != "spans"
     decoding = (PASSES_AFTER if written else 1.0) * f["calibration_s"]
-    counting = RECOUNT * plan.count_s  # 0 where nothing was counted
+    counting = RECOUNT * plan.count_s + f["calibration_s"] if plan.count_s else 0.0
     yield from plan.reserve(min(f["test_s"] + decoding + counting, 0.3 * plan.remaining))
 
 

@@ -48,13 +48,13 @@ def _models(plan: Plan, train: Train) -> Steps:
     first = yield from stages.incumbent(plan)  # needs no profile, so that it stands a few seconds sooner
     yield from stages.profile(plan)
     length, rows = yield from stages.encoder_rows(plan)
-    yield from more_linear(plan, first, long=not length)
+    yield from more_linear(plan, first, long=not length or plan.scratch is not None)
     if length:
         yield from encoder(plan, rows, train)
 
 
 def more_linear(plan: Plan, first: Outcome, long: bool) -> Steps:
-    """The linear family on all rows and with other features: all of them where there is no encoder, else what is nearly free."""
+    """The linear family on all rows and with other features: all of them where no pretrained encoder is, else what is nearly free."""
     rows, features = plan.problem.rows["train"], plan.problem.linear
     if skipped := left_out(plan.problem.config, "linear"):
         yield from skipped

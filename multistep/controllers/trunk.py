@@ -16,6 +16,7 @@ from multistep.types import Outcome, Verdict
 
 PROBE_SHARE = 0.06  # of what is left, for each probe
 PROBE_UPDATES = 60  # a shorter probe says nothing
+PROBE_EPOCHS = 0.5  # nor does one of random weights that sees less of train
 SOUP_SHARE = 0.2  # of what is left at most is kept for a soup; one that costs more is not made
 LEAST_UPDATES = 30  # a trunk shorter than this is not begun
 LEAST_EPOCHS = 1.0  # nor one that does not see train once: it only disturbs the solved head (measured, LOG.md)
@@ -46,6 +47,12 @@ def race_rates(plan: Plan, action: FineTune, start: str | None) -> Does[float]:
             stage="race",
             why=f"a probe of {PROBE_SHARE:.0%} would be {n:.0f} updates (< {PROBE_UPDATES}): the prior {prior:g} is used",
         )
+        return prior
+    if plan.scratch and plan.timed and (seen := plan.epochs(share, action.layers)) < PROBE_EPOCHS:
+        why = (
+            f"a probe of {PROBE_SHARE:.0%} would see {seen:.1f} epochs (< {PROBE_EPOCHS:g}), too few for random weights"
+        )
+        yield Skip(stage="race", why=f"{why}: the prior {prior:g} is used")
         return prior
     best_rate = prior
     told = yield from plan.trial(
