@@ -24,7 +24,7 @@ WHY = "what is the matter, and what to do next"
 RIDGE_FLOPS = 3e10  # a second; the fits of `evidence.by_head` in double precision, on one core
 SCORE_S = 6e-7  # for each row and output: scores to probabilities
 OVERHEAD_S = 0.3  # laws, resampling, words in another order
-FOLDS_PATHS = 2.5  # what `evidence.by_linear` takes, in paths of strengths
+FOLDS_PATHS = 4.0  # what `evidence.by_linear` takes, in paths of strengths
 
 
 def has_features(plan: Plan) -> bool:
