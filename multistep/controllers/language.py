@@ -37,6 +37,7 @@ PASSES_AFTER = (
     6.0  # what ways of decoding may take, as a multiple of writing the calibration rows greedily, kept for the end
 )
 A_BEAM = 2.0  # what a beam costs, greedy = 1, before the first beams are measured
+MIX = 3.0  # what a mixture takes, as a multiple of judging the calibration rows: both models, and the weights
 RECOUNT = 3.0  # times what counting train took: twice with more text, and judging
 
 
@@ -220,7 +221,7 @@ def _reserve(plan: Plan) -> Steps:
         return
     f = plan.facts
     written = plan.problem.task.writes and f["reads"] != "spans"
-    decoding = (PASSES_AFTER if written else 1.0) * f["calibration_s"]
+    decoding = (PASSES_AFTER if written else MIX if plan.count_s else 1.0) * f["calibration_s"]
     counting = RECOUNT * plan.count_s + f["calibration_s"] if plan.count_s else 0.0
     yield from plan.reserve(min(f["test_s"] + decoding + counting, 0.3 * plan.remaining))
 
