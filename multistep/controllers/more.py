@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from multistep.controllers import plan as stages
+from multistep.controllers import stages
 from multistep.controllers.plan import Plan
 from multistep.controllers.script import Does, Problem, Skip
 from multistep.controllers.trunk import average, trunk

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from multistep.controllers import plan as stages
+from multistep.controllers import stages
 from multistep.controllers.members import Found, legs
 from multistep.controllers.plan import Plan
 from multistep.controllers.script import Does, Problem, Script, Skip, Steps, left_out

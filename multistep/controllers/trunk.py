@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from multistep.controllers.plan import MOST_EPOCHS, Plan, Step
-from multistep.controllers.script import Does, Skip, Steps, left_out
+from multistep.controllers.plan import MOST_EPOCHS, Plan
+from multistep.controllers.script import Does, Skip, Step, Steps, left_out
 from multistep.metrics.power import FEWEST_ROWS
 from multistep.schedules import Linear, Plateau
 from multistep.strategy import Action, Average, FineTune
