@@ -68,8 +68,8 @@ class Work:
     def rows(self, split: str, max_length: int) -> Rows:
         return self.splits[split]
 
-    def encoder(self, state: str | None = None) -> torch.nn.Module:
-        return self.states[state]
+    def base(self) -> torch.nn.Module:
+        return self.states[None]
 
     def fits_hidden(self, rows: Rows) -> bool:
         return True
@@ -84,10 +84,11 @@ def test_states_below_what_is_trained_are_those_of_the_state_it_starts_from(
     top = make_encoder(layers=LAYERS).eval()
     with torch.no_grad():
         top.layers()[2].output.dense.weight.mul_(1.5)
-    bench = SimpleNamespace(work=Work(make_rows, {None: first, "head": first, "whole": trained, "top": top}))
+    states = {None: first, "head": first, "whole": trained, "top": top}
+    bench = SimpleNamespace(work=Work(make_rows, states))
 
     def hidden(layers: int, start: str | None) -> torch.Tensor:
-        rows = training_rows(bench, FineTune(layers=layers, max_length=64), start)
+        rows = training_rows(bench, FineTune(layers=layers, max_length=64), states[start], start)
         assert isinstance(rows, Rows) and rows.cut == LAYERS - layers
         return rows.hidden_SD if rows.hidden_SD is not None else torch.zeros(0)
 

@@ -75,7 +75,7 @@ TEXTS = (
 
 def test_a_run_is_tuned_and_served_as_it_was_judged(run_dir: Path, judged: str, cascades: None) -> None:
     before = (run_dir / "model" / "README.md").read_text(encoding="utf-8")
-    policy = tune_run(run_dir, budget="10s", data=judged)
+    policy = tune_run(run_dir, budget="60s", data=judged)
     names = [e.name for e in policy.entries]
     assert names[0] == "as it stands" == policy.default and policy.pick in names
     assert any(e.facts.get("recipe", {}).get("first") == "linear" for e in policy.entries), "no cascade was tried"

@@ -34,7 +34,7 @@ class TextArena:
     """`base`: the strategy of `fit` for this encoder, whose optimizer and schedule the comparison replaces."""
 
     def __init__(self, bench: Bench, base: FineTune, regime: Regime, scale: Mapping[str, float], curve_rows: int):
-        self.train: TrainData = KeptOrders(training_rows(bench, base))
+        self.train: TrainData = KeptOrders(training_rows(bench, base, bench.work.encoder()))
         self.regime: Regime = regime
         self.metric, self.bf16, self.scale = bench.metric, base.bf16, scale
         self.batch_size, self.schedule = base.batch_size, base.schedule

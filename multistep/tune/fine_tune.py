@@ -29,8 +29,9 @@ LOOK_ROWS = 1000  # of the control split, for early stopping and the plateau
 def run_fine_tune(bench: Bench, trial: Trial, action: FineTune) -> Run:
     started = time.monotonic()
     work = bench.work
-    data = training_rows(bench, action, trial.start)
-    state = TrainState(work.encoder(trial.start))
+    model = work.encoder(trial.start)
+    data = training_rows(bench, action, model, trial.start)
+    state = TrainState(model)
     state.counters.seed = work.config.seed
     watch = _looks(bench, trial, action) or _gap_watch(bench, trial, action)
     if action.objective.reads_tables() and action.trains == "top" and action.layers < state.model.n_layers:
@@ -56,14 +57,13 @@ def run_fine_tune(bench: Bench, trial: Trial, action: FineTune) -> Run:
 # ---------------------------------------------------------------------------------------------- data
 
 
-def training_rows(bench: Bench, action: FineTune, start: str | None = None) -> Rows | AugmentedRows:
-    """Train's rows: cached hidden states below the layers that are trained from `start` where they fit in memory, else token ids; those
-    of texts that change every epoch where that was asked for."""
+def training_rows(bench: Bench, action: FineTune, model: TextEncoder, start: str | None = None) -> Rows | AugmentedRows:
+    """Train's rows for `model`, which is at the state `start`: cached hidden states below the layers that are trained where they fit in
+    memory, else token ids; those of texts that change every epoch where that was asked for."""
     work = bench.work
     rows = work.rows("train", action.max_length)
-    model = work.encoder(start)
     cut = _cut(model, action)
-    below = start if start and cut and _changed_below(work.encoder(), model, cut) else None
+    below = start if start and cut and _changed_below(work.base(), model, cut) else None
     for split in ("train", "control"):
         part = work.rows(split, action.max_length)
         if part.cut > cut or (part.cut and part.below != below):  # kept above what is trained now, or of other weights
@@ -80,7 +80,7 @@ def _changed_below(first: TextEncoder, model: TextEncoder, cut: int) -> bool:
     """Whether anything below the layers that are trained is not as it was: a run that is given more time may train fewer of them."""
     above = {id(p) for part in (*model.layers()[cut:], model.head) for p in part.parameters()}
     pairs = zip(first.parameters(), model.parameters(), strict=True)
-    return any(id(b) not in above and not torch.equal(a, b) for a, b in pairs)
+    return any(id(b) not in above and not torch.equal(a.to(b.device), b) for a, b in pairs)
 
 
 def _cut(model: TextEncoder, action: FineTune) -> int:
