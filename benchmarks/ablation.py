@@ -29,7 +29,7 @@ from _common import (
 from multistep.metrics.verdicts import mcnemar_p
 
 BENCH = "ablation"
-STAGES = ("linear", "race", "average", "predict")
+STAGES = ("linear", "race", "average", "predict", "refit")
 CELLS = (("banking77", "60s"), ("sst2", "60s"), ("chnsenticorp", "60s"))
 
 

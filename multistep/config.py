@@ -81,7 +81,7 @@ class FitConfig(Spec):
     label: str | None = None
     model: str = "auto"  # auto, lstm (labels only), none, a folder, a hub name
     controller: Literal["staged", "race", "fixed", "reactive", "halving", "population", "bayes", "random"] = "staged"
-    skip: tuple[Literal["linear", "race", "average", "predict"], ...] = ()  # stages that are left out
+    skip: tuple[Literal["linear", "race", "average", "predict", "refit"], ...] = ()  # stages that are left out
     until: str | None = None  # METRIC=VALUE at which training ends, such as f1=0.93; None: with the budget
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: Objective | None = None  # None: the task's own

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from multistep.policy import Entry
 from multistep.predictors import Predictor, Single
-from multistep.strategy import Predict, Profile, Trial
+from multistep.strategy import Predict, Profile, Refit, Trial
 from multistep.types import Outcome, Verdict
 
 Of = Literal["labels", "module", "language", "answers", "ways"]
@@ -27,7 +27,8 @@ _PREDICTOR: TypeAdapter[Predictor] = TypeAdapter(Predictor)
 @dataclass(frozen=True)
 class Stood:
     """`incumbent`: what is served, as JSON. `families`: the best state of each. `entries`: of tuning, what was measured; `stood`: their
-    names that have stood; `refused`: what was not measured to its end, and why; `rule`: by which the last was taken."""
+    names that have stood; `refused`: what was not measured to its end, and why; `rule`: by which the last was taken. `refits`: the state
+    that is served in place of one that was judged."""
 
     incumbent: dict[str, Any] | None = None
     families: Mapping[str, str] = field(default_factory=dict)
@@ -35,6 +36,7 @@ class Stood:
     stood: tuple[str, ...] = ()
     refused: tuple[dict[str, str], ...] = ()
     rule: str = ""
+    refits: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def entry(self) -> Entry:
@@ -85,7 +87,7 @@ def eligible(of: Of, trial: Trial, outcome: Outcome) -> bool:
     found and the target of a run have in common. Of tuning, admission is all in the verdict."""
     facts = outcome.facts
     match of:
-        case "labels" if isinstance(trial.action, Predict):
+        case "labels" if isinstance(trial.action, Predict | Refit):
             return outcome.ok
         case "labels":
             whole = outcome.ok and trial.commit and "diagnosis" not in facts and outcome.state is not None
@@ -112,6 +114,9 @@ def labels(stood: Stood, trial: Trial, outcome: Outcome) -> After:
         predictor = _PREDICTOR.validate_python(facts["predictor"])
         return replace(stood, incumbent=predictor.model_dump(mode="json")), True
     assert outcome.state is not None
+    if isinstance(trial.action, Refit):  # what stands is what was judged; only what is served of it is another
+        taken = _accepted(outcome.verdict)
+        return (replace(stood, refits={**stood.refits, trial.action.of: outcome.state}) if taken else stood), taken
     family: str = facts["family"]
     families = {**stood.families, family: outcome.state}
     if stood.incumbent is None or _accepted(outcome.verdict):

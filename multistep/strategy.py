@@ -280,6 +280,15 @@ class Predict(Spec):
     base: Predictor
 
 
+class Refit(Spec):
+    """The linear state `of` solved again as `fit` says, on train and on the rows that judged it, when nothing is left to be decided with
+    them. Judged with the control rows in train and the calibration rows out of it: it must not be worse."""
+
+    kind: Literal["refit"] = "refit"
+    of: str
+    fit: FitLinear
+
+
 class TryRecipe(Spec):
     """Measure a way to answer with the models of a finished run: fitted on the calibration rows, judged on rows that it was not fitted
     on, timed beside what stands. `engine`: what the encoder runs on, as JSON; empty: as it stands. `share`: of the rows; with less than
@@ -320,7 +329,7 @@ class ReadTest(Spec):
 
 
 Action = Annotated[
-    FitLinear | FitHead | FineTune | TrainModule | TrainWriter | FitWriter | AsGiven | Profile | Average | Predict | Decode
+    FitLinear | FitHead | FineTune | TrainModule | TrainWriter | FitWriter | AsGiven | Profile | Average | Predict | Refit | Decode
     | TryWay | Mix | Recount | TryRecipe | Promise | Serving | Diagnose | ReadTest,
     Field(discriminator="kind"),
 ]  # fmt: skip

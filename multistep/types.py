@@ -191,6 +191,13 @@ class Gain(Spec):
     least: float = 0.0
 
 
+class NotWorse(Spec):
+    """Not worse beyond noise on any of the comparisons, each at `alpha`: more to learn from is taken unless it harms."""
+
+    kind: Literal["not_worse"] = "not_worse"
+    alpha: float
+
+
 class Finite(Spec):
     """Whether all of the candidate's and of the incumbent's numbers are finite; one of them is not."""
 
@@ -248,7 +255,7 @@ class Looked(Spec):
     of: int
 
 
-By = Annotated[Gain | Finite | Admitted | Slow | Apart | Wanted | Looked, Field(discriminator="kind")]
+By = Annotated[Gain | Finite | Admitted | Slow | Apart | Wanted | Looked | NotWorse, Field(discriminator="kind")]
 
 
 class Verdict(Spec):

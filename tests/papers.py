@@ -14,11 +14,11 @@ from multistep.config import FitConfig
 from multistep.controllers import Problem
 from multistep.controllers.begin import AnyProblem
 from multistep.journal import Journal
-from multistep.metrics.verdicts import better, mcnemar_p, paired_t
+from multistep.metrics.verdicts import better, mcnemar_p, not_worse, paired_t
 from multistep.predictors import Single
 from multistep.session import controller_of
 from multistep.standing import Of, Stood, after
-from multistep.strategy import Average, FineTune, FitHead, FitLinear, Predict, Profile, ReadTest, Trial
+from multistep.strategy import Average, FineTune, FitHead, FitLinear, Predict, Profile, ReadTest, Refit, Trial
 from multistep.text import NgramFeatures
 from multistep.tune import tune
 from multistep.types import Comparison, Cost, Interrupted, MetricValue, Outcome, Verdict
@@ -102,7 +102,7 @@ class PaperWorks:
         facts: dict[str, Any] = {}
         match trial.action:
             case FitLinear():
-                facts = {"family": "linear", "rows": ROWS["train"]}
+                facts = {"family": "linear", "rows": ROWS["train"], "strength": 0.1}
             case FitHead() | FineTune() | Average():
                 facts = {"family": "encoder", "rows": ROWS["train"]}
             case Predict() as action:
@@ -113,6 +113,9 @@ class PaperWorks:
                         "temperature": 1.5,
                     }
                 }
+            case Refit() as action:
+                harm = not_worse((counted(rng.randrange(10, 40), rng.randrange(10, 40)),), trial.alpha)
+                return Outcome(state=trial.id, verdict=harm, cost=cost, facts={"of": action.of})
         best = self.stood.families.get(str(facts.get("family")))
         for name, rival in (("family", best), ("against", trial.against)):
             if rival is not None:

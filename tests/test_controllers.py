@@ -12,7 +12,7 @@ from multistep.config import FitConfig
 from multistep.controllers import CONTROLLERS, Problem, Reserve, Scripted, Skip
 from multistep.controllers.more import more
 from multistep.predictors import Single
-from multistep.strategy import Average, FineTune, FitHead, FitLinear, Predict, Profile, ReadTest, Trial
+from multistep.strategy import Average, FineTune, FitHead, FitLinear, Predict, Profile, ReadTest, Refit, Trial
 from multistep.text import NgramFeatures
 from multistep.types import Comparison, Cost, MetricValue, Outcome, TaskKind, Unit, Verdict
 
@@ -73,7 +73,7 @@ class Machine:
                 facts = self.profile()
             case FitLinear():
                 cost_s = min(cost_s, 0.5)
-                facts = {"family": "linear", "rows": action.max_rows or self.problem.rows["train"]}
+                facts = {"family": "linear", "rows": action.max_rows or self.problem.rows["train"], "strength": 0.5}
             case FitHead():
                 cost_s = min(cost_s, self.encode_s("train") + self.encode_s("control"))
                 facts = {"family": "encoder", "rows": action.max_rows or self.problem.rows["train"]}
@@ -91,6 +91,8 @@ class Machine:
                 facts, cost_s = {"predictor": action.base.model_dump()}, 0.1
                 if action.what == "blend":
                     cost_s = self.encode_s("calibration")
+            case Refit():
+                facts, cost_s = {"of": action.of}, 0.6
             case ReadTest():
                 cost_s = self.encode_s("test")
         family = facts.get("family")
@@ -349,6 +351,25 @@ def test_prediction_is_tuned_around_what_stands(name: str) -> None:
         "calibrate",
     ]
     assert live(name, "few rows").skips("predict")
+
+
+def test_a_linear_model_that_is_served_learns_from_the_rows_that_judged_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    story = live("staged", "no encoder")
+    (trial,) = story.trials("refit")
+    assert isinstance(trial.action, Refit) and trial.action.of == story.machine.families["linear"]
+    assert trial.action.fit.l2s == (0.5 / 5000,), "the strength that was chosen, for more rows"
+    stages = [t.stage for t in story.trials()]
+    assert stages.index("refit") > max(n for n, stage in enumerate(stages) if stage in ("linear", "predict"))
+    assert stages.index("refit") < stages.index("test")
+    assert not live("staged", "plain").trials("refit"), "the encoder is served alone"
+    assert not live("fixed", "no encoder").trials("refit") and not live("more", "no encoder").trials("refit")
+    few = problem(60.0, rows={"control": 10, "calibration": 10})
+    monkeypatch.setitem(SCENARIOS, "here", {"encoder": "none", "problem": few})
+    assert "too few to see harm" in live("staged", "here").skips("refit")[0].why
+    monkeypatch.setitem(SCENARIOS, "here", {"encoder": "none", "problem": problem(skip=("refit",))})
+    assert [s.why for s in live("staged", "here").skips("refit")] == ["left out: skip=refit was given"]
+    monkeypatch.setitem(SCENARIOS, "here", {"encoder": "none", "problem": problem(2.0)})
+    assert "solving 03-linear again twice takes" in live("staged", "here").skips("refit")[0].why
 
 
 @pytest.mark.parametrize("name", CONTROLLERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,39 @@ def test_what_is_served_is_what_was_evaluated(rows: Path, encoder: Path, tmp_pat
     for one, other in zip(alone, together, strict=True):
         assert one.value == other.value
         assert one.confidence == pytest.approx(other.confidence, abs=1e-5)
+
+
+def test_a_linear_model_is_served_with_its_validation_rows(tmp_path: Path) -> None:
+    rows = runs.write_rows(tmp_path / "rows.csv", rows=900, seed=5, noise=0.3)
+    done = runs.run(runs.config(rows, tmp_path / "run", "none"))
+    (trial,) = (t for t in done.summary()["trials"] if t["stage"] == "refit")
+    assert trial["status"] == "committed" and trial["rule"].endswith(": not worse")
+    dataset = data.load(rows, seed=0)
+    solved = next(r for r in runs.of_kind(done, "Noted") if r.get("trial") == trial["id"])
+    assert solved["facts"]["rows"] == len(dataset.train) + len(dataset.control) + len(dataset.calibration)
+    info = json.loads((done.out / "model" / "multistep.json").read_text())
+    assert info["states"] == {"linear": trial["id"]}, "it is served"
+    judged = runs.of_kind(done, "Committed")[-1]["families"]["linear"]
+    assert judged != trial["id"], "and what judged candidates are compared with is the one that was judged"
+    read = runs.of_kind(done, "TestRead")[0]["metrics"]["accuracy"]
+    write(tmp_path / "test.csv", ["text", "label"], [[e.text, e.label] for e in dataset.test])
+    again = api.load(done.out).evaluate(tmp_path / "test.csv")["metrics"]["accuracy"]["value"]
+    assert again == pytest.approx(read[0]), "the test is read with what is served"
+    assert "refit: " in (done.out / "model" / "README.md").read_text()
+
+
+def test_a_linear_model_that_more_rows_harm_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control rows that are many and wrong."""
+    rows = runs.write_rows(tmp_path / "rows.csv", rows=900)
+    dataset, wrong = data.load(rows, seed=0), {"north": "south", "south": "west", "west": "north"}
+    control = [replace(e, label=wrong[e.label]) for e in dataset.control] * 24
+    monkeypatch.setattr(data, "load", lambda *a, **k: replace(dataset, control=control))
+    done = runs.run(runs.config(rows, tmp_path / "run", "none"))
+    (trial,) = (t for t in done.summary()["trials"] if t["stage"] == "refit")
+    assert trial["status"] == "rolled back" and trial["rule"].endswith(": worse")
+    info = json.loads((done.out / "model" / "multistep.json").read_text())
+    assert info["states"]["linear"] == runs.of_kind(done, "Committed")[-1]["families"]["linear"] != trial["id"]
+    assert not (done.out / "states" / trial["id"]).exists()
 
 
 def test_the_bundle_is_a_folder_others_can_load(

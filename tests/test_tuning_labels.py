@@ -97,6 +97,19 @@ def test_a_run_is_tuned_and_served_as_it_was_judged(run_dir: Path, judged: str, 
     assert "How it predicts" in said and "why taken or not" in said
 
 
+def test_a_refitted_model_is_served_and_the_one_that_was_judged_is_compared(tmp_path: Path, judged: str) -> None:
+    """But a promise is about the scores that it was made on."""
+    rows = write_rows(tmp_path / "rows.csv", rows=900, seed=5, noise=0.3)
+    run_dir = run(config(rows, tmp_path / "run", "none")).out
+    refit = info(run_dir)["states"]["linear"]
+    assert refit.endswith("refit")
+    tune_run(run_dir, budget="5s", data=judged)
+    started = journal.read(run_dir / "tuning.jsonl")[0]
+    assert info(run_dir)["states"] == {"linear": refit} and not started["states"]["linear"].endswith("refit")
+    tune_run(run_dir, budget="5s", data=judged, coverage=0.9)
+    assert info(run_dir)["states"] == started["states"]
+
+
 def test_an_engine_is_taken_where_it_agrees(run_dir: Path, judged: str) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

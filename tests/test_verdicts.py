@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from papers import N, counted, lost
 
-from multistep.metrics import Scored, compare, judge, judge_losses
+from multistep.metrics import Scored, compare, judge, judge_harm, judge_losses
 from multistep.metrics import counts as label_counts
 from multistep.metrics import texts as text_metrics
 from multistep.metrics.texts import LANGUAGE_METRICS, compare_rows, judge_rows, judge_texts, loss_statistics, statistics
@@ -23,6 +23,7 @@ from multistep.metrics.verdicts import (
     large_gain,
     lower_is_better,
     mirrored,
+    not_worse,
     slow,
     unsound,
 )
@@ -69,6 +70,10 @@ def made() -> list[tuple[str, Verdict]]:
         ("losses", judge_losses(losses[0] - 0.3, losses[1])),
         ("one row", judge_losses(losses[0, :1], losses[1, :1])),
     ]
+    for metric in ("accuracy", "f1_macro", "log_loss"):
+        pairs = ((good, poor), (poor, good), (good, good), (good, broken), (broken, good))
+        found += [(f"harm to {metric} {n}", judge_harm(metric, FOUR, a, b)) for n, (a, b) in enumerate(pairs)]
+    found.append(("harm to numbers", judge_harm("mae", Regress(), numbers(2, 0.9), numbers(1, 0.5))))
     references = [(f"the right answer is {i} of {i * 7 % 5} or so",) for i in range(60)]
     said = [r[0] if i % 3 else f"no {i}" for i, r in enumerate(references)]
     worse = [r[0] if i % 2 else f"no {i}" for i, r in enumerate(references)]
@@ -292,6 +297,17 @@ def test_of_few_texts_losses_decide_nothing(rows: int) -> None:
     verdict = works.verdict(Answers(texts_NS, good_N3), Answers(texts_NS, poor_N3), ALPHA)
     assert verdict.accept == (rows == 40) and follows(verdict)
     assert ("loss gain" in verdict.rule) == (rows == 40)
+
+
+def test_what_is_not_worse_beyond_noise_is_taken_and_what_harms_is_not() -> None:
+    same, harm = counted(11, 12), counted(10, 22)
+    assert not better((same,)).accept and not_worse((same,)).accept
+    assert not not_worse((harm,)).accept and not not_worse((same, harm)).accept
+    assert not_worse((harm,), 0.01).accept, "twelve more of 32 are found at 0.1, not at 0.01"
+    good, poor = scored(1, 1.0), scored(1, 1.6)
+    assert judge_harm("accuracy", FOUR, good, poor).accept and not judge_harm("accuracy", FOUR, poor, good).accept
+    unsure = Scored(good.targets, 0.01 * good.logits_NK, good.decisions)
+    assert not judge_harm("accuracy", FOUR, unsure, good).accept, "the same answers, and a loss that is worse"
 
 
 def test_the_second_comparison_decides_at_half_of_alpha() -> None:

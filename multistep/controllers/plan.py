@@ -18,7 +18,7 @@ from multistep.objectives import BinaryCrossEntropy, CrossEntropy, MeanSquaredEr
 from multistep.optimizers import AdamW
 from multistep.predictors import Predictor
 from multistep.schedules import Schedule
-from multistep.strategy import Action, FineTune
+from multistep.strategy import Action, FineTune, FitLinear
 from multistep.types import Outcome, Spec
 
 LENGTHS = (32, 64, 128, 256)
@@ -71,6 +71,9 @@ class Plan(BasePlan):
         self.kept_s = 0.0  # set aside for a diagnosis
         self.linear_s = sum(problem.characters.values()) / LINEAR_CHARACTERS_S
         self.begins: str | None = None  # the state at which every training of the encoder begins
+        self.solved: dict[
+            str, FitLinear
+        ] = {}  # linear states on all of train: how each is solved again, at the strength that was chosen
         self.depth = 0  # how many layers they train
         self.depth_rule = ""  # why so many
 
@@ -136,6 +139,10 @@ class Plan(BasePlan):
             and not {"diagnosis", "stopped"} & set(outcome.facts)
         ):
             self.ends.append(outcome.state)
+        rows, facts = self.problem.rows, outcome.facts
+        if isinstance(action, FitLinear) and outcome.ok and outcome.state and facts.get("rows") == rows["train"]:
+            strength = facts.get("strength", 0.0) / (rows["train"] + rows["control"] + rows["calibration"])
+            self.solved[outcome.state] = action.with_(l2s=(strength,))
         self.families = dict(outcome.families)
         if outcome.incumbent is not None:
             self.incumbent = _PREDICTOR.validate_python(outcome.incumbent)

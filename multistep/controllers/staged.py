@@ -40,6 +40,7 @@ def _run(problem: Problem, train: Train) -> Does[Purse]:
     plan = Plan(problem)
     yield from plan.until(_models(plan, train))
     yield from stages.predict(plan)
+    yield from stages.refit(plan)
     yield from stages.finish(plan)
     return plan.purse
 

@@ -9,11 +9,12 @@ from multistep.controllers.plan import Plan
 from multistep.controllers.script import Does, Reserve, Skip, Step, Steps, left_out
 from multistep.metrics.power import FEWEST_ROWS, LARGE
 from multistep.predictors import Single
-from multistep.strategy import FitHead, FitLinear, Predict, Profile, ReadTest
+from multistep.strategy import FitHead, FitLinear, Predict, Profile, ReadTest, Refit
 
 INCUMBENT_ROWS = (
     5000  # of the first model at least: 2 s on long reviews, 0.896 where 2,000 rows (1.3 s) give 0.873 (LOG.md)
 )
+REFIT = 2.2  # times what the first linear model took: twice the same, with a few rows more
 PARTIAL = "not even the frozen encoder can see all of train in this time"
 
 
@@ -92,6 +93,30 @@ def finish(plan: Plan) -> Steps:
         yield from plan.trial("test", ReadTest(), "read once, at the end")
     else:
         yield Skip(stage="test", why="there is no test split")
+
+
+def refit(plan: Plan) -> Steps:
+    """The linear model that is served, solved again with the rows that judged it: after them nothing is decided."""
+    served = plan.incumbent is not None and "linear" in plan.incumbent.models()
+    if not served or (found := plan.solved.get(plan.families["linear"])) is None:
+        return
+    fit, of = found, plan.families["linear"]
+    if skipped := left_out(plan.problem.config, "refit"):
+        yield from skipped
+        return
+    rows, needed = plan.problem.rows, REFIT * plan.linear_s if plan.timed else 0.0
+    if min(rows["control"], rows["calibration"]) < FEWEST_ROWS:
+        yield Skip(
+            stage="refit", why=f"{rows['calibration']} calibration rows are too few to see harm (< {FEWEST_ROWS})"
+        )
+    elif plan.timed and plan.remaining < needed:
+        yield Skip(
+            stage="refit", why=f"{plan.remaining:.1f} s are left, solving {of} again twice takes about {needed:.1f} s"
+        )
+    else:
+        more = rows["control"] + rows["calibration"]
+        why = f"{of} with {more:,} validation rows in train: taken unless control rows in train make it worse on calibration rows"
+        yield from plan.trial("refit", Refit(of=of, fit=fit), why, judges="")
 
 
 def predict(plan: Plan) -> Steps:

@@ -16,7 +16,7 @@ from multistep.metrics.base import Scored, TaskLike
 from multistep.metrics.counts import SWAPS, cells_of, swap_differences
 from multistep.metrics.known import METRICS, check_metric
 from multistep.metrics.measure import stderr_of
-from multistep.metrics.verdicts import ALPHA, better, finite, large_gain, mcnemar_p, paired_t
+from multistep.metrics.verdicts import ALPHA, better, finite, large_gain, mcnemar_p, not_worse, paired_t
 from multistep.types import Comparison, Finite, Verdict
 
 _ZERO_ONE = ("accuracy", "exact_match")
@@ -79,11 +79,25 @@ def judge(
     first = compare(name, task, candidate, incumbent, seed)
     if least := large_gain(first):
         return better((first,), alpha, least)
-    loss = "mse" if task.kind == "regress" else "log_loss"
+    loss = _loss_of(task)
     found = better((first,), alpha)
     if found.accept or first.metric == loss:
         return found
     return better((first, compare(loss, task, candidate, incumbent, seed)), alpha)
+
+
+def judge_harm(
+    name: str, task: TaskLike, candidate: Scored, incumbent: Scored, seed: int = 0, alpha: float = ALPHA
+) -> Verdict:
+    """Accept a candidate that is not worse beyond noise, on the metric and on the loss. Outputs that are not finite are refused."""
+    if (refused := not_finite("outputs", candidate.logits_NK, incumbent.logits_NK)) is not None:
+        return refused
+    names = dict.fromkeys([METRICS[check_metric(name, task.kind)].name, _loss_of(task)])
+    return not_worse([compare(n, task, candidate, incumbent, seed) for n in names], alpha)
+
+
+def _loss_of(task: TaskLike) -> str:
+    return "mse" if task.kind == "regress" else "log_loss"
 
 
 def judge_losses(candidate_N: np.ndarray, incumbent_N: np.ndarray, alpha: float = ALPHA) -> Verdict:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from multistep.metrics.known import METRICS
 from multistep.metrics.power import FEWEST_ROWS, LARGE
-from multistep.types import Admitted, Apart, Comparison, Finite, Gain, Looked, Slow, Verdict, Wanted
+from multistep.types import Admitted, Apart, Comparison, Finite, Gain, Looked, NotWorse, Slow, Verdict, Wanted
 
 ALPHA = 0.1  # of a gain that is none, where nothing else is asked for
 SAME = 0.01  # of the metric: a loss that is, less one standard error, within this is no loss
@@ -72,6 +72,16 @@ def better(evidence: Sequence[Comparison], alpha: float = ALPHA, least: float = 
     if first.difference < 0:
         return Verdict(accept=False, rule=f"{_said(first)}: worse", evidence=kept, by=by)
     return Verdict(accept=False, rule=f"{said} > {alpha:g}: not better beyond noise", evidence=kept, by=by)
+
+
+def not_worse(evidence: Sequence[Comparison], alpha: float = ALPHA) -> Verdict:
+    """Accept unless a comparison finds it worse beyond noise. For what is expected to be better and too little so to be seen."""
+    by, kept = NotWorse(alpha=alpha), tuple(evidence)
+    said = "; ".join(_said(c) for c in evidence)
+    p = min((mirrored(c).p for c in evidence if c.difference < 0), default=1.0)
+    accept = p > alpha
+    rule = f"{said}; harm: p = {p:.2g} {'>' if accept else '<='} {alpha:g}: {'not worse' if accept else 'worse'}"
+    return Verdict(accept=accept, rule=rule, evidence=kept, by=by)
 
 
 def large_gain(c: Comparison) -> float:
@@ -170,6 +180,8 @@ def derived(verdict: Verdict) -> Verdict | None:
     match verdict.by:
         case Gain() as by if evidence:
             return better(evidence, by.alpha, by.least)
+        case NotWorse() as by if evidence:
+            return not_worse(evidence, by.alpha)
         case Finite() as by:
             return finite(by)
         case Admitted() as by if evidence and by.quality is not None:

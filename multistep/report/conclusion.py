@@ -122,7 +122,7 @@ def _baseline(run: Mapping[str, Any]) -> list[str]:
 
 def of_prediction(trial: Mapping[str, Any]) -> bool:
     """Whether it changes how a model predicts, which other rows of validation judge than its training."""
-    return trial["action"].get("kind") in ("predict", "decode", "mix", "recount")
+    return trial["action"].get("kind") in ("predict", "decode", "mix", "recount", "refit")
 
 
 def _took(run: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ from multistep.tune.segment import Record as JournalRecord
 from multistep.types import Cost, MetricValue, Outcome, Verdict
 
 STILL_SAID = ("cannot be learnt", "leaking splits", "validation too small", "divergence")  # where nothing can be learnt
-ON_CALIBRATION = ("predict", "decode", "mix", "recount")  # stages whose verdicts are about other rows
+ON_CALIBRATION = ("predict", "decode", "mix", "recount", "refit")  # stages whose verdicts are about other rows
 AT_THE_END = "end"  # of a record that is the last word, with what a user can do; others say what the run did
 
 Past = Sequence[tuple[Trial, Outcome]]

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from multistep.bundle import write_bundle
 from multistep.predictors import Predictor
 from multistep.standing import Stood, labels
-from multistep.strategy import Average, Diagnose, FineTune, FitHead, FitLinear, Predict, Profile, ReadTest, Trial
+from multistep.strategy import Average, Diagnose, FineTune, FitHead, FitLinear, Predict, Profile, ReadTest, Refit, Trial
 from multistep.tune.actions import (
     Bench,
     Run,
@@ -23,6 +23,7 @@ from multistep.tune.actions import (
 )
 from multistep.tune.diagnose import run_diagnose
 from multistep.tune.fine_tune import run_fine_tune
+from multistep.tune.refit import run_refit
 from multistep.types import Outcome
 
 _PREDICTOR: TypeAdapter[Predictor] = TypeAdapter(Predictor)
@@ -58,6 +59,8 @@ class TextWorks:
                 return run_average(bench, trial, action)
             case Predict() as action:
                 return run_predict(bench, trial, action)
+            case Refit() as action:
+                return run_refit(bench, trial, action)
             case Diagnose() as action:
                 return run_diagnose(bench, trial, action, self.past)
             case ReadTest() as action:
@@ -75,8 +78,8 @@ class TextWorks:
             return False
         if isinstance(trial.action, FitHead | FineTune):
             bench.work.use_length(trial.action.max_length)
-        stood, committed = labels(Stood(self.standing(), bench.families), trial, outcome)
-        bench.families = dict(stood.families)
+        stood, committed = labels(Stood(self.standing(), bench.families, refits=bench.refits), trial, outcome)
+        bench.families, bench.refits = dict(stood.families), dict(stood.refits)
         bench.incumbent = None if stood.incumbent is None else _PREDICTOR.validate_python(stood.incumbent)
         return committed
 
@@ -84,11 +87,12 @@ class TextWorks:
         """Put the incumbent into the run's model/ folder."""
         bench, work = self.bench, self.bench.work
         assert bench.incumbent is not None
-        models = {m: work.text_model(m, bench.families[m], bench.bf16) for m in bench.incumbent.models()}
+        states = bench.served()
+        models = {m: work.text_model(m, states[m], bench.bf16) for m in bench.incumbent.models()}
         columns = work.dataset.columns.model_dump(mode="json")
         extra = {
             "columns": columns,
-            "states": {m: bench.families[m] for m in models},
+            "states": {m: states[m] for m in models},
             "base_model": work.source,
             "metric": bench.metric,
         }

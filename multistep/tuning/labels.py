@@ -152,11 +152,17 @@ class RunModels:
         def ship(standing: Standing, policy: Policy) -> None:
             names = standing.predictor.models()
             families = dict.fromkeys(m.partition("@")[0] for m in names)
-            models: Any = {m: self.text_model(m, {}) for m in families}
+            states = (
+                self.states if standing.predictor.kind == "conformal" else self.bench.served()
+            )  # a promise is about what was judged
+            models: Any = {
+                m: work.text_model(m, states[m], self.bench.bf16) if states[m] != self.states[m] else self.text_model(m, {})
+                for m in families
+            }  # fmt: skip
             said = policy.model_dump(mode="json")
             extra = {
                 **{k: bundle.info[k] for k in ("columns", "base_model", "metric")},
-                "states": {m: self.states[m] for m in families}, "policy": said,
+                "states": {m: states[m] for m in families}, "policy": said,
             }  # fmt: skip
             extra["engine"] = {k: policy.serving[k] for k in ("threads", "batch") if k in policy.serving}
             runs_on = None
