@@ -71,9 +71,9 @@ class Plan(BasePlan):
         self.kept_s = 0.0  # set aside for a diagnosis
         self.linear_s = sum(problem.characters.values()) / LINEAR_CHARACTERS_S
         self.begins: str | None = None  # the state at which every training of the encoder begins
-        self.solved: dict[
-            str, FitLinear
-        ] = {}  # linear states on all of train: how each is solved again, at the strength that was chosen
+        # linear states on all of train: how each is solved again, at the strength that was chosen, and what it took
+        self.solved: dict[str, tuple[FitLinear, float]] = {}
+        self.refit_s = 0.0  # set aside for that
         self.depth = 0  # how many layers they train
         self.depth_rule = ""  # why so many
 
@@ -142,7 +142,7 @@ class Plan(BasePlan):
         rows, facts = self.problem.rows, outcome.facts
         if isinstance(action, FitLinear) and outcome.ok and outcome.state and facts.get("rows") == rows["train"]:
             strength = facts.get("strength", 0.0) / (rows["train"] + rows["control"] + rows["calibration"])
-            self.solved[outcome.state] = action.with_(l2s=(strength,))
+            self.solved[outcome.state] = action.with_(l2s=(strength,)), outcome.cost.wall_s
         self.families = dict(outcome.families)
         if outcome.incumbent is not None:
             self.incumbent = _PREDICTOR.validate_python(outcome.incumbent)

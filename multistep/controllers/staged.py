@@ -51,6 +51,7 @@ def _models(plan: Plan, train: Train) -> Steps:
     length, rows = yield from stages.encoder_rows(plan)
     yield from more_linear(plan, first, long=not length or plan.scratch is not None)
     if length:
+        yield from stages.keep_refit(plan)
         yield from encoder(plan, rows, train)
 
 

@@ -14,7 +14,8 @@ from multistep.strategy import FitHead, FitLinear, Predict, Profile, ReadTest, R
 INCUMBENT_ROWS = (
     5000  # of the first model at least: 2 s on long reviews, 0.896 where 2,000 rows (1.3 s) give 0.873 (LOG.md)
 )
-REFIT = 2.2  # times what the first linear model took: twice the same, with a few rows more
+REFIT = 2.2  # times what the linear model took: twice the same, with a few rows more
+REFIT_SHARE = 0.03  # of the budget: what is set aside for it; else it takes what is left over
 PARTIAL = "not even the frozen encoder can see all of train in this time"
 
 
@@ -95,26 +96,44 @@ def finish(plan: Plan) -> Steps:
         yield Skip(stage="test", why="there is no test split")
 
 
+def keep_refit(plan: Plan) -> Steps:
+    """Set aside what a refit takes, where it is a small share of the budget: before training takes what there is."""
+    needed = refit_s(plan)
+    if 0 < needed <= REFIT_SHARE * plan.problem.budget and not left_out(plan.problem.config, "refit"):
+        plan.refit_s = round(min(needed, plan.remaining), 2)
+        plan.remaining -= plan.refit_s
+        yield Reserve(name="refit", amount=plan.refit_s)
+
+
+def refit_s(plan: Plan) -> float:
+    """Seconds of solving the best linear model twice again; 0 where there is none on all of train, or they do not count."""
+    _, took = plan.solved.get(plan.families.get("linear", ""), (None, 0.0))
+    return REFIT * took if plan.timed else 0.0
+
+
 def refit(plan: Plan) -> Steps:
     """The linear model that is served, solved again with the rows that judged it: after them nothing is decided."""
+    if plan.refit_s:
+        yield Reserve(name="refit", amount=0.0)
+        plan.remaining, plan.refit_s = plan.remaining + plan.refit_s, 0.0
+    of = plan.families.get("linear", "")
     served = plan.incumbent is not None and "linear" in plan.incumbent.models()
-    if not served or (found := plan.solved.get(plan.families["linear"])) is None:
+    if not served or of not in plan.solved:
         return
-    fit, of = found, plan.families["linear"]
     if skipped := left_out(plan.problem.config, "refit"):
         yield from skipped
         return
-    rows, needed = plan.problem.rows, REFIT * plan.linear_s if plan.timed else 0.0
+    rows, needed = plan.problem.rows, refit_s(plan)
     if min(rows["control"], rows["calibration"]) < FEWEST_ROWS:
         yield Skip(
             stage="refit", why=f"{rows['calibration']} calibration rows are too few to see harm (< {FEWEST_ROWS})"
         )
     elif plan.timed and plan.remaining < needed:
         yield Skip(
-            stage="refit", why=f"{plan.remaining:.1f} s are left, solving {of} again twice takes about {needed:.1f} s"
+            stage="refit", why=f"{plan.remaining:.1f} s are left, solving {of} twice again takes about {needed:.1f} s"
         )
     else:
-        more = rows["control"] + rows["calibration"]
+        more, (fit, _) = rows["control"] + rows["calibration"], plan.solved[of]
         why = f"{of} with {more:,} validation rows in train: taken unless control rows in train make it worse on calibration rows"
         yield from plan.trial("refit", Refit(of=of, fit=fit), why, judges="")
 
