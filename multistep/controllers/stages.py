@@ -15,6 +15,7 @@ INCUMBENT_ROWS = (
     5000  # of the first model at least: 2 s on long reviews, 0.896 where 2,000 rows (1.3 s) give 0.873 (LOG.md)
 )
 REFIT = 2.2  # times what the linear model took: twice the same, with a few rows more
+HARM = 0.1  # of the level: more labels seldom harm, and at the whole of it every sixth refit would be refused by chance
 REFIT_SHARE = 0.03  # of the budget: what is set aside for it; else it takes what is left over
 PARTIAL = "not even the frozen encoder can see all of train in this time"
 
@@ -135,7 +136,7 @@ def refit(plan: Plan) -> Steps:
     else:
         more, (fit, _) = rows["control"] + rows["calibration"], plan.solved[of]
         why = f"{of} with {more:,} validation rows in train: taken unless control rows in train make it worse on calibration rows"
-        yield from plan.trial("refit", Refit(of=of, fit=fit), why, judges="")
+        yield from plan.trial("refit", Refit(of=of, fit=fit), why, judges="", stake=HARM)
 
 
 def predict(plan: Plan) -> Steps:
