@@ -183,8 +183,8 @@ class Comparison(Spec):
 
 
 class Gain(Spec):
-    """Better beyond noise on the first comparison; or not worse on it, and on the second better beyond noise at half of alpha. `least`:
-    the gain on the first that rows which are too few for less may decide on; 0: they are enough."""
+    """Better beyond noise on the first comparison; or it does not look worse on it, and is on the second better beyond noise at half of
+    alpha. `least`: the gain on the first that rows which are too few for less may decide on; 0: they are enough."""
 
     kind: Literal["gain"] = "gain"
     alpha: float

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from multistep import api, cli, data, metrics
+from multistep.report.conclusion import conclusion
 from multistep.types import UserError, Verdict
 
 
@@ -78,6 +79,8 @@ def test_a_linear_model_is_served_with_its_validation_rows(tmp_path: Path) -> No
     again = api.load(done.out).evaluate(tmp_path / "test.csv")["metrics"]["accuracy"]["value"]
     assert again == pytest.approx(read[0]), "the test is read with what is served"
     assert "refit: " in (done.out / "model" / "README.md").read_text()
+    said = conclusion(done.summary())
+    assert sum("learnt from the validation rows too" in s for s in said) == 1 and not any("improved" in s for s in said)
 
 
 def test_a_linear_model_that_more_rows_harm_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

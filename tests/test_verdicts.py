@@ -16,6 +16,7 @@ from multistep.metrics import texts as text_metrics
 from multistep.metrics.texts import LANGUAGE_METRICS, compare_rows, judge_rows, judge_texts, loss_statistics, statistics
 from multistep.metrics.verdicts import (
     ALPHA,
+    TIE,
     agrees,
     better,
     derived,
@@ -315,7 +316,11 @@ def test_the_second_comparison_decides_at_half_of_alpha() -> None:
     assert ALPHA / 2 < lost(0.013, 0.0085).p < ALPHA
     assert better((even, gain)).accept and "not worse; log_loss gain +0.0170" in better((even, gain)).rule
     assert not better((even, lost(0.013, 0.0085))).accept
-    assert not better((counted(12, 13), gain)).accept
+    assert better((counted(12, 13), gain)).accept, "a row less is no sign of harm"
+    assert mirrored(counted(10, 17)).p < TIE and not better((counted(10, 17), gain)).accept
+    assert not better((counted(12, 13), lost(-0.01))).accept and better((counted(12, 13), lost(-0.01))).rule.endswith(
+        "worse"
+    )
     assert better((counted(13, 12), gain)).accept
 
 

@@ -71,8 +71,8 @@ def judge(
     seed: int = 0,
     alpha: float = ALPHA,
 ) -> Verdict:
-    """Accept a candidate that is better beyond noise on the metric; or not worse on it and better beyond noise on the
-    loss. All else stays with the incumbent, which is the cheaper. Outputs that are not finite lose to any that are.
+    """Accept a candidate that is better beyond noise on the metric; or does not look worse on it and is better beyond
+    noise on the loss. All else stays with the incumbent, which is the cheaper. Outputs that are not finite lose to any that are.
     Few rows decide only for a large gain (`large_gain`)."""
     if refused := not_finite("outputs", candidate.logits_NK, incumbent.logits_NK):
         return refused

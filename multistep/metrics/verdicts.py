@@ -15,6 +15,7 @@ from multistep.metrics.power import FEWEST_ROWS, LARGE
 from multistep.types import Admitted, Apart, Comparison, Finite, Gain, Looked, NotWorse, Slow, Verdict, Wanted
 
 ALPHA = 0.1  # of a gain that is none, where nothing else is asked for
+TIE = 0.25  # a loss on the metric that chance gives more often than this does not speak against a gain on the loss (LOG.md)
 SAME = 0.01  # of the metric: a loss that is, less one standard error, within this is no loss
 CHEAPER = 0.9  # of the incumbent's mean latency: what counts as cheaper
 TEXTS, POINTS = 0.98, 0.3  # of an engine's texts that are the same, at least; of 100 points that it may lose
@@ -52,8 +53,9 @@ def lower_is_better(metric: str) -> bool:
 
 
 def better(evidence: Sequence[Comparison], alpha: float = ALPHA, least: float = 0.0) -> Verdict:
-    """Accept what is better beyond noise on the first comparison; or not worse on it, and better beyond noise on the second, if there is
-    one, at half of alpha: the two of them together err no more often. All else stays with the incumbent, which is the cheaper.
+    """Accept what is better beyond noise on the first comparison; or does not look worse on it (`TIE`), and is better beyond noise on the
+    second, if there is one, at half of alpha: the two of them together err no more often. All else stays with the incumbent, which is the
+    cheaper.
     `least`: the gain that rows which are too few for less may decide on; 0: they are enough."""
     first, by, kept = evidence[0], Gain(alpha=alpha, least=least), tuple(evidence)
     said = f"{_said(first)}, p = {first.p:.2g}"
@@ -64,7 +66,7 @@ def better(evidence: Sequence[Comparison], alpha: float = ALPHA, least: float = 
         return Verdict(accept=accept, rule=rule, evidence=kept, by=by)
     if first.difference > 0 and first.p <= alpha:
         return Verdict(accept=True, rule=f"{said} <= {alpha:g}: better", evidence=kept, by=by)
-    if len(evidence) > 1 and first.difference >= 0:
+    if len(evidence) > 1 and (first.difference >= 0 or mirrored(first).p > TIE):
         second = evidence[1]
         if second.difference > 0 and second.p <= alpha / 2:
             rule = f"{_said(first)}: not worse; {_said(second)}, p = {second.p:.2g} <= {alpha / 2:g}: better"

@@ -116,8 +116,14 @@ def _baseline(run: Mapping[str, Any]) -> list[str]:
     said = f"The simplest model{when} has {run['metric']} {old} on validation; the best that was trained has {new} on the same rows."
     if first is last:
         said = f"The simplest model{when} has {run['metric']} {old} on validation, and no other that was tried beat it."
-    tuned = [str(t["action"].get("what") or t["action"].get("kind")) for t in taken if of_prediction(t)]
-    return [said, f"Then its answers were improved ({', '.join(tuned)})."] if tuned else [said]
+    kinds = [str(t["action"].get("what") or t["action"].get("kind")) for t in taken if of_prediction(t)]
+    tuned = [kind for kind in kinds if kind != "refit"]
+    more = [f"Then its answers were improved ({', '.join(tuned)})."] if tuned else []
+    if "refit" in kinds:
+        more.append(
+            "At the end its linear model learnt from the validation rows too, which is not shown to be better, only not worse."
+        )
+    return [said, *more]
 
 
 def of_prediction(trial: Mapping[str, Any]) -> bool:
