@@ -85,9 +85,9 @@ def test_a_linear_model_is_served_with_its_validation_rows(tmp_path: Path) -> No
 
 def test_a_linear_model_that_more_rows_harm_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control rows that are many and wrong."""
-    rows = runs.write_rows(tmp_path / "rows.csv", rows=900)
+    rows = runs.write_rows(tmp_path / "rows.csv", rows=2400)
     dataset, wrong = data.load(rows, seed=0), {"north": "south", "south": "west", "west": "north"}
-    control = [replace(e, label=wrong[e.label]) for e in dataset.control] * 24
+    control = [replace(e, label=wrong[e.label]) for e in dataset.control] * 10
     monkeypatch.setattr(data, "load", lambda *a, **k: replace(dataset, control=control))
     done = runs.run(runs.config(rows, tmp_path / "run", "none"))
     (trial,) = (t for t in done.summary()["trials"] if t["stage"] == "refit")
