@@ -14,7 +14,7 @@ import numpy as np
 from _common import Results, Row, data_folder, load_average, markdown, mean_sd, parser, select, values
 from _paired import pack_right, unpack_right
 from multistep import data
-from multistep.models.linear import candidates, fit_linear, relative_path
+from multistep.models.linear import candidates, fit_linear, path_to
 from multistep.tasks import Classify
 from multistep.text import text_facts
 from multistep.types import Example
@@ -49,9 +49,7 @@ def run(dataset: str, seed: int) -> dict[str, Row]:
 
     alone, strength = solve(found.train, found.control, None)
     both = [*found.train, *found.control, *found.calibration]
-    chosen = strength / len(both)
-    stronger = [l2 for l2 in relative_path(len(found.train)) if l2 > 1.5 * chosen]
-    together, _ = solve(both, (), (*stronger, chosen))
+    together, _ = solve(both, (), path_to(strength / len(both), len(found.train)))
     return dict(zip(SYSTEMS, (alone, together), strict=True))
 
 

@@ -353,25 +353,6 @@ def test_prediction_is_tuned_around_what_stands(name: str) -> None:
     assert live(name, "few rows").skips("predict")
 
 
-def test_a_linear_model_that_is_served_learns_from_the_rows_that_judged_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    story = live("staged", "no encoder")
-    (trial,) = story.trials("refit")
-    assert isinstance(trial.action, Refit) and trial.action.of == story.machine.families["linear"]
-    assert trial.action.fit.l2s == (0.5 / 5000,), "the strength that was chosen, for more rows"
-    stages = [t.stage for t in story.trials()]
-    assert stages.index("refit") > max(n for n, stage in enumerate(stages) if stage in ("linear", "predict"))
-    assert stages.index("refit") < stages.index("test")
-    assert not live("staged", "plain").trials("refit"), "the encoder is served alone"
-    assert not live("fixed", "no encoder").trials("refit") and not live("more", "no encoder").trials("refit")
-    few = problem(60.0, rows={"control": 10, "calibration": 10})
-    monkeypatch.setitem(SCENARIOS, "here", {"encoder": "none", "problem": few})
-    assert "too few to see harm" in live("staged", "here").skips("refit")[0].why
-    monkeypatch.setitem(SCENARIOS, "here", {"encoder": "none", "problem": problem(skip=("refit",))})
-    assert [s.why for s in live("staged", "here").skips("refit")] == ["left out: skip=refit was given"]
-    monkeypatch.setitem(SCENARIOS, "here", {"encoder": "none", "problem": problem(2.0)})
-    assert "solving 03-linear twice again takes" in live("staged", "here").skips("refit")[0].why
-
-
 @pytest.mark.parametrize("name", CONTROLLERS)
 def test_only_a_trunk_is_stopped_early(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What decays to zero is compared at its end: stopped on the way it would not have decayed."""
@@ -407,14 +388,3 @@ def test_the_less_time_the_fewer_layers(
     assert trunk.action.layers == layers
     assert trunk.action.optimizer.lr == pytest.approx(6e-4 if layers < 3 else 3e-4)
     assert head.action.cut <= 6 - layers, "states are never kept above what is trained"
-
-
-def test_time_for_a_refit_is_kept_where_it_is_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("multistep.controllers.stages.REFIT_SHARE", 0.01)
-    story = live("staged", "plain")
-    kept = [a for a in story.asks if isinstance(a, Reserve) and a.name == "refit"]
-    assert [a.amount for a in kept] == [pytest.approx(2.2 * 0.5), 0.0]
-    places = [story.asks.index(a) for a in kept]
-    (trunk,) = story.trials("trunk")
-    assert places[0] < story.asks.index(trunk) < places[1], "before training takes it, and given back after"
-    assert not [a for a in live("staged", "tiny").asks if isinstance(a, Reserve) and a.name == "refit"]

@@ -149,6 +149,8 @@ def test_shuffled_labels_cannot_be_learnt_and_what_stood_first_stays(tmp_path: P
     assert set(said) <= {"cannot be learnt", "validation too small"}, "nothing is said of how it was learnt"
     committed = runs.of_kind(run, "Committed")
     assert [c["trial"] for c in committed if c["stage"] != "refit"] == ["01-incumbent"]
+    assert {c["families"]["linear"] for c in committed} == {"01-incumbent"}, "what is judged is what stood first"
+    assert all(c["incumbent"] == {"kind": "single", "model": "linear"} for c in committed)
     assert run.predict(["alpha up"])[0].value in runs.LABELS
 
 

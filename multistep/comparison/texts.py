@@ -24,8 +24,9 @@ from multistep.optimizers.base import Regime
 from multistep.schedules import Schedule
 from multistep.strategy import FineTune, Profile, Training, Trial
 from multistep.train import TrainData
-from multistep.tune.actions import Bench, run_profile
+from multistep.tune.actions import Bench
 from multistep.tune.fine_tune import training_rows
+from multistep.tune.profile import run_profile
 from multistep.tune.workbench import Workbench
 from multistep.types import UserError
 

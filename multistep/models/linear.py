@@ -80,6 +80,11 @@ def relative_path(n_rows: int) -> tuple[float, ...]:
     return tuple(strength / n_rows for strength in PATH)
 
 
+def path_to(l2: float, n_rows: int) -> tuple[float, ...]:
+    """The strengths on the way to one: solved along them it is reached sooner than from nothing."""
+    return (*(stronger for stronger in relative_path(n_rows) if stronger > 1.5 * l2), l2)
+
+
 def log_count_ratio(x_ND: sparse.csr_matrix, y_NK: np.ndarray, alpha: float) -> np.ndarray:
     """log of (share of n-gram d in the texts of class k) / (its share in the others) by presence, float32 [D, K]."""
     seen = sparse.csr_matrix((np.ones_like(x_ND.data), x_ND.indices, x_ND.indptr), shape=x_ND.shape)

@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from multistep import metrics
-from multistep.models.linear import Linear, fit_linear, relative_path
+from multistep.models.linear import Linear, fit_linear, path_to
 from multistep.predictors.temperature import fit_temperature
 from multistep.strategy import Refit, Trial
 from multistep.tune.actions import Bench, Run
@@ -58,14 +58,13 @@ def _solved(bench: Bench, action: Refit, *splits: str) -> Linear:
     work, fit = bench.work, action.fit
     assert fit.l2s is not None
     (chosen,) = fit.l2s
-    stronger = [l2 for l2 in relative_path(len(work.texts["train"])) if l2 > 1.5 * chosen]
     model, _ = fit_linear(
         [text for s in splits for text in work.texts[s]],
         np.concatenate([work.targets[s] for s in splits]),
         work.task.kind,
         work.task.n_outputs,
         features=fit.features,
-        l2s=(*stronger, chosen),
+        l2s=path_to(chosen, len(work.texts["train"])),
         solver=fit.solver,
         valid=None,
         deadline=lambda: bench.stop() != 0,

@@ -17,12 +17,12 @@ from multistep.tune.actions import (
     run_head,
     run_linear,
     run_predict,
-    run_profile,
     run_soup,
     run_test,
 )
 from multistep.tune.diagnose import run_diagnose
 from multistep.tune.fine_tune import run_fine_tune
+from multistep.tune.profile import run_profile
 from multistep.tune.refit import run_refit
 from multistep.types import Outcome
 

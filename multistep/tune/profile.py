@@ -1,0 +1,107 @@
+"""What a run measures before it plans: lengths of its texts, speed of the encoder on this machine, and the optimizer that follows."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from multistep.controllers.choose import Facts, choose
+from multistep.evaluate import Rows, encode
+from multistep.optimizers.muon import hidden_matrices
+from multistep.strategy import Profile, Trial
+from multistep.subwords import encode_ids
+from multistep.tune.actions import Bench, Run
+from multistep.tune.memory import device_memory
+from multistep.tune.workbench import Workbench
+from multistep.types import Cost, Outcome
+
+LENGTHS = (32, 64, 128, 256, 512)
+_PROFILE_LENGTH = 128  # tokens; longer texts are cut for the measurement of speed
+
+
+def run_profile(bench: Bench, trial: Trial, action: Profile) -> Run:
+    """Lengths, tokens at every truncation, and the speed of the encoder in fp32 and bf16."""
+    started = time.monotonic()
+    work = bench.work
+    rows = {k: len(v) for k, v in work.texts.items()}
+    characters = {k: sum(map(len, v)) for k, v in work.texts.items()}
+    facts: dict[str, Any] = {"rows": rows, "characters": characters, "device": work.device, "encoder": "none"}
+    facts["why_no_encoder"] = work.find_encoder()
+    if work.config.model != "none" and not work.has_encoder:
+        work.start_from_scratch()
+    if work.has_encoder:
+        assert work.tokenizer is not None
+        sample = work.texts["train"][:: max(1, rows["train"] // 1000)]
+        lengths = np.array([len(i) for i in encode_ids(work.tokenizer, sample, LENGTHS[-1])[0]])
+        per_character = {n: float(np.minimum(lengths, n).sum()) / max(1, len(lengths)) for n in LENGTHS}
+        facts |= {
+            "encoder": work.scratch or str(work.source),
+            "mean_tokens": per_character,  # tokens a row at each truncation
+            "p95_tokens": float(np.percentile(lengths, 95)),
+            "n_layers": work.encoder().n_layers,
+            "hidden": work.base().width,
+            **_throughput(bench, lengths),
+        }
+        bench.bf16 = facts["precision"] == "bf16"
+        facts["optimizer"] = _optimizer(work)
+        yield "Noted", {"trial": trial.id, "what": "optimizer", "facts": facts["optimizer"]}
+    yield "Noted", {"trial": trial.id, "what": "profiled", "facts": facts}
+    return Outcome(facts=facts, cost=Cost(wall_s=time.monotonic() - started))
+
+
+def _optimizer(work: Workbench) -> dict[str, Any]:
+    """The settings of the optimizer that will train the encoder, and the rule that chose it."""
+    named = [(n, p) for n, p in work.encoder().named_parameters() if not n.startswith("backbone.pooler.")]
+    hidden = hidden_matrices([(n, p.ndim) for n, p in named])
+    chosen, rule = choose(
+        work.config.optimizer,
+        Facts(
+            regime="scratch" if work.scratch else "fine_tune",
+            parameters=sum(p.numel() for _, p in named),
+            hidden=sum(p.numel() for n, p in named if n in hidden),
+            rows=len(work.texts["train"]),
+            memory_bytes=device_memory(work.device),
+        ),
+    )
+    return {"settings": {k: v for k, v in chosen.model_dump().items() if v is not None}, "rule": rule}
+
+
+def _throughput(bench: Bench, lengths: np.ndarray) -> dict[str, Any]:
+    """Tokens a second of the forward pass, in fp32 and bf16 where that may be used, on a batch of typical length."""
+    work, wanted = bench.work, bench.work.config.precision
+    assert work.tokenizer is not None
+    if not bench.timed() and wanted == "auto":  # a measurement would make the run depend on the machine's mood
+        return {"precision": "bf16" if work.device == "cuda" else "fp32", "forward_tokens_s": 0.0}
+    typical = max(1, int(np.median(np.minimum(lengths, _PROFILE_LENGTH))))
+    texts, model = sorted(work.texts["train"][:4000], key=len), work.encoder()
+    count = min(len(texts), max(1, model.encode_tokens // typical))
+    middle = texts[max(0, (len(texts) - count) // 2) :][:count]
+    ids, _ = encode_ids(work.tokenizer, middle, _PROFILE_LENGTH)
+    rows = Rows(ids, work.pad_id, work.device)
+    few = rows.subset(np.arange(min(8, count)))
+    speed: dict[str, float] = {}
+    outputs: dict[str, np.ndarray] = {}
+    known = ("fp32", "bf16") if model.in_bf16 else ("fp32",)
+    for name in known if wanted == "auto" else (wanted,):
+        encode(model, few, bf16=name == "bf16")  # the first calls set up threads and kernels
+        for _ in range(2):
+            t = time.monotonic()
+            outputs[name] = encode(model, rows, bf16=name == "bf16")
+            speed[name] = max(speed.get(name, 0.0), int(rows.lengths_N.sum()) / (time.monotonic() - t))
+            if speed[name] < 0.7 * max(speed.values()):
+                break  # far behind: once is enough
+    best = max(speed, key=lambda k: speed[k])
+    agreement = 1.0
+    if len(outputs) == 2:
+        a, b = outputs["fp32"], outputs["bf16"]
+        agreement = float(np.min((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1) + 1e-12)))
+        if best == "bf16" and agreement < 0.999:
+            best = "fp32"
+    return {
+        "precision": best,
+        "forward_tokens_s": speed[best],
+        "tokens_s": {k: round(v) for k, v in speed.items()},
+        "agreement": agreement,
+    }
