@@ -1,4 +1,4 @@
-"""Memory that does not suffice: how that is seen, and work on fewer rows at once where each row is computed for itself."""
+"""Memory that does not suffice: how that is seen, work on fewer rows at once where each row is computed for itself, and room elsewhere."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from multistep.types import UserError
 
@@ -23,10 +24,27 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)
 
 
+def shortage(error: BaseException) -> UserError:
+    """What to say where memory ran out in something that cannot be cut smaller."""
+    said = (str(error).strip() or type(error).__name__).splitlines()[0][:160].rstrip(".")
+    return UserError(f"out of memory ({said}). Lower max_length, take a smaller model, or use device=cpu.")
+
+
 def release() -> None:
     """Give back what a batch that failed left in the GPU's cache: the smaller ones want other pieces."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def room(shape: tuple[int, ...], device: str) -> Tensor:
+    """Memory for float32 numbers, not set: on the device, or in the machine's memory where a GPU has too little."""
+    try:
+        return torch.empty(shape, device=device)
+    except (MemoryError, RuntimeError) as error:
+        if device == "cpu" or not out_of_memory(error):
+            raise
+    release()
+    return torch.empty(shape)
 
 
 def in_halves(rows_N: np.ndarray, work: Callable[[np.ndarray], None]) -> None:
@@ -37,7 +55,9 @@ def in_halves(rows_N: np.ndarray, work: Callable[[np.ndarray], None]) -> None:
         if not out_of_memory(error):
             raise
         if len(rows_N) == 1:
-            raise UserError("out of memory with one text at once. Lower max_length or take a smaller model.") from None
+            raise UserError(
+                "out of memory with one example at once. Lower max_length or take a smaller model."
+            ) from None
     else:
         return
     release()

@@ -7,21 +7,21 @@ run.predict(["great film"]); print(run.explain()); multistep.load("runs/reviews"
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from multistep import data, journal, report
-from multistep.budget import Clock, parse_budget
+from multistep import data, journal, report, team
+from multistep.budget import Budget, Clock, parse_budget
 from multistep.bundle import Bundle, find_bundle, load_bundle
 from multistep.config import FitConfig, save_config
 from multistep.controllers import Problem, Target
 from multistep.data import Dataset
 from multistep.explained import write_page
 from multistep.export import Exported, export
-from multistep.journal import Journal
-from multistep.language import fit_language, is_language, resume_language
+from multistep.journal import Journal, Unwritten
+from multistep.language import assist_language, fit_language, is_language, resume_language
 from multistep.language_bundle import LanguageBundle
 from multistep.metrics import METRICS, Scored, check_metric, measure, per_class
 from multistep.models.linear import candidates
@@ -198,6 +198,35 @@ def load(path: str | Path) -> Run:
 
 def fit_config(config: FitConfig, progress: Progress, started: float | None = None) -> Run:
     """Run a configuration. `started`: when the clock began (time.monotonic), for callers that did work before."""
+    return _in_team(Path(str(config.out)), lambda: _fit(config, progress, started))
+
+
+def _in_team(out: Path, run: Callable[[], Run]) -> Run:
+    """A run by the first process of a team, the others assisting."""
+    with team.gathered():
+        if team.leads():
+            done = run()
+            team.first({})  # that was all
+            return done
+        while asked := team.first(None):
+            _assist(asked)
+        return Run(out)
+
+
+def _assist(asked: dict[str, Any]) -> None:
+    """The part of another process in a run that the first one drives: what `_drive` told it."""
+    config = FitConfig.parse(asked["config"])
+    clock, progress, book = Clock(Budget(**asked["budget"])), Progress(quiet=True), Unwritten()
+    if is_language(config.task):
+        assist_language(config, asked, clock, book, progress)
+        return
+    dataset = data_of(config)
+    check_same_data(config.data, dataset.fingerprint, [{"kind": "Data", "fingerprint": asked["fingerprint"]}])
+    work = Workbench(config, dataset, task_for(dataset), Path(asked["out"]))
+    _tune(work, clock, asked["metric"], book, asked["past"], progress)
+
+
+def _fit(config: FitConfig, progress: Progress, started: float | None) -> Run:
     clock = Clock(parse_budget(config.budget), started=started)
     assert config.out is not None, "resolve() fills it"
     out = Path(config.out)
@@ -228,6 +257,10 @@ def fit_config(config: FitConfig, progress: Progress, started: float | None = No
 def resume(run_dir: str | Path, budget: str | None = None, progress: Progress | None = None) -> Run:
     """Go on with a run that was stopped, with the time that was left; `budget` "+5m" adds to it, "10m" is a new total."""
     out = Path(run_dir)
+    return _in_team(out, lambda: _resume(out, budget, progress))
+
+
+def _resume(out: Path, budget: str | None, progress: Progress | None) -> Run:
     past = journal.read(out / "journal.jsonl")
     started = next((r for r in past if r["kind"] == "Started"), None)
     if started is None:
@@ -241,6 +274,7 @@ def resume(run_dir: str | Path, budget: str | None = None, progress: Progress | 
         return Run(out)
     sweep(out)
     sweep(out / "states")
+    team.sweep(out / "states")
     clock = Clock(total)
     clock.restore(clock_then(past))
     if clock.remaining() <= 0 and extended:
@@ -266,6 +300,25 @@ def _drive(
     work: Workbench, clock: Clock, metric: str, book: Journal, past: list[dict[str, Any]], progress: Progress
 ) -> Run:
     """Tune to the end, showing the records as they are written; then the card."""
+    team.first(
+        {
+            "config": work.config, "out": work.out.resolve(), "budget": clock.budget, "metric": metric, "past": past,
+            "fingerprint": work.dataset.fingerprint,
+        }
+    )  # fmt: skip
+    bench = _tune(work, clock, metric, book, past, progress)
+    run = Run(work.out)
+    card = report.card(_card_facts(work, run, bench, clock))
+    (work.out / "model" / "README.md").write_text(card, encoding="utf-8")
+    book.append("Finished", clock=clock.save(), wall_s=clock.wall_s)
+    book.close()
+    return run
+
+
+def _tune(
+    work: Workbench, clock: Clock, metric: str, book: Journal, past: list[dict[str, Any]], progress: Progress
+) -> Bench:
+    """To the end, showing the records as they are written."""
     with signals() as stop:
         bench = Bench(work, clock, stop, metric)
 
@@ -280,12 +333,7 @@ def _drive(
         controller = controller_of(_problem(work, metric), work.config.controller, book, clock, past)
         for record in tune(TextWorks(bench), controller, book, past):
             show(progress, record, clock, metric)
-    run = Run(work.out)
-    card = report.card(_card_facts(work, run, bench, clock))
-    (work.out / "model" / "README.md").write_text(card, encoding="utf-8")
-    book.append("Finished", clock=clock.save(), wall_s=clock.wall_s)
-    book.close()
-    return run
+    return bench
 
 
 def _card_facts(work: Workbench, run: Run, bench: Bench, clock: Clock) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from multistep.terminal import (
     JsonOption,
     QuietOption,
     RunArgument,
+    assists,
     check_run,
     failed,
     interrupted,
@@ -92,13 +93,14 @@ def fit(
     }  # fmt: skip
     config = resolve(source, options, overrides or [])
     try:
-        with Progress(quiet=quiet) as progress, stdout_is_stderr():
+        with Progress(quiet=quiet or assists()) as progress, stdout_is_stderr():
             from multistep.api import fit_config
 
             run = fit_config(config, progress, started)
     except Interrupted as stop:
         interrupted(stop, config.out or "RUN", as_json)
-    show_run(run, as_json)
+    if not assists():
+        show_run(run, as_json)
 
 
 @app.command()
@@ -111,13 +113,14 @@ def resume(
     """Go on with a run that was stopped, or give it more time."""
     check_run(run_dir)
     try:
-        with Progress(quiet=quiet) as progress, stdout_is_stderr():
+        with Progress(quiet=quiet or assists()) as progress, stdout_is_stderr():
             from multistep.api import resume as go_on
 
             run = go_on(run_dir, budget, progress)
     except Interrupted as stop:
         interrupted(stop, str(run_dir), as_json)
-    show_run(run, as_json)
+    if not assists():
+        show_run(run, as_json)
 
 
 @app.command()
@@ -269,6 +272,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except Interrupted as stop:
         return 128 + stop.signal
+    except (MemoryError, RuntimeError) as error:
+        from multistep.allocation import out_of_memory, shortage
+
+        if not out_of_memory(error):
+            raise
+        return failed(str(shortage(error)), as_json)
     except OSError as error:
         if error.errno not in _USERS_OS_ERRORS:
             raise

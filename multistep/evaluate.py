@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multistep.allocation import in_halves
+from multistep.allocation import in_halves, room
 from multistep.data.batches import Batches, by_length
 from multistep.models.base import TextEncoder
 from multistep.models.encoder import pad
@@ -70,7 +70,9 @@ class Rows:
     device: str
     targets: Tensor | None = None
     cut: int = 0
-    hidden_SD: Tensor | None = None  # the rows' hidden states one after the other, S tokens in all
+    hidden_SD: Tensor | None = (
+        None  # the rows' hidden states one after the other, S tokens in all; where there was room
+    )
     below: str | None = None  # the state of whose layers they are, where it is not the first
 
     def __post_init__(self) -> None:
@@ -91,7 +93,7 @@ class Rows:
         lengths = self.lengths_N[rows]
         mask = np.arange(lengths.max())[None, :] < lengths[:, None]
         take = np.where(mask, self.starts_N[rows][:, None] + np.arange(mask.shape[1]), self.starts_N[rows][:, None])
-        hidden_BTD = self.hidden_SD[torch.from_numpy(take).to(self.device)]
+        hidden_BTD = self.hidden_SD[torch.from_numpy(take).to(self.hidden_SD.device)].to(self.device)
         return hidden_BTD, torch.from_numpy(mask).to(self.device)
 
     def load(self, rows: np.ndarray) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -141,7 +143,7 @@ def keep_hidden(model: TextEncoder, rows: Rows, cut: int, *, bf16: bool = False,
     below."""
     assert rows.cut < cut
     model.eval()
-    hidden_SD = torch.empty((int(rows.lengths_N.sum()), model.width), device=rows.device)
+    hidden_SD = room((int(rows.lengths_N.sum()), model.width), rows.device)
     done = 0
 
     def one(part: np.ndarray) -> None:
@@ -149,7 +151,7 @@ def keep_hidden(model: TextEncoder, rows: Rows, cut: int, *, bf16: bool = False,
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             hidden_BTD = model.lower(x, mask_BT, cut, rows.cut)
         places = np.concatenate([np.arange(int(rows.starts_N[r]), int(rows.starts_N[r + 1])) for r in part])
-        hidden_SD[torch.from_numpy(places).to(rows.device)] = hidden_BTD[mask_BT].float()
+        hidden_SD[torch.from_numpy(places).to(hidden_SD.device)] = hidden_BTD[mask_BT].float().to(hidden_SD.device)
 
     for batch in by_length(rows.lengths_N, model.encode_tokens):
         in_halves(batch, one)

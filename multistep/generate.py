@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from multistep.allocation import in_halves
 from multistep.models.step import Stepper, stepper_of
 from multistep.predictors.decoding import Beam, Decoding, Greedy, Sample
 
@@ -77,8 +78,8 @@ def several(
     order = np.argsort([len(p) for p in prompts], kind="stable")
     size = max(1, min(batch, BEAMS // decoding.beams)) if isinstance(decoding, Beam) else max(1, batch // n)
     stepper = stepper_of(model)
-    for start in range(0, len(order), size):
-        part = order[start : start + size]
+
+    def one(part: np.ndarray) -> None:
         these = [prompts[i] for i in part]
         if isinstance(decoding, Beam):
             done = [row[:n] for row in beam_search(stepper, these, decoding, end_ids, decode)]
@@ -89,6 +90,9 @@ def several(
             done = [writing.written[row * n : (row + 1) * n] for row in range(len(these))]
         for i, row in zip(part, done, strict=True):
             found[int(i)] = row
+
+    for start in range(0, len(order), size):
+        in_halves(order[start : start + size], one)
         if watch is not None:
             watch(min(1.0, (start + size) / len(order)))
     return found

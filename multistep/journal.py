@@ -64,6 +64,20 @@ class Journal:
             self._file = None
 
 
+class Unwritten(Journal):
+    """Of a process that assists in a run: what is appended is numbered, and kept nowhere."""
+
+    def __init__(self) -> None:
+        self._n = 0
+
+    def append(self, kind: str, **fields: Any) -> dict[str, Any]:
+        self._n += 1
+        return finite({"n": self._n - 1, "kind": kind, **fields})
+
+    def close(self) -> None:
+        pass
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """All whole records, oldest first. Raises UserError when the file is missing or is not a journal."""
     if not path.exists():

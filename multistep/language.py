@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from multistep import journal, report
+from multistep import journal, report, team
 from multistep.budget import Clock, parse_budget
 from multistep.config import FitConfig, save_config
 from multistep.controllers.language_plan import LanguageProblem, higher_is_better
@@ -79,6 +79,13 @@ def resume_language(
     return run.drive(clock, book, past, progress)
 
 
+def assist_language(config: FitConfig, asked: dict[str, Any], clock: Clock, book: Journal, progress: Progress) -> None:
+    """The part of another process in a run that the first one drives: what `drive` told it."""
+    run = _Run(config, Path(asked["out"]))
+    check_same_data(config.data, run.data.fingerprint, [{"kind": "Data", "fingerprint": asked["fingerprint"]}])
+    run.tune(clock, book, asked["past"], progress)
+
+
 class _Run:
     """What a configuration comes to: data, task, metric, speakers."""
 
@@ -120,6 +127,19 @@ class _Run:
         )
 
     def drive(self, clock: Clock, book: Journal, past: Sequence[dict[str, Any]], progress: Progress) -> Path:
+        team.first(
+            {
+                "config": self.config, "out": self.out.resolve(), "budget": clock.budget, "past": past,
+                "fingerprint": self.data.fingerprint,
+            }
+        )  # fmt: skip
+        self.tune(clock, book, past, progress)
+        (self.out / "model" / "README.md").write_text(report.card(self._card(clock)), encoding="utf-8")
+        book.append("Finished", clock=clock.save(), wall_s=clock.wall_s)
+        book.close()
+        return self.out
+
+    def tune(self, clock: Clock, book: Journal, past: Sequence[dict[str, Any]], progress: Progress) -> None:
         with signals() as stop:
 
             def watch(done: float) -> None:
@@ -135,10 +155,6 @@ class _Run:
             controller = controller_of(self.problem(), self.config.controller, book, clock, past)
             for record in tune(works, controller, book, past):
                 show(progress, record, clock, self.metric)
-        (self.out / "model" / "README.md").write_text(report.card(self._card(clock)), encoding="utf-8")
-        book.append("Finished", clock=clock.save(), wall_s=clock.wall_s)
-        book.close()
-        return self.out
 
     def ship(self, standing: dict[str, Any]) -> None:
         s = self.speakers

@@ -22,14 +22,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from multistep import __version__, journal, report
+from multistep import __version__, journal, report, team
 from multistep.budget import Budget, Clock, parse_budget
 from multistep.config import OptimizerConfig
 from multistep.controllers.choose import Facts, choose, is_convex, is_regression
 from multistep.controllers.module import MODULE_CONTROLLERS, ModuleProblem
 from multistep.controllers.script import Target
 from multistep.explained import write_page
-from multistep.journal import Journal
+from multistep.journal import Journal, Unwritten
 from multistep.loader import ModuleRows, Split, rows_of
 from multistep.metrics import METRICS, check_metric
 from multistep.objectives import OBJECTIVES, Objective
@@ -122,7 +122,8 @@ def optimize(
     `batch_growth`: shares of a training at which the batch doubles. `soup`: also try the mean of the probes and the trunk.
     `patience`: looks at validation in a row without a gain that end the training (0: off).
     `controller`: see `multistep list controllers`; `until`: a score at which training ends, "accuracy=0.93", reached with its error.
-    `out`: a folder for journal, states and weights; a run that was stopped there goes on. Raises UserError on bad input.
+    `out`: a folder for journal, states and weights; a run that was stopped there goes on. In several processes (torchrun) all call this
+    with the same data; they train together, and the first one decides and writes. Raises UserError on bad input.
     """
     started = time.monotonic()
     device = device_of(module)
@@ -157,12 +158,13 @@ def optimize(
         "soup": soup, "batch_growth": batch_growth,
         "budget": total.amount, "unit": total.unit, "rows": {k: len(v) for k, v in rows.items()}, "choice": choice,
     })  # fmt: skip
-    temporary = tempfile.TemporaryDirectory(prefix="multistep-") if out is None else None
-    folder = Path(temporary.name if temporary is not None else str(out))
-    with Progress(quiet=quiet) as progress, signals() as stop:
+    with team.gathered(), Progress(quiet=quiet or not team.leads()) as progress, signals() as stop:
+        temporary = tempfile.TemporaryDirectory(prefix="multistep-") if out is None and team.leads() else None
+        folder = Path(team.first(Path(temporary.name if temporary is not None else str(out)).resolve()))
         clock = Clock(total, started=started)
         asked = {"problem": problem, "controller": controller, "seed": seed, "model": type(module).__name__}
-        book, past = _open(folder, asked, metric, clock, device)
+        book, past = _open(folder, asked, metric, clock, device) if team.leads() else (Unwritten(), [])
+        past = team.first(past)
         works = ModuleWorks(module, rows, problem, clock, stop, folder, task, seed)
         works.adopt_given()
         steps = controller_of(problem, controller, book, clock, past)
@@ -171,10 +173,11 @@ def optimize(
         if past[-1]["kind"] != "Finished":
             book.append("Finished", clock=clock.save(), wall_s=clock.wall_s)
         book.close()
-    assert works.incumbent is not None
-    module.load_state_dict(works.module(works.incumbent).state_dict())
-    module.eval()
-    found = works.measured(works.answers(works.incumbent))
+        assert works.incumbent is not None
+        module.load_state_dict(works.module(works.incumbent).state_dict())
+        module.eval()
+        found = works.measured(works.answers(works.incumbent))
+        team.wait()  # the folder may be a temporary one of the first process
     test_read = [r["metrics"] for r in journal.read(folder / "journal.jsonl") if r["kind"] == "TestRead"]
     tested = {k: MetricValue(*v) for k, v in test_read[-1].items()} if test_read else None
     return Optimized(module, metric, found[metric], found, tested, folder, temporary)

@@ -3,7 +3,7 @@
 Loss, gradients and whether memory ran out are added up before anything is decided, so that all processes see the same numbers and
 decide alike; what one of them alone meets later in an update (memory that runs out, a signal) they tell each other at its end.
 Nothing here does anything in one process. The caller initialises torch.distributed (gloo or nccl), and gives every process the same
-model, strategy, data and seed.
+model, strategy, data and seed; of a whole run, team.py does.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from multistep import team
 from multistep.allocation import out_of_memory
 from multistep.state import now_s, seeded_rng
 
 
 def count() -> int:
     """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return team.size() if team.trains_together() else 1
 
 
 def part(rows: np.ndarray) -> np.ndarray:

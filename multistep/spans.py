@@ -20,6 +20,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from multistep.allocation import in_halves
 from multistep.data.batches import Batches, by_length
 from multistep.data.cells import Record
 from multistep.models.encoder import pad
@@ -129,7 +130,8 @@ class SpanRows:
         confidence that there is none. `longest`: tokens."""
         model.eval()
         best: list[tuple[float, float, str]] = [(-np.inf, 0.0, "")] * len(self.records)
-        for rows in by_length(self.lengths_N, JUDGE_TOKENS):
+
+        def one(rows: np.ndarray) -> None:
             inputs = self._inputs(rows)
             with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=bf16):
                 logits_BT2 = self.outputs(model, inputs)
@@ -139,6 +141,9 @@ class SpanRows:
                 if score > best[window.record][0]:
                     sure = float(1 / (1 + np.exp(np.clip(none - score, -700, 700))))
                     best[window.record] = (score, sure, self._slice(window, start, end))
+
+        for part in by_length(self.lengths_N, JUDGE_TOKENS):
+            in_halves(part, one)
         return [
             Prediction(text, sure) if sure >= least or not text else Prediction("", 1 - sure) for _, sure, text in best
         ]

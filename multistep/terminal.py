@@ -29,6 +29,11 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing un
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder that fit wrote (--out).")]
 
 
+def assists() -> bool:
+    """Whether this is one of several processes that torchrun started, and not the first, which says what there is to say."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
+
+
 # ---------------------------------------------------------------------------------------------- ends
 
 
@@ -42,6 +47,8 @@ def failed(message: str, as_json: bool) -> int:
 
 def interrupted(stop: Interrupted, out: str, as_json: bool) -> NoReturn:
     """Say how to go on, and leave with the signal's exit code."""
+    if assists():
+        raise typer.Exit(128 + stop.signal)
     typer.echo(f"saved; resume with `multistep resume {out}`", err=True)
     if as_json:
         print_json({"interrupted": signal.Signals(stop.signal).name, "out": out})

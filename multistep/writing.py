@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from multistep import dialogue
+from multistep.allocation import in_halves
 from multistep.codec import Codec
 from multistep.data.cells import Record, Turn
 from multistep.examples import Examples
@@ -217,12 +218,17 @@ class Neural:
             return self._stream_nats(records, running)
         rows = self.rows(records)
         assert not isinstance(rows, BlockRows)
-        nats, owners = [], []
-        for part in rows.parts():
+        nats: list[np.ndarray] = []
+        owners: list[np.ndarray] = []
+
+        def one(part: np.ndarray) -> None:
             inputs, targets = rows.load(part)
             nats.append(self._nats(rows, inputs, targets)[0])
             owners.append(np.repeat(part, rows.counts(part)))
             self._tick(sum(map(len, owners)) / max(1, sum(rows.counts(np.arange(len(rows))))))
+
+        for part in rows.parts():
+            in_halves(part, one)
         return np.concatenate(nats), np.concatenate(owners)
 
     def _stream_nats(self, records: Sequence[Record], running: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -231,14 +237,17 @@ class Neural:
         rows = BlockRows(stream, starts, self.context, self.device)
         places = list(windows(len(stream), rows.block, max(1, rows.block // 2)))
         nats_T = np.zeros(len(stream))
+
+        def one(some: np.ndarray) -> None:
+            inputs, targets = rows.load(np.array([places[i][0] for i in some]))
+            for i, nats in zip(some, self._nats(rows, inputs, targets), strict=True):
+                start, end, judged = places[i]
+                nats_T[judged:end] = nats[judged - start - 1 : end - start - 1]
+            self._tick((int(some[-1]) + 1) / len(places))
+
         at_once = max(1, _JUDGE_WINDOWS // rows.block)
         for first in range(0, len(places), at_once):
-            some = places[first : first + at_once]
-            inputs, targets = rows.load(np.array([start for start, _, _ in some]))
-            found_BT = self._nats(rows, inputs, targets)
-            for (start, end, judged), nats in zip(some, found_BT, strict=True):
-                nats_T[judged:end] = nats[judged - start - 1 : end - start - 1]
-            self._tick((first + len(some)) / len(places))
+            in_halves(np.arange(first, min(first + at_once, len(places))), one)
         return nats_T, owner_T
 
     def _nats(self, rows: Rows, inputs: Any, targets: torch.Tensor) -> np.ndarray:

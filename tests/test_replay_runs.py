@@ -144,7 +144,7 @@ def test_tuning_of_ways_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(measuring, "LEAST_TARGETS", 10)
     for name, value in (("SEARCHED", 2), ("WIDTHS", (2, 4)), ("DRAWS", 4)):
         monkeypatch.setattr(decoding_script, name, value)
-    settings = {"budget": "250 updates", "batch_tokens": 512, "width": 64, "metric": "chrf"}
+    settings = {"budget": "250 updates", "batch_tokens": 512, "width": 64, "metric": "chrf", "device": "cpu"}
     done = runs.run(language_config(pairs(tmp_path, 420), tmp_path / "run", "translate", **settings))
     tune_run(done.out, budget="20s", latency="p95=1s")
     found = done.replay()[1]

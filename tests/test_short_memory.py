@@ -9,20 +9,32 @@ from typing import Any
 import numpy as np
 import pytest
 import runs
+import test_spans
 import torch
+from test_engines import writer
 from test_modules import blobs, network
 from test_modules import run as optimize
 from test_recovery import events
 from test_state import begun
 from torch import nn
 
-from multistep.allocation import in_halves, out_of_memory
+from multistep import cli, generate
+from multistep.allocation import in_halves, out_of_memory, room
+from multistep.api import load
 from multistep.budget import Budget
+from multistep.bundle import Bundle
+from multistep.data.cells import Record
 from multistep.evaluate import Rows, encode
-from multistep.loader import rows_of
+from multistep.loader import ModuleRows, rows_of
+from multistep.objectives import CrossEntropy
+from multistep.predictors.decoding import Beam, Greedy, Sample
 from multistep.schedules import Constant
+from multistep.spans import SpanRows
 from multistep.strategy import TrainModule
+from multistep.subwords import load_tokenizer, train_tokenizer
 from multistep.train import train
+from multistep.tune.module import judge_rows
+from multistep.tune.workbench import Workbench
 from multistep.types import UserError
 
 pytestmark = pytest.mark.usefixtures("torch_seeded")
@@ -144,7 +156,7 @@ def test_texts_are_encoded_in_halves_where_memory_is_short(
 
     monkeypatch.setattr(Rows, "inputs", narrow)
     assert np.abs(encode(model, rows) - whole).max() < 1e-5
-    with pytest.raises(UserError, match="one text at once"):
+    with pytest.raises(UserError, match="one example at once"):
         in_halves(np.arange(3), lambda few: (_ for _ in ()).throw(SHORT[1]))
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) and not out_of_memory(
         ValueError()
@@ -164,3 +176,101 @@ def test_a_measure_of_short_memory_says_how_many_there_were() -> None:
         ("", 0, 3),
     ]
     assert state.counters.micro_batch == 4 and measures[0].examples == 0 and len(measures[0].rows) == 8
+
+
+# ---------------------------------------------------------------------------------------------- what is only read
+
+
+def narrow(patch: pytest.MonkeyPatch, owner: Any, name: str, rows: Callable[..., int], most: int = 2) -> list[int]:
+    """`owner.name` runs out of memory with more than `most` rows; how many there were each time."""
+    whole, seen = getattr(owner, name), []
+
+    def short(*args: Any, **kwargs: Any) -> Any:
+        seen.append(rows(*args))
+        if seen[-1] > most:
+            raise SHORT[0]
+        return whole(*args, **kwargs)
+
+    patch.setattr(owner, name, short)
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["decoder", "seq2seq"])
+def test_texts_are_judged_in_halves_where_memory_is_short(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    neural = writer(tmp_path, kind)
+    records = [Record(f"the {n} of", (f"sea {n} {'and sand ' * n}",)) for n in range(8)]
+    whole = neural.losses(records, False)
+    seen = narrow(monkeypatch, type(neural.rows(records)), "load", lambda self, part: len(part))
+    np.testing.assert_allclose(neural.losses(records, False), whole, rtol=1e-5)
+    assert max(seen) > 2 >= min(seen)
+
+
+@pytest.mark.parametrize("way", [Greedy(max_new_tokens=6), Sample(max_new_tokens=6), Beam(max_new_tokens=6, beams=2)])
+def test_texts_are_written_in_halves_where_memory_is_short(
+    tmp_path: Path, way: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    neural = writer(tmp_path, "decoder")
+    records = [Record(f"the {n} of the {'sea ' * n}", ("",)) for n in range(7)]
+    whole = neural.candidates(records, way, 1)
+    if isinstance(way, Beam):
+        seen = narrow(monkeypatch, generate, "beam_search", lambda stepper, prompts, *_: len(prompts))
+    else:
+        seen = narrow(monkeypatch, generate, "OneByOne", lambda stepper, prompts, *_: len(prompts))
+    assert [[w.ids for w in row] for row in neural.candidates(records, way, 1)] == [
+        [w.ids for w in row] for row in whole
+    ]
+    assert max(seen) > 2 >= min(seen)
+
+
+def test_spans_are_found_in_halves_where_memory_is_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    train_tokenizer(["after", *test_spans.WORDS] * 3, 400, tmp_path / "tokenizer.json")
+    tokenizer, rng = load_tokenizer(str(tmp_path)), np.random.default_rng(0)
+    rows = SpanRows([test_spans.record(rng) for _ in range(9)], tokenizer, 40, 0, "cpu")
+    model = test_spans.model_for(tokenizer)
+    whole = [found.value for found in rows.answers(model)]
+    seen = narrow(monkeypatch, SpanRows, "_inputs", lambda self, part: len(part))
+    assert [found.value for found in rows.answers(model)] == whole and max(seen) > 2 >= min(seen)
+
+
+def test_examples_of_a_module_are_judged_in_halves_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, module, objective = rows_of(blobs(50, 0), "train", "cpu"), network(), CrossEntropy()
+    whole = judge_rows(module, rows, objective, None, False).losses_N
+    seen = narrow(monkeypatch, ModuleRows, "load", lambda self, part: len(part), most=13)
+    np.testing.assert_allclose(judge_rows(module, rows, objective, None, False).losses_N, whole, rtol=1e-6)
+    assert seen == [50, 25, 13, 12, 25, 13, 12]
+
+
+def test_hidden_states_are_kept_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def full(shape: Any, device: str = "cpu") -> torch.Tensor:
+        if device == "cuda":
+            raise SHORT[0]
+        return empty(shape, device=device)
+
+    monkeypatch.setattr(torch, "empty", full)
+    assert room((3, 2), "cuda").device.type == "cpu" and room((3, 2), "cpu").shape == (3, 2)
+    monkeypatch.setattr(torch, "empty", lambda shape, device: (_ for _ in ()).throw(SHORT[2]))
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        room((3, 2), "cpu")
+
+
+@pytest.mark.parametrize("error", SHORT[:3], ids=["cuda", "python", "cpu"])
+def test_a_model_that_does_not_fit_is_one_line_and_what_stood_stays(
+    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, encoder = runs.write_rows(tmp_path / "rows.csv"), runs.tiny_encoder(tmp_path / "encoder")
+    arguments = ["fit", str(rows), "--model", str(encoder), "--budget", "80 updates", "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Workbench, "encoder", lambda self: (_ for _ in ()).throw(error))
+        assert cli.run([*arguments, "--quiet"]) == 2
+    said = capsys.readouterr().err
+    assert "02-profile: out of memory" in said and "device=cpu" in said and "Traceback" not in said
+    assert load(tmp_path / "run").predict(["river up stone"])[0].value in runs.LABELS  # what stood serves
+    assert cli.run(["resume", str(tmp_path / "run"), "--quiet"]) == 0  # once there is memory again
+    monkeypatch.setattr(Bundle, "predict", lambda *_: (_ for _ in ()).throw(error))
+    assert (
+        cli.run(["predict", str(tmp_path / "run"), "river"]) == 2 and "error: out of memory" in capsys.readouterr().err
+    )

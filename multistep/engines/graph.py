@@ -75,7 +75,7 @@ def write_graph(model: TextEncoder, path: Path, scale: float = 1.0, shift: float
             assert program is not None
             program.save(str(path))
     except torch.onnx.OnnxExporterError as error:
-        reason = str(error).strip().splitlines()[0][:160]
+        reason = str(error.__cause__ or error).strip().splitlines()[0][:160]
         raise UserError(f"onnx: this model has no graph ({reason}). Use the runtime torch.") from None
 
 

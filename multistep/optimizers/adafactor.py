@@ -44,4 +44,7 @@ class Adafactor(GradientOptimizer):
         import torch
 
         groups = parameter_groups(parameters, self.weight_decay, head_lr)
-        return torch.optim.Adafactor(groups, lr=self.lr, beta2_decay=self.beta2_decay, d=self.clip_rms)
+        optimizer = torch.optim.Adafactor(groups, lr=self.lr, beta2_decay=self.beta2_decay, d=self.clip_rms)
+        for group in optimizer.param_groups:  # a copy of the optimizer is asked for it by torch where there is a GPU
+            group["capturable"] = False
+        return optimizer

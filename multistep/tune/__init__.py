@@ -10,12 +10,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Protocol
 
+from multistep import processes, team
+from multistep.allocation import out_of_memory, shortage
 from multistep.budget import Clock
 from multistep.controllers import Controller, Reserve, Skip
 from multistep.controllers.begin import record_of, same
 from multistep.journal import Journal
 from multistep.standing import Stood, settlement
-from multistep.strategy import Trial
+from multistep.strategy import Training, Trial
 from multistep.types import Interrupted, Outcome, UserError
 
 _ASKS = ("Asked", "Skipped", "Reserved")
@@ -72,22 +74,39 @@ def tune(
         trial = outstanding.popleft()
         outcome = told.get(trial.id)
         if outcome is None:
-            if stale:
+            if stale and team.leads():
                 bench.ship()
-                stale = False
-            outcome = yield from _run(bench, trial, journal)
+            stale = False
+            if team.leads():
+                outcome = yield from _run(bench, trial, journal)
+            else:
+                _assist(bench, trial)
+                outcome = None
+            told_now = team.first(outcome)
+            outcome = outcome or Outcome(**told_now)
             yield _append(bench, journal, kind="Told", trial=trial.id, stage=trial.stage, outcome=outcome)
         committed = bench.apply(trial, outcome)
         stale = stale or committed
         decision = settlement(Stood(bench.standing(), bench.families()), trial, outcome, committed)
         if trial.id not in settled and decision is not None:
-            if committed:
+            if committed and team.leads():
                 bench.ship()
                 stale = False
             yield _append(bench, journal, **decision)
         controller.tell(trial, outcome.with_(incumbent=bench.standing(), families=bench.families()))
-    if stale:
+    if stale and team.leads():
         bench.ship()
+
+
+def _assist(bench: Works, trial: Trial) -> None:
+    """What the other processes of a team do of a trial: they train with the first one, and wait for what came out."""
+    if not isinstance(trial.action, Training):
+        return
+    try:
+        for _ in bench.run(trial):
+            pass  # its records are the first one's to write
+    except team.Assisted:
+        pass
 
 
 def _run(bench: Works, trial: Trial, journal: Journal) -> Iterator[dict[str, Any]]:
@@ -95,7 +114,8 @@ def _run(bench: Works, trial: Trial, journal: Journal) -> Iterator[dict[str, Any
     run = bench.run(trial)
     try:
         while True:
-            signal = bench.stop()  # thrown into the trial, which may have something to save
+            # Thrown into the trial, which may have something to save. Where several train together they agree on it inside.
+            signal = bench.stop() if processes.count() == 1 else 0
             kind, fields = run.throw(Interrupted(signal)) if signal else next(run)
             yield _append(bench, journal, kind=kind, **fields)
     except StopIteration as end:
@@ -103,6 +123,10 @@ def _run(bench: Works, trial: Trial, journal: Journal) -> Iterator[dict[str, Any
     except Interrupted as stop:
         yield _append(bench, journal, kind="Interrupted", trial=trial.id, signal=stop.signal)
         raise
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(f"{trial.id}: {shortage(error)} What stood before is kept.") from None
     return outcome.with_(remaining=bench.clock.remaining())
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from multistep import team
 from multistep.budget import Budget
 from multistep.controllers.choose import Facts, choose
 from multistep.controllers.language_plan import LanguageProblem
@@ -214,6 +215,7 @@ class Profiler:
             p.numel() for p in model.parameters() if id(p) in tables
         )
         found["peak_share"] = round(6 * matrices * found["tokens_s"] / matrix_peak(s.device, found["bf16"]), 4)
+        found["tokens_s"] *= team.speed(s.device)
         found |= self._batch(self._tokens(found["tokens_s"]), facts)
         shape = self._with_dropout(shape, found["tokens_s"], facts)
         found["shape"] = shape.model_dump()

@@ -18,6 +18,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from multistep import metrics, standing
+from multistep.allocation import in_halves
 from multistep.budget import Budget, Clock
 from multistep.controllers.module import ModuleProblem
 from multistep.loader import ModuleRows
@@ -291,9 +292,12 @@ class ModuleWorks:
 def judge_rows(module: nn.Module, rows: ModuleRows, objective: BaseObjective, task: Task | None, bf16: bool) -> Answers:
     """A module's answers on these rows. Leaves it in evaluation mode."""
     module.eval()
-    losses, logits, targets = [], [], []
+    losses: list[np.ndarray] = []
+    logits: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
     device = next(iter(module.parameters())).device.type
-    for part in rows.parts(JUDGE_BATCH):
+
+    def one(part: np.ndarray) -> None:
         inputs, wanted = rows.load(part)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             found = rows.outputs(module, inputs).float()
@@ -301,6 +305,9 @@ def judge_rows(module: nn.Module, rows: ModuleRows, objective: BaseObjective, ta
         if task is not None:
             logits.append(_logits(task, found).cpu().numpy())
             targets.append(objective.labels(wanted).cpu().numpy())
+
+    for part in rows.parts(JUDGE_BATCH):
+        in_halves(part, one)
     losses_N = np.concatenate(losses).astype(np.float64)
     if task is None:
         return Answers(losses_N, None)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from multistep import team
 from multistep.controllers.choose import Facts, choose
 from multistep.evaluate import Rows, encode
 from multistep.optimizers.muon import hidden_matrices
@@ -44,6 +45,8 @@ def run_profile(bench: Bench, trial: Trial, action: Profile) -> Run:
             "hidden": work.base().width,
             **_throughput(bench, lengths),
         }
+        if (together := team.speed(work.device)) > 1:
+            facts["processes"] = together
         bench.bf16 = facts["precision"] == "bf16"
         facts["optimizer"] = _optimizer(work)
         yield "Noted", {"trial": trial.id, "what": "optimizer", "facts": facts["optimizer"]}
@@ -85,7 +88,8 @@ def _throughput(bench: Bench, lengths: np.ndarray) -> dict[str, Any]:
     outputs: dict[str, np.ndarray] = {}
     known = ("fp32", "bf16") if model.in_bf16 else ("fp32",)
     for name in known if wanted == "auto" else (wanted,):
-        encode(model, few, bf16=name == "bf16")  # the first calls set up threads and kernels
+        # The first calls set up threads and, on a GPU, load kernels for every shape: once that took 8 s for one batch.
+        encode(model, rows if work.device == "cuda" else few, bf16=name == "bf16")
         for _ in range(2):
             t = time.monotonic()
             outputs[name] = encode(model, rows, bf16=name == "bf16")

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from multistep import processes
+from multistep import processes, team
 from multistep.allocation import out_of_memory, release
 from multistep.budget import Budget, Clock
 from multistep.detect import Course
@@ -250,8 +250,8 @@ class Keeper:
             state.restore({"meta": meta, "tensors": tensors})
             self._recall(meta["memory"], tensors)
             if state.segment.total.unit == "seconds":  # loading took time, and the end of the run stays where it is
-                left = processes.most(device, max(1e-3, min(state.segment.left(), self.clock.remaining())))
-                stretch(state, left[0])
+                mine = max(1e-3, min(state.segment.left(), self.clock.remaining())) if team.leads() else 0.0
+                stretch(state, processes.most(device, mine)[0])
         self._take(state)
         return found is not None
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+from multistep import processes, team
 from multistep.budget import Budget, Clock
 from multistep.state import TrainState, read_folder, write_folder
 from multistep.strategy import Training, Trial
@@ -20,26 +22,44 @@ def run_training(
 ) -> Generator[Record, None, tuple[dict[str, Any], dict[str, int]]]:  # fmt: skip
     """Train `state` for the trial's share (or for `share` of the budget, in its unit); the facts of how it went, and what was spent.
     `state` has the weights of `trial.start` and goes on from there. `kept`: goes into the state's JSON. `rest`: what is left of a
-    segment that was stopped in its middle is gone on with, where only live fields change. `micro_batch`: that fitted before, or 0."""
-    budget = Budget(amount=max(trial.share if share is None else share, 1e-3), unit=clock.budget.unit)
-    begin(state, states / trial.start if trial.start else None, action, budget, rest, micro_batch)
-    keeper = Keeper(states, trial.id, clock, watch)
-    if keeper.load(state):
-        yield "Event", {"trial": trial.id, "event": "resumed", "update": state.counters.update}
-    facts = yield from run_segment(trial, state, data, keeper, watch, stop)
+    segment that was stopped in its middle is gone on with, where only live fields change. `micro_batch`: that fitted before, or 0.
+    A team trains together; raises `Assisted` at the end in all of its processes but the first."""
+    amount = team.first(max(trial.share if share is None else share, 1e-3))
+    begin(
+        state,
+        states / trial.start if trial.start else None,
+        action,
+        Budget(amount=amount, unit=clock.budget.unit),
+        rest,
+        micro_batch,
+    )
+    if isinstance(watch, Looks):
+        watch.meet()
+    with team.joint():
+        processes.share([p.data for p in state.model.parameters()])
+        keeper = Keeper(team.own(states), trial.id, clock, watch)
+        if keeper.load(state):
+            yield "Event", {"trial": trial.id, "event": "resumed", "update": state.counters.update}
+        facts = yield from run_segment(trial, state, data, keeper, watch, stop)
     if watch is not None:
         facts["looks"] = watch.looks()
     if isinstance(watch, Looks) and (facts.get("diagnosis", {}).get("name") == "overfitting" or "stopped" in facts):
         facts |= watch.back_to_best(state)
     state.settle(training=False)
-    snapshot = state.snapshot()
-    write_folder(
-        states / trial.id, {**snapshot["meta"], "start": trial.start, "strategy": action.model_dump(), **kept},
-        snapshot["tensors"],
-    )  # fmt: skip
+    if team.leads():
+        snapshot = state.snapshot()
+        write_folder(
+            states / trial.id, {**snapshot["meta"], "start": trial.start, "strategy": action.model_dump(), **kept},
+            snapshot["tensors"],
+        )  # fmt: skip
+    team.first(None)  # until the end is on disk, a resumed run goes on from what each process kept
     keeper.clear()
     if isinstance(watch, Looks):  # last: until here a resumed run may go back to the best state
         watch.clear()
+    if not team.leads():
+        with contextlib.suppress(OSError):  # the folder of a run that has ended shows nothing of this
+            team.own(states).rmdir()
+        raise team.Assisted
     return facts, keeper.spent
 
 

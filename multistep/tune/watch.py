@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from multistep import team
 from multistep.diagnosis.training import rise
 from multistep.metrics import judge_losses
 from multistep.schedules import Plateau
@@ -84,13 +85,18 @@ class Looks:
         self, folder: Path, validate: Callable[[TrainState], np.ndarray], at: list[float], *, overfitting: bool = False,
         patience: int = 0, plateau: Plateau | None = None, every: int = 0,
     ):  # fmt: skip
-        self._folder, self._validate = folder, validate
+        self._folder, self._validate = team.own(folder.parent) / folder.name, validate
         self._checks, self._at = tuple(at), list(at)  # all, and those to come
         self._overfitting, self._patience, self._plateau, self._every = overfitting, patience, plateau, every
         self._seen: list[dict[str, Any]] = []
         self._without_gain, self._since_cut, self._cuts = 0, 0, 0  # looks, looks, times
         self._epoch = 0  # the last that was seen to end
         self._losses: dict[str, np.ndarray] = {}
+
+    def meet(self) -> None:
+        """All processes of a team look when the first one does, whatever a look takes them."""
+        self._checks = tuple(team.first(self._checks))
+        self._at = list(self._checks)
 
     def memory(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         counts = {"without_gain": self._without_gain, "since_cut": self._since_cut, "cuts": self._cuts}
