@@ -252,24 +252,32 @@ class Ran(NamedTuple):
     stderr: str
 
 
-def multistep(*arguments: str, limit_s: float, cache: Path | None = None) -> Ran:
+def multistep(*arguments: str, limit_s: float, cache: Path | None = None, processes: int = 1) -> Ran:
     """Run `python -m multistep ... --json` as a user would. Killed after `limit_s`, which then is the status 124.
 
-    `cache`: where encoded features are kept; an empty folder makes sure that nothing comes from an earlier run.
+    `cache`: where encoded features are kept; an empty folder makes sure that nothing comes from an earlier run. `processes`: that torchrun
+    starts, which share the cores.
     """
     env = {**os.environ, **({"MULTISTEP_CACHE": str(cache)} if cache else {})}
     command = [sys.executable, "-m", "multistep", *arguments, "--json"]
+    if processes > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
     start = time.monotonic()
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=limit_s, check=False)
-    except subprocess.TimeoutExpired:
-        return Ran({}, 124, time.monotonic() - start, f"killed after {limit_s:.0f} s")
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            out, err = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            process.terminate() if processes > 1 else process.kill()  # torchrun ends what it started
+            process.communicate()
+            return Ran({}, 124, time.monotonic() - start, f"killed after {limit_s:.0f} s")
     wall_s = time.monotonic() - start
     try:
-        payload = json.loads(done.stdout)
+        payload = json.loads(out)
     except ValueError:
         payload = {}
-    return Ran(payload, done.returncode, wall_s, done.stderr[-500:])
+    return Ran(payload, process.returncode, wall_s, err[-500:])
 
 
 def fit_and_test(

@@ -30,7 +30,7 @@ from multistep.metrics.verdicts import mcnemar_p
 
 BENCH = "ablation"
 STAGES = ("linear", "race", "average", "predict", "refit")
-CELLS = (("banking77", "60s"), ("sst2", "60s"), ("chnsenticorp", "60s"))
+CELLS = (("banking77", "60s"), ("sst2", "60s"), ("chnsenticorp", "60s"), ("banking77", "300s"), ("sst2", "300s"))
 
 
 def run(dataset: str, budget: str, without: str, seed: int) -> Row:
@@ -97,13 +97,17 @@ def _bits(row: Row) -> np.ndarray:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--datasets", nargs="+", choices=[d for d, _ in CELLS], default=[d for d, _ in CELLS])
+    datasets, budgets = (tuple(dict.fromkeys(cell[i] for cell in CELLS)) for i in (0, 1))
+    options.add_argument("--datasets", nargs="+", choices=datasets, default=datasets)
+    options.add_argument("--budgets", nargs="+", choices=budgets, default=budgets)
+    options.add_argument("--without", nargs="+", choices=STAGES, default=STAGES)
     given = options.parse_args()
     results = Results(BENCH, given.out, table)
     for seed in given.seeds:
         for dataset, budget in CELLS:
-            for system in ("whole", *STAGES):
-                if dataset in given.datasets and not results.has(dataset, budget, system, seed):
+            for system in ("whole", *given.without):
+                wanted = dataset in given.datasets and budget in given.budgets
+                if wanted and not results.has(dataset, budget, system, seed):
                     before = load_average()
                     found = run(dataset, budget, "" if system == "whole" else system, seed)
                     results.add(dataset, budget, system, seed, found, before)

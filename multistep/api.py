@@ -15,43 +15,21 @@ from typing import Any
 from multistep import data, journal, report, team
 from multistep.budget import Budget, Clock, parse_budget
 from multistep.bundle import Bundle, find_bundle, load_bundle
-from multistep.config import FitConfig, save_config
-from multistep.controllers import Problem, Target
-from multistep.data import Dataset
+from multistep.config import FitConfig
 from multistep.explained import write_page
 from multistep.export import Exported, export
-from multistep.journal import Journal, Unwritten
+from multistep.journal import Unwritten
+from multistep.labels import assist_labels, fit_labels, resume_labels
 from multistep.language import assist_language, fit_language, is_language, resume_language
 from multistep.language_bundle import LanguageBundle
-from multistep.metrics import METRICS, Scored, check_metric, measure, per_class
-from multistep.models.linear import candidates
-from multistep.objectives.fits import check_objective
+from multistep.metrics import Scored, measure, per_class
 from multistep.policy import Policy
 from multistep.replay import Replayed, replay_run
 from multistep.report.progress import Progress
-from multistep.session import (
-    budget_so_far,
-    check_same_data,
-    clock_then,
-    controller_of,
-    left,
-    machine_facts,
-    show,
-    signals,
-    versions,
-)
+from multistep.session import budget_so_far, clock_then
 from multistep.state import sweep
-from multistep.target import read_target
-from multistep.tasks import Classify, Multilabel, Regress, Task
-from multistep.text import text_facts
-from multistep.tune import tune
-from multistep.tune.actions import Bench
-from multistep.tune.text import TextWorks
-from multistep.tune.workbench import Workbench
 from multistep.tuning import tune_run
-from multistep.types import Interrupted, Prediction, UserError
-
-_WARNINGS = ("leakage", "conflict", "duplicates", "empty")  # lines of the data report that a card repeats
+from multistep.types import Prediction, UserError
 
 
 @dataclass
@@ -198,66 +176,41 @@ def load(path: str | Path) -> Run:
 
 def fit_config(config: FitConfig, progress: Progress, started: float | None = None) -> Run:
     """Run a configuration. `started`: when the clock began (time.monotonic), for callers that did work before."""
-    return _in_team(Path(str(config.out)), lambda: _fit(config, progress, started))
+    return _in_team(Path(str(config.out)), lambda: _fit(config, progress, started), config.with_(out=None))
 
 
-def _in_team(out: Path, run: Callable[[], Run]) -> Run:
-    """A run by the first process of a team, the others assisting."""
+def _in_team(out: Path, run: Callable[[], Run], asked: Any) -> Run:
+    """A run by the first process of a team, the others assisting. `asked`: what all of them must have been given."""
     with team.gathered():
+        team.same(asked, "settings")
         if team.leads():
             done = run()
             team.first({})  # that was all
             return done
-        while asked := team.first(None):
-            _assist(asked)
+        while told := team.first(None):
+            _assist(told)
+            out = Path(told["out"])
         return Run(out)
 
 
-def _assist(asked: dict[str, Any]) -> None:
-    """The part of another process in a run that the first one drives: what `_drive` told it."""
-    config = FitConfig.parse(asked["config"])
-    clock, progress, book = Clock(Budget(**asked["budget"])), Progress(quiet=True), Unwritten()
-    if is_language(config.task):
-        assist_language(config, asked, clock, book, progress)
-        return
-    dataset = data_of(config)
-    check_same_data(config.data, dataset.fingerprint, [{"kind": "Data", "fingerprint": asked["fingerprint"]}])
-    work = Workbench(config, dataset, task_for(dataset), Path(asked["out"]))
-    _tune(work, clock, asked["metric"], book, asked["past"], progress)
+def _assist(told: dict[str, Any]) -> None:
+    """The part of another process in a run that the first one drives."""
+    config, clock = FitConfig.parse(told["config"]), Clock(Budget(**told["budget"]))
+    assist = assist_language if is_language(config.task) else assist_labels
+    assist(config, told, clock, Unwritten(), Progress(quiet=True))
 
 
 def _fit(config: FitConfig, progress: Progress, started: float | None) -> Run:
-    clock = Clock(parse_budget(config.budget), started=started)
-    assert config.out is not None, "resolve() fills it"
-    out = Path(config.out)
+    out = Path(str(config.out))
     if (out / "journal.jsonl").exists():
         raise UserError(f"{out}: there is a run already. Go on with: multistep resume {out}, or choose another --out.")
-    if is_language(config.task):
-        return Run(fit_language(config, progress, started))
-    progress.stage("data", f"reading {config.data}")
-    dataset = data_of(config)
-    task = task_for(dataset)
-    metric = check_metric(config.metric or task.default_metric, task.kind)
-    check_objective(config.objective, task.kind, task.n_outputs)
-    _target(config, task, metric)
-    for line in dataset.report.lines():
-        progress.note(line)
-    work = Workbench(config, dataset, task, out)
-    (out / "states").mkdir(parents=True, exist_ok=True)
-    save_config(config, out / "config.yaml")
-    book = Journal(out / "journal.jsonl")
-    book.append(
-        "Started", clock=clock.save(), config=config, budget=clock.budget, metric=metric, versions=versions(),
-        machine=machine_facts(work.device),
-    )  # fmt: skip
-    book.append("Data", clock=clock.save(), report=dataset.report, fingerprint=dataset.fingerprint)
-    return _drive(work, clock, metric, book, [], progress)
+    return Run((fit_language if is_language(config.task) else fit_labels)(config, progress, started))
 
 
 def resume(run_dir: str | Path, budget: str | None = None, progress: Progress | None = None) -> Run:
     """Go on with a run that was stopped, with the time that was left; `budget` "+5m" adds to it, "10m" is a new total."""
     out = Path(run_dir)
-    return _in_team(out, lambda: _resume(out, budget, progress))
+    return _in_team(out, lambda: _resume(out, budget, progress), [out.name, budget])
 
 
 def _resume(out: Path, budget: str | None, progress: Progress | None) -> Run:
@@ -280,128 +233,5 @@ def _resume(out: Path, budget: str | None, progress: Progress | None) -> Run:
     if clock.remaining() <= 0 and extended:
         raise UserError(f"budget: {total} is already spent by this run. Give more, such as --budget +5m.")
     with progress or Progress(quiet=True) as shown:
-        if is_language(config.task):
-            return Run(resume_language(config, out, past, clock, extended, shown))
-        shown.stage("data", f"reading {config.data}")
-        dataset = data_of(config)
-        check_same_data(config.data, dataset.fingerprint, past)
-        work = Workbench(config, dataset, task_for(dataset), out)
-        book = Journal(out / "journal.jsonl")
-        if not any(r["kind"] == "Data" for r in past):
-            book.append("Data", clock=clock.save(), report=dataset.report, fingerprint=dataset.fingerprint)
-        past.append(book.append("Resumed", clock=clock.save(), budget=total, extended=extended))
-        return _drive(work, clock, started["metric"], book, past, shown)
-
-
-# ---------------------------------------------------------------------------------------------- one run
-
-
-def _drive(
-    work: Workbench, clock: Clock, metric: str, book: Journal, past: list[dict[str, Any]], progress: Progress
-) -> Run:
-    """Tune to the end, showing the records as they are written; then the card."""
-    team.first(
-        {
-            "config": work.config, "out": work.out.resolve(), "budget": clock.budget, "metric": metric, "past": past,
-            "fingerprint": work.dataset.fingerprint,
-        }
-    )  # fmt: skip
-    bench = _tune(work, clock, metric, book, past, progress)
-    run = Run(work.out)
-    card = report.card(_card_facts(work, run, bench, clock))
-    (work.out / "model" / "README.md").write_text(card, encoding="utf-8")
-    book.append("Finished", clock=clock.save(), wall_s=clock.wall_s)
-    book.close()
-    return run
-
-
-def _tune(
-    work: Workbench, clock: Clock, metric: str, book: Journal, past: list[dict[str, Any]], progress: Progress
-) -> Bench:
-    """To the end, showing the records as they are written."""
-    with signals() as stop:
-        bench = Bench(work, clock, stop, metric)
-
-        def watch(done: float) -> None:
-            """Long encoding comes by here after every batch."""
-            if number := stop():
-                raise Interrupted(number)
-            progress.remaining(left(clock))
-            progress.tick(done, "through the encoder")
-
-        work.watch = watch
-        controller = controller_of(_problem(work, metric), work.config.controller, book, clock, past)
-        for record in tune(TextWorks(bench), controller, book, past):
-            show(progress, record, clock, metric)
-    return bench
-
-
-def _card_facts(work: Workbench, run: Run, bench: Bench, clock: Clock) -> dict[str, Any]:
-    """What the model card says; its keys are those of `report.card`."""
-    found = run.summary()
-    used = bench.incumbent.models() if bench.incumbent is not None else ()
-    test = found["test"] or {}
-    return {
-        "name": work.out.name,
-        "task": work.task.kind,
-        "labels": work.task.labels,
-        "base_model": work.base_model if "encoder" in used else None,
-        "dataset": work.config.data,
-        "rows": {k: len(v) for k, v in work.texts.items()},
-        "warnings": [
-            line.strip()
-            for line in work.dataset.report.lines()
-            if line.startswith(_WARNINGS) and "none between" not in line
-        ],
-        "metrics": found["metrics"],
-        "per_class": test.get("per_class"),
-        "decisions": [f"{r['stage']}: {r['rule']}" for r in run.records() if r["kind"] == "Committed"],
-        "predictor": " and ".join(used) + ("" if bench.incumbent is None else f" ({bench.incumbent.kind})"),
-        "max_length": work.max_length if "encoder" in used else None,
-        "budget": str(clock.budget),
-        "wall_s": clock.wall_s,
-        "versions": versions(),
-    }
-
-
-def _target(config: FitConfig, task: Task, metric: str) -> Target | None:
-    """The score at which training ends, where one was asked for. Raises UserError."""
-    measured = tuple(dict.fromkeys([metric, *task.metrics]))
-    return read_target(
-        config.until, metric, measured, lambda name: check_metric(name, task.kind),
-        lambda name: METRICS[name].higher_is_better,
-    )  # fmt: skip
-
-
-def _problem(work: Workbench, metric: str) -> Problem:
-    first, kind = parse_budget(work.config.budget), work.task.kind
-    return Problem(
-        task=kind, n_outputs=work.task.n_outputs, metric=metric, higher_is_better=METRICS[metric].higher_is_better,
-        target=_target(work.config, work.task, metric), rows={k: len(v) for k, v in work.texts.items()},
-        characters={k: sum(map(len, v)) for k, v in work.texts.items()}, budget=first.amount, unit=first.unit, config=work.config,
-        linear=tuple(candidates(work.task.kind, work.task.n_outputs, text_facts(work.texts["train"]))),
-    )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------- small things
-
-
-def data_of(config: FitConfig) -> Dataset:
-    """The rows that a configuration names, split as it says."""
-    return data.load(
-        config.data, task=config.task, text=config.text, label=config.label, seed=config.seed, test=config.test
-    )
-
-
-def task_for(dataset: Dataset) -> Task:
-    """The task of a dataset: its labels, or the units of its numbers."""
-    match dataset.task_kind:
-        case "classify":
-            return Classify(labels=dataset.labels)
-        case "multilabel":
-            return Multilabel(labels=dataset.labels)
-        case "regress":
-            values = [float(e.label) for e in dataset.train]
-            mean = sum(values) / len(values)
-            scale = (sum((v - mean) ** 2 for v in values) / len(values)) ** 0.5
-            return Regress(mean=mean, scale=scale or 1.0)
+        go_on = resume_language if is_language(config.task) else resume_labels
+        return Run(go_on(config, out, past, clock, extended, shown))

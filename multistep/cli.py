@@ -18,12 +18,12 @@ import typer
 from typer.exceptions import TyperException
 
 from multistep import verbs
+from multistep.launch import assists
 from multistep.report.progress import Progress
 from multistep.terminal import (
     JsonOption,
     QuietOption,
     RunArgument,
-    assists,
     check_run,
     failed,
     interrupted,

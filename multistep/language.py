@@ -22,7 +22,7 @@ from multistep.metrics.texts import check_language_metric
 from multistep.models.adapter import save_adapter
 from multistep.predictors.ways import read_way, words
 from multistep.report.progress import Progress
-from multistep.session import check_same_data, controller_of, left, machine_facts, show, signals, versions
+from multistep.session import check_same_data, controller_of, left, machine_facts, resumed, show, signals, versions
 from multistep.target import read_target
 from multistep.tasks.writing import LOSSES, WRITING, writing_task
 from multistep.tune import tune
@@ -75,15 +75,15 @@ def resume_language(
     book = Journal(out / "journal.jsonl")
     if not any(r["kind"] == "Data" for r in past):
         book.append("Data", clock=clock.save(), report=run.data.report, fingerprint=run.data.fingerprint)
-    past.append(book.append("Resumed", clock=clock.save(), budget=clock.budget, extended=extended))
+    past.append(resumed(book, clock, extended))
     return run.drive(clock, book, past, progress)
 
 
-def assist_language(config: FitConfig, asked: dict[str, Any], clock: Clock, book: Journal, progress: Progress) -> None:
+def assist_language(config: FitConfig, told: dict[str, Any], clock: Clock, book: Journal, progress: Progress) -> None:
     """The part of another process in a run that the first one drives: what `drive` told it."""
-    run = _Run(config, Path(asked["out"]))
-    check_same_data(config.data, run.data.fingerprint, [{"kind": "Data", "fingerprint": asked["fingerprint"]}])
-    run.tune(clock, book, asked["past"], progress)
+    run = _Run(config, Path(told["out"]))
+    check_same_data(config.data, run.data.fingerprint, [{"kind": "Data", "fingerprint": told["fingerprint"]}])
+    run.tune(clock, book, told["past"], progress)
 
 
 class _Run:

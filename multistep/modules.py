@@ -6,8 +6,6 @@ result.model; result.best; print(result.explain())
 
 from __future__ import annotations
 
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -38,7 +36,7 @@ from multistep.optimizers.muon import hidden_matrices
 from multistep.replay import Replayed, replay_run
 from multistep.report.progress import Progress
 from multistep.schedules import SCHEDULES
-from multistep.session import budget_so_far, clock_then, controller_of, show, signals
+from multistep.session import budget_so_far, clock_then, controller_of, machine_facts, resumed, show, signals
 from multistep.state import sweep
 from multistep.strategy import frozen_ids
 from multistep.target import read_target
@@ -123,7 +121,8 @@ def optimize(
     `patience`: looks at validation in a row without a gain that end the training (0: off).
     `controller`: see `multistep list controllers`; `until`: a score at which training ends, "accuracy=0.93", reached with its error.
     `out`: a folder for journal, states and weights; a run that was stopped there goes on. In several processes (torchrun) all call this
-    with the same data; they train together, and the first one decides and writes. Raises UserError on bad input.
+    with the same data and settings, the module of each on its own device; they train together, and the first one decides and writes:
+    without `out` its journal lasts as long as its result. Raises UserError on bad input.
     """
     started = time.monotonic()
     device = device_of(module)
@@ -163,6 +162,7 @@ def optimize(
         folder = Path(team.first(Path(temporary.name if temporary is not None else str(out)).resolve()))
         clock = Clock(total, started=started)
         asked = {"problem": problem, "controller": controller, "seed": seed, "model": type(module).__name__}
+        team.same([asked, rows["train"].order(problem_batch, seed).at(0).tolist()], "settings or data")
         book, past = _open(folder, asked, metric, clock, device) if team.leads() else (Unwritten(), [])
         past = team.first(past)
         works = ModuleWorks(module, rows, problem, clock, stop, folder, task, seed)
@@ -177,8 +177,8 @@ def optimize(
         module.load_state_dict(works.module(works.incumbent).state_dict())
         module.eval()
         found = works.measured(works.answers(works.incumbent))
+        test_read = [r["metrics"] for r in journal.read(folder / "journal.jsonl") if r["kind"] == "TestRead"]
         team.wait()  # the folder may be a temporary one of the first process
-    test_read = [r["metrics"] for r in journal.read(folder / "journal.jsonl") if r["kind"] == "TestRead"]
     tested = {k: MetricValue(*v) for k, v in test_read[-1].items()} if test_read else None
     return Optimized(module, metric, found[metric], found, tested, folder, temporary)
 
@@ -201,12 +201,6 @@ def _open(
     if not path.exists():
         (folder / "states").mkdir(parents=True, exist_ok=True)
         book = Journal(path)
-        machine = {
-            "cores": os.cpu_count(),
-            "machine": platform.machine(),
-            "python": platform.python_version(),
-            "device": device,
-        }
         versions = {"multistep": __version__, "torch": torch.__version__}
         budget = parse_budget(clock.budget)
         first = book.append(
@@ -216,11 +210,12 @@ def _open(
             budget=budget,
             metric=metric,
             versions=versions,
-            machine=machine,
+            machine=machine_facts(device),
         )
         data = book.append("Data", clock=clock.save(), report={"rows": problem.rows}, fingerprint="")
         return book, [first, data]
     sweep(folder / "states")
+    team.sweep(folder / "states")
     past = journal.read(path)
     then = next((r["config"] for r in past if r["kind"] == "Started"), None)
     now = TypeAdapter(dict[str, Any]).dump_python(asked, mode="json")
@@ -230,7 +225,7 @@ def _open(
     clock.restore(clock_then(past))
     book = Journal(path)
     if past[-1]["kind"] != "Finished":
-        past.append(book.append("Resumed", clock=clock.save(), budget=clock.budget, extended=False))
+        past.append(resumed(book, clock, extended=False))
     return book, past
 
 

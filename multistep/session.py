@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from multistep import __version__
+from multistep import __version__, team
 from multistep.budget import Budget, Clock
 from multistep.controllers import Controller
 from multistep.controllers.begin import AnyProblem, begin, is_problem, noted
@@ -84,6 +84,12 @@ def budget_so_far(started: Mapping[str, Any], past: Sequence[Mapping[str, Any]])
     return Budget(**budgets[-1])
 
 
+def resumed(book: Journal, clock: Clock, extended: bool) -> dict[str, Any]:
+    """The record that a run goes on; `extended`: with more than it had."""
+    together = {"processes": team.size()} if team.size() > 1 else {}
+    return book.append("Resumed", clock=clock.save(), budget=clock.budget, extended=extended, **together)
+
+
 def clock_then(past: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The clock to go on from: all the wall time; updates and tokens of finished trials (a live one brings its own)."""
     told = [r for r in past if r["kind"] == "Told"]
@@ -110,9 +116,10 @@ def versions() -> dict[str, str]:
 
 
 def machine_facts(device: str) -> dict[str, Any]:
-    return {
+    facts = {
         "cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version(), "device": device,
     }  # fmt: skip
+    return facts | ({"processes": team.size()} if team.size() > 1 else {})
 
 
 def check_same_data(source: str, fingerprint: str, past: Sequence[Mapping[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from pydantic import BaseModel
 
+from multistep.launch import assists
 from multistep.types import Interrupted, MetricValue, Prediction, UserError
 
 if TYPE_CHECKING:
@@ -29,18 +30,13 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing un
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder that fit wrote (--out).")]
 
 
-def assists() -> bool:
-    """Whether this is one of several processes that torchrun started, and not the first, which says what there is to say."""
-    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
-
-
 # ---------------------------------------------------------------------------------------------- ends
 
 
 def failed(message: str, as_json: bool) -> int:
     line = " ".join(message.split())
     typer.echo(f"error: {line}", err=True)
-    if as_json:
+    if as_json and not assists():
         print_json({"error": line})
     return 2
 

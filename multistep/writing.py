@@ -223,8 +223,9 @@ class Neural:
 
         def one(part: np.ndarray) -> None:
             inputs, targets = rows.load(part)
-            nats.append(self._nats(rows, inputs, targets)[0])
-            owners.append(np.repeat(part, rows.counts(part)))
+            nats_T, owner_T = self._nats(rows, inputs, targets)[0], np.repeat(part, rows.counts(part))
+            nats.append(nats_T)
+            owners.append(owner_T)
             self._tick(sum(map(len, owners)) / max(1, sum(rows.counts(np.arange(len(rows))))))
 
         for part in rows.parts():

@@ -114,7 +114,7 @@ def test_frozen_features_are_never_made_of_another_states_layers(
     import runs
 
     from multistep import data
-    from multistep.api import task_for
+    from multistep.labels import task_for
     from multistep.tune.workbench import Workbench
 
     monkeypatch.setenv("MULTISTEP_CACHE", str(tmp_path / "cache"))

@@ -24,9 +24,9 @@ from test_language import pairs
 
 from multistep import journal, team
 from multistep.api import load
+from multistep.launch import assists
 from multistep.replay import replay_run
 from multistep.state import read_folder
-from multistep.terminal import assists
 from multistep.types import UserError
 
 pytestmark = pytest.mark.skipif(
@@ -100,6 +100,7 @@ def trained(out: Path) -> Iterator[dict[str, Any]]:
 def test_the_run_is_that_of_one_process(made: Path) -> None:
     two, one = load(made / "two"), load(made / "one")
     kinds = [[r["kind"] for r in run.records() if r["kind"] != "Measured"] for run in (two, one)]
+    assert [run.records()[0]["machine"].get("processes") for run in (two, one)] == [2, None]
     assert kinds[0] == kinds[1] and kinds[0].count("Started") == kinds[0].count("Finished") == 1
     assert all(replayed.ok for replayed in replay_run(made / "two"))
     losses = [[r["outcome"]["facts"]["train_loss"] for r in trained(out)] for out in (made / "two", made / "one")]
@@ -173,6 +174,7 @@ from test_modules import run as optimize
 
 torch.manual_seed(int(__import__("os").environ["RANK"]))  # not even the weights are the same at first
 model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+first = optimize(torch.nn.Linear(8, 3), budget="20 updates", optimizer="newton_cg", schedule="constant")  # the first one's alone
 found = optimize(model, test=blobs(100, 2), controller="staged", budget="120 updates", out=sys.argv[1] or None)
 rank = __import__("os").environ["RANK"]
 save_file(model.state_dict(), f"{sys.argv[2]}/{rank}.safetensors")
@@ -190,6 +192,22 @@ def test_a_module_is_optimized_together(tmp_path: Path, kept: bool) -> None:
     assert all(torch.equal(v, second[k]) for k, v in first.items())
     if kept:
         assert all(replayed.ok for replayed in replay_run(tmp_path / "run"))
+
+
+OTHER = """
+import os, sys
+from multistep import cli
+
+sys.exit(cli.run([*sys.argv[1:], "--seed", os.environ["RANK"]]))
+"""
+
+
+def test_other_settings_than_the_first_ones_are_refused(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(OTHER)
+    _, err = started(str(tmp_path / "script.py"), *fitting(made, "other")).communicate(timeout=100)
+    assert "this one was given other settings than the first" in err and "another one was given other settings" in err
+    assert "Traceback" not in err.replace('Traceback (most recent call last):\n  File "<frozen runpy>"', "")
+    assert not (made / "other").exists()
 
 
 def test_what_one_process_meets_alone_ends_all(made: Path, tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ import numpy as np
 from torch import nn
 
 from multistep import data, metrics
-from multistep.api import task_for
 from multistep.budget import Budget, Clock
 from multistep.comparison.arena import KeptOrders, sample
 from multistep.comparison.entrants import Entrant
 from multistep.config import KINDS, OptimizerConfig, resolve
 from multistep.controllers.plan import Plan
 from multistep.controllers.script import Problem
+from multistep.labels import task_for
 from multistep.metrics import Scored, check_metric
 from multistep.objectives.fits import check_objective
 from multistep.optimizers.base import Regime

@@ -100,7 +100,7 @@ def tune(
 
 def _assist(bench: Works, trial: Trial) -> None:
     """What the other processes of a team do of a trial: they train with the first one, and wait for what came out."""
-    if not isinstance(trial.action, Training):
+    if not isinstance(trial.action, Training) or trial.action.optimizer.products:
         return
     try:
         for _ in bench.run(trial):
@@ -126,7 +126,7 @@ def _run(bench: Works, trial: Trial, journal: Journal) -> Iterator[dict[str, Any
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        raise UserError(f"{trial.id}: {shortage(error)} What stood before is kept.") from None
+        raise UserError(f"{trial.id}: {shortage(error)} What stands is kept.") from None
     return outcome.with_(remaining=bench.clock.remaining())
 
 

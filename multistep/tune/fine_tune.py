@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from multistep import team
 from multistep.diagnosis.training import rise
 from multistep.evaluate import Rows, keep_hidden
 from multistep.metrics.power import FEWEST_ROWS
@@ -152,11 +153,13 @@ class _GapWatch:
 
     def end(self, state: TrainState, losses: list[float], trial: str) -> None:
         """The last look costs nothing: the end is judged anyway."""
-        self._see(state, losses, self.bench.work.logits("encoder", trial, "control")[self.rows])
+        self._see(state, losses, self._losses(self.bench.work.logits("encoder", trial, "control")[self.rows]))
 
-    def _see(self, state: TrainState, losses: list[float], logits_NK: np.ndarray) -> None:
+    def _losses(self, logits_NK: np.ndarray) -> np.ndarray:
         work = self.bench.work
-        now_N = np.asarray(work.task.nll_N(logits_NK, work.targets["control"][self.rows]), np.float64)
+        return np.asarray(work.task.nll_N(logits_NK, work.targets["control"][self.rows]), np.float64)
+
+    def _see(self, state: TrainState, losses: list[float], now_N: np.ndarray) -> None:
         self.seen.append(look_of(state, losses, now_N, self._last_N, state.segment.progress()))
         self._last_N = now_N
 
@@ -167,7 +170,8 @@ class _GapWatch:
         while self.checks and progress >= self.checks[0]:
             self.checks.pop(0)
         state.settle(training=False)
-        self._see(state, losses, self.bench.work.encoder_logits(state.model, self.control, self.action.bf16))
+        logits_NK = self.bench.work.encoder_logits(state.model, self.control, self.action.bf16)
+        self._see(state, losses, team.first_numbers(self._losses(logits_NK)))
         if len(self.seen) < 3:
             return None
         first, second, third = (s["validation_loss"] for s in self.seen[-3:])

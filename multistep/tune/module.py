@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from multistep import metrics, standing
+from multistep import metrics, standing, team
 from multistep.allocation import in_halves
 from multistep.budget import Budget, Clock
 from multistep.controllers.module import ModuleProblem
@@ -119,9 +119,10 @@ class ModuleWorks:
         return module
 
     def adopt_given(self) -> None:
-        """Take the weights that the run began with into the module, when a state on disk holds them."""
-        for folder in sorted((self.out / "states").glob("*-incumbent")):
+        """Take the weights that the run began with into the module, when a state on disk holds them; all of a team take the first one's."""
+        for folder in sorted((self.out / "states").glob("*-incumbent")) if team.leads() else ():
             self._fill(self._module, read_folder(folder)[1])
+        team.first_tensors([*self._module.parameters(), *self._module.buffers()])
 
     def _fill(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         values = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(("model.", "buffer."))}
@@ -195,7 +196,9 @@ class ModuleWorks:
             state.begin(strategy, Budget(amount=PROFILE_UPDATES, unit="updates"))
             times = [time.monotonic()]
             times += [time.monotonic() for _ in train(state, rows, bf16=p.bf16)]
-            facts["update_s"] = min(np.diff(times).tolist(), default=0.0)
+            facts["update_s"] = min(np.diff(times).tolist(), default=0.0) / team.speed(
+                next(state.model.parameters()).device.type
+            )
             few = self.rows["validation"].subset(range(min(len(self.rows["validation"]), JUDGE_BATCH)))
             self.judge(state.model, few)
             begun = time.monotonic()
@@ -301,10 +304,11 @@ def judge_rows(module: nn.Module, rows: ModuleRows, objective: BaseObjective, ta
         inputs, wanted = rows.load(part)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             found = rows.outputs(module, inputs).float()
-        losses.append(objective.each(found, wanted).float().cpu().numpy())
+        each_N = objective.each(found, wanted).float().cpu().numpy()
         if task is not None:
             logits.append(_logits(task, found).cpu().numpy())
             targets.append(objective.labels(wanted).cpu().numpy())
+        losses.append(each_N)  # last: a part that does not fit comes again in halves
 
     for part in rows.parts(JUDGE_BATCH):
         in_halves(part, one)

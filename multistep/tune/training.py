@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
-from multistep import processes, team
+from multistep import team
 from multistep.budget import Budget, Clock
 from multistep.state import TrainState, read_folder, write_folder
 from multistep.strategy import Training, Trial
@@ -23,43 +23,40 @@ def run_training(
     """Train `state` for the trial's share (or for `share` of the budget, in its unit); the facts of how it went, and what was spent.
     `state` has the weights of `trial.start` and goes on from there. `kept`: goes into the state's JSON. `rest`: what is left of a
     segment that was stopped in its middle is gone on with, where only live fields change. `micro_batch`: that fitted before, or 0.
-    A team trains together; raises `Assisted` at the end in all of its processes but the first."""
-    amount = team.first(max(trial.share if share is None else share, 1e-3))
-    begin(
-        state,
-        states / trial.start if trial.start else None,
-        action,
-        Budget(amount=amount, unit=clock.budget.unit),
-        rest,
-        micro_batch,
-    )
-    if isinstance(watch, Looks):
-        watch.meet()
-    with team.joint():
-        processes.share([p.data for p in state.model.parameters()])
+    A team trains together, but with optimizers that ask for curvature; raises `Assisted` at the end in all processes but the first."""
+    together = not action.optimizer.products  # which ask one process for curvature
+    with team.joint(together):
+        amount = max(trial.share if share is None else share, 1e-3)
+        waited = team.wait()  # for those that had to make ready what the first one had
+        if clock.budget.unit == "seconds":
+            amount = max(1e-3, amount - waited)
+        total = Budget(amount=team.first(amount), unit=clock.budget.unit)
+        begin(state, states / trial.start if trial.start else None, action, total, rest, micro_batch)
+        if isinstance(watch, Looks):
+            watch.meet()
+        team.first_tensors(state.model.parameters())
         keeper = Keeper(team.own(states), trial.id, clock, watch)
         if keeper.load(state):
             yield "Event", {"trial": trial.id, "event": "resumed", "update": state.counters.update}
         facts = yield from run_segment(trial, state, data, keeper, watch, stop)
-    if watch is not None:
-        facts["looks"] = watch.looks()
-    if isinstance(watch, Looks) and (facts.get("diagnosis", {}).get("name") == "overfitting" or "stopped" in facts):
-        facts |= watch.back_to_best(state)
-    state.settle(training=False)
-    if team.leads():
-        snapshot = state.snapshot()
-        write_folder(
-            states / trial.id, {**snapshot["meta"], "start": trial.start, "strategy": action.model_dump(), **kept},
-            snapshot["tensors"],
-        )  # fmt: skip
-    team.first(None)  # until the end is on disk, a resumed run goes on from what each process kept
-    keeper.clear()
-    if isinstance(watch, Looks):  # last: until here a resumed run may go back to the best state
-        watch.clear()
-    if not team.leads():
-        with contextlib.suppress(OSError):  # the folder of a run that has ended shows nothing of this
-            team.own(states).rmdir()
-        raise team.Assisted
+        if watch is not None:
+            facts["looks"] = watch.looks()
+        if isinstance(watch, Looks) and (facts.get("diagnosis", {}).get("name") == "overfitting" or "stopped" in facts):
+            facts |= watch.back_to_best(state)
+        state.settle(training=False)
+        if team.leads():
+            snapshot = state.snapshot()
+            write_folder(
+                states / trial.id, {**snapshot["meta"], "start": trial.start, "strategy": action.model_dump(), **kept},
+                snapshot["tensors"],
+            )  # fmt: skip
+        team.wait()  # until the end is on disk, a resumed run goes on from what each process kept
+        keeper.clear()
+        if isinstance(watch, Looks):  # last: until here a resumed run may go back to the best state
+            watch.clear()
+        if not team.leads():
+            shutil.rmtree(team.own(states), ignore_errors=True)
+            raise team.Assisted
     return facts, keeper.spent
 
 

@@ -119,7 +119,7 @@ class Looks:
         if not self._is_time(state, progress):
             return None
         state.settle(training=False)
-        now_N = self._validate(state)
+        now_N = team.first_numbers(self._validate(state))
         state.settle(training=True)
         loss = float(now_N.mean())
         self._seen.append(look_of(state, losses, now_N, self._losses.get("last"), progress))

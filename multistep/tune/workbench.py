@@ -16,6 +16,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
+from multistep import team
 from multistep.config import FitConfig
 from multistep.data import Dataset
 from multistep.evaluate import EncoderText, Rows, Watch, cache_folder, encode, head_logits, keep_hidden
@@ -284,7 +285,10 @@ class Workbench:
 def device_for(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("device: 'cuda' was asked for, but torch sees no GPU here. Use device=cpu or device=auto.")
-    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    team.check_gpus()
+    return "cuda"
 
 
 def _store(path: Path, features_ND: np.ndarray) -> None:

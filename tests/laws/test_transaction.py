@@ -276,7 +276,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bench_of(texts: Path, out: Path) -> Any:
-    from multistep.api import data_of, task_for
+    from multistep.labels import data_of, task_for
     from multistep.tune.actions import Bench
     from multistep.tune.workbench import Workbench
 
