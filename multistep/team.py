@@ -101,7 +101,8 @@ def _meet() -> None:
 
         store, rank, world = next(rendezvous("env://", timeout=_MEETING))
         store.set_timeout(_PATIENCE)
-        store = dist.PrefixStore(f"multistep-{_now.meetings}", store)  # torchrun's store outlives a meeting
+        # torchrun's store outlives a meeting
+        store = dist.PrefixStore(f"multistep-{_now.meetings}", store)  # pyright: ignore[reportPrivateImportUsage]
         _now.meetings += 1
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE)
