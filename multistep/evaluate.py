@@ -110,6 +110,12 @@ class Rows:
         targets = None if self.targets is None else self.targets[torch.from_numpy(rows)]
         return Rows([self.ids[r] for r in rows], self.pad_id, self.device, targets)
 
+    def beginning(self, count: int) -> Rows:
+        """The first rows, with what is kept of them."""
+        hidden_SD = None if self.hidden_SD is None else self.hidden_SD[: int(self.starts_N[: count + 1][-1])]
+        targets = None if self.targets is None else self.targets[:count]
+        return Rows(self.ids[:count], self.pad_id, self.device, targets, self.cut, hidden_SD, self.below)
+
 
 @torch.no_grad()
 def encode(

@@ -203,9 +203,9 @@ def joint(wanted: bool = True) -> Iterator[None]:
         _now.mode = before
 
 
-def speed(device: str) -> int:
-    """How many times as much a team trains in the same time: GPUs add up, processes on the cores of one machine do not."""
-    return size() if _together() and device.startswith("cuda") else 1
+def speed() -> int:
+    """How many times as much a team trains in the same time as one of its processes, which have a GPU or cores each."""
+    return size() if _together() else 1
 
 
 def own(folder: Path) -> Path:

@@ -218,7 +218,7 @@ def test_what_one_process_meets_alone_ends_all(made: Path, tmp_path: Path) -> No
 
 def test_alone_there_is_no_team(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with team.gathered():
-        assert team.leads() and team.size() == 1 and team.trains_together() and team.speed("cuda") == 1
+        assert team.leads() and team.size() == 1 and team.trains_together() and team.speed() == 1
         assert team.own(tmp_path) == tmp_path and team.first({"a": 1}) == {"a": 1}
     assert not assists()
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):

@@ -70,6 +70,7 @@ class Plan(BasePlan):
         self.ends: list[str] = []  # of fine-tunings that came to their end; all began at the same weights
         self.kept_s = 0.0  # set aside for a diagnosis
         self.linear_s = sum(problem.characters.values()) / LINEAR_CHARACTERS_S
+        self.short = False  # the trunk sees train too seldom for its averages to be better
         self.begins: str | None = None  # the state at which every training of the encoder begins
         # linear states on all of train: how each is solved again, at the strength that was chosen, and what it took
         self.solved: dict[str, tuple[FitLinear, float]] = {}

@@ -19,6 +19,7 @@ PROBE_UPDATES = 60  # a shorter probe says nothing
 PROBE_EPOCHS = 0.5  # nor does one of random weights that sees less of train
 SOUP_SHARE = 0.2  # of what is left at most is kept for a soup; one that costs more is not made
 LEAST_UPDATES = 30  # a trunk shorter than this is not begun
+AVERAGE_EPOCHS = 2.0  # of twelve trainings that saw train less often no average was taken (LOG.md, 2026-11-26)
 LEAST_EPOCHS = 1.0  # nor one that does not see train once: it only disturbs the solved head (measured, LOG.md)
 
 Finetuned = Does[str | None]
@@ -83,6 +84,7 @@ def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
     """Fine-tune for the time left; when the gap grows, a regularized fork against going on. The state of the result."""
     if not (yield from worth_training(plan, action)):
         return None
+    plan.short = plan.timed and plan.epochs(plan.remaining, action.layers) < AVERAGE_EPOCHS
     most = plan.scratch.most_epochs if plan.scratch else MOST_EPOCHS
     longest = most / max(1e-9, plan.epochs(1.0, action.layers))
     share = min(plan.remaining - end_s(plan, 1), longest) if plan.timed else plan.remaining
@@ -117,7 +119,7 @@ def _fork(plan: Plan, action: FineTune, paused: Outcome, share: float) -> Finetu
 
 def average_s(plan: Plan) -> float:
     """Seconds to judge two averages and to put the better one on disk."""
-    return 2 * plan.encode_s(plan.problem.rows["control"]) + 2.0 if plan.timed else 0.0
+    return 2 * plan.encode_s(plan.problem.rows["control"]) + 2.0 if plan.timed and not plan.short else 0.0
 
 
 def soup_s(plan: Plan, members: int) -> float:
@@ -151,6 +153,10 @@ def average(plan: Plan, state: str) -> Steps:
     """The averages of the trunk's weights, each against what is committed."""
     if skipped := left_out(plan.problem.config, "average"):
         yield from skipped
+        return
+    if plan.short:
+        why = f"averages of a training that sees train less than {AVERAGE_EPOCHS:g} times are not better"
+        yield Skip(stage="average", why=why)
         return
     needed = average_s(plan)
     yield from averages(plan, state, needed, plan.timed and plan.remaining < 0.5 * needed)

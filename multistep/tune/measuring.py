@@ -161,7 +161,7 @@ class Profiler:
         return self._measured(best, facts)
 
     def _update(self, shape: Shape, facts: Mapping[str, Any], optimizer: str, bf16: bool) -> float:
-        """Tokens (not padding) a second, of the fastest of a few updates; of a team on GPUs, as many times as it has."""
+        """Tokens (not padding) a second, of the fastest of a few updates; of a team, times its processes."""
         s = self.s
         objective = {"pairs": Seq2Seq(), "spans": Span()}.get(shape.reads, NextToken())
         settings = (
@@ -182,7 +182,7 @@ class Profiler:
             now = time.monotonic()
             best = max(best, (measure.tokens - tokens) / max(1e-9, now - before))
             before, tokens = now, measure.tokens
-        return best * team.speed(s.device)
+        return best * team.speed()
 
     def _measured(self, shape: Shape, facts: dict[str, Any]) -> dict[str, Any]:
         """The optimizer by its rules, precision, tokens a second, and what judging costs."""
@@ -215,7 +215,7 @@ class Profiler:
             p.numel() for p in model.parameters() if id(p) in tables
         )
         found["peak_share"] = round(
-            6 * matrices * found["tokens_s"] / team.speed(s.device) / matrix_peak(s.device, found["bf16"]), 4
+            6 * matrices * found["tokens_s"] / team.speed() / matrix_peak(s.device, found["bf16"]), 4
         )
         found |= self._batch(self._tokens(found["tokens_s"]), facts)
         shape = self._with_dropout(shape, found["tokens_s"], facts)

@@ -45,7 +45,7 @@ def run_profile(bench: Bench, trial: Trial, action: Profile) -> Run:
             "hidden": work.base().width,
             **_throughput(bench, lengths),
         }
-        if (together := team.speed(work.device)) > 1:
+        if (together := team.speed()) > 1:
             facts["processes"] = together
         bench.bf16 = facts["precision"] == "bf16"
         facts["optimizer"] = _optimizer(work)
