@@ -196,9 +196,7 @@ class ModuleWorks:
             state.begin(strategy, Budget(amount=PROFILE_UPDATES, unit="updates"))
             times = [time.monotonic()]
             times += [time.monotonic() for _ in train(state, rows, bf16=p.bf16)]
-            facts["update_s"] = min(np.diff(times).tolist(), default=0.0) / team.speed(
-                next(state.model.parameters()).device.type
-            )
+            facts["update_s"] = min(np.diff(times).tolist(), default=0.0) / team.speed()
             few = self.rows["validation"].subset(range(min(len(self.rows["validation"]), JUDGE_BATCH)))
             self.judge(state.model, few)
             begun = time.monotonic()
