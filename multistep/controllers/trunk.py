@@ -20,6 +20,7 @@ PROBE_EPOCHS = 0.5  # nor does one of random weights that sees less of train
 SOUP_SHARE = 0.2  # of what is left at most is kept for a soup; one that costs more is not made
 LEAST_UPDATES = 30  # a trunk shorter than this is not begun
 AVERAGE_EPOCHS = 2.0  # of twelve trainings that saw train less often no average was taken (LOG.md, 2026-11-26)
+SLACK_S = 1.3  # what the end of a minute's run took beyond what was reckoned (LOG.md, 2026-11-26)
 LEAST_EPOCHS = 1.0  # nor one that does not see train once: it only disturbs the solved head (measured, LOG.md)
 
 Finetuned = Does[str | None]
@@ -118,8 +119,10 @@ def _fork(plan: Plan, action: FineTune, paused: Outcome, share: float) -> Finetu
 
 
 def average_s(plan: Plan) -> float:
-    """Seconds to judge two averages and to put the better one on disk."""
-    return 2 * plan.encode_s(plan.problem.rows["control"]) + 2.0 if plan.timed and not plan.short else 0.0
+    """Seconds to judge two averages and to put the better one on disk; some are kept for the end where there are none."""
+    if not plan.timed:
+        return 0.0
+    return SLACK_S if plan.short else 2 * plan.encode_s(plan.problem.rows["control"]) + 2.0
 
 
 def soup_s(plan: Plan, members: int) -> float:
