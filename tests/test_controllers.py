@@ -388,3 +388,11 @@ def test_the_less_time_the_fewer_layers(
     assert trunk.action.layers == layers
     assert trunk.action.optimizer.lr == pytest.approx(6e-4 if layers < 3 else 3e-4)
     assert head.action.cut <= 6 - layers, "states are never kept above what is trained"
+
+
+@pytest.mark.parametrize("tokens_s, short", [(1_300.0, True), (2_000.0, True), (2_500.0, False), (9_000.0, False)])
+def test_a_training_that_sees_train_less_than_twice_has_no_averages(tokens_s: float, short: bool) -> None:
+    SCENARIOS["here"] = {"problem": problem(), "tokens_s": tokens_s}
+    story = live("staged", "here")
+    assert len(story.trials("trunk")) == 1 and bool(story.trials("average")) != short
+    assert ["less than 2 times" in s.why for s in story.skips("average")] == [True] * short

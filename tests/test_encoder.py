@@ -57,6 +57,16 @@ def test_states_that_are_kept_go_on_to_a_higher_layer(model, make_rows: Callable
     assert torch.allclose(whole.hidden_SD, by_steps.hidden_SD, atol=1e-5)
 
 
+@torch.no_grad()
+def test_the_first_rows_keep_what_is_kept(model, make_rows: Callable) -> None:
+    rows = make_rows(9)
+    whole = encode(model, rows, cut=2)
+    few = rows.beginning(4)
+    assert few.cut == 2 and few.hidden_SD is not None and len(few.hidden_SD) == int(rows.lengths_N[:4].sum())
+    np.testing.assert_allclose(encode(model, few), whole[:4], atol=1e-5)
+    assert rows.targets is not None and few.targets is not None and torch.equal(few.targets, rows.targets[:4])
+
+
 class Work:
     """Rows of two splits, and encoders by the states they come from."""
 

@@ -225,7 +225,7 @@ def test_a_segment_that_begins_again_looks_as_one_that_begins(tmp_path: Path, mo
 def test_the_watch_over_the_gap_forgets_and_remembers() -> None:
     level = iter(range(9))
     work = SimpleNamespace(
-        rows=lambda *_: SimpleNamespace(ids=range(30), subset=lambda few: None),
+        rows=lambda *_: SimpleNamespace(ids=range(30), beginning=lambda count: None),
         encoder_logits=lambda *_: np.zeros((30, 3)),
         task=SimpleNamespace(nll_N=lambda logits_NK, targets: np.full(30, next(level))),
         targets={"control": np.zeros(30)},
