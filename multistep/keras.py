@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from multistep import journal, report
+from multistep.launch import alone
 from multistep.types import Interrupted, MetricValue, UserError, nearest
 
 try:
@@ -168,7 +168,7 @@ def _elsewhere(
 
 def _run(folder: Path) -> None:
     """The worker to its end: its lines pass through, SIGINT and SIGTERM go to it, its error becomes ours."""
-    environment = {**os.environ, "KERAS_BACKEND": "torch"}
+    environment = {**alone(), "KERAS_BACKEND": "torch"}
     command = [sys.executable, "-m", "multistep.keras_worker", str(folder)]
     worker = subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -17,6 +17,11 @@ def assists() -> bool:
     return launched() and os.environ["RANK"] != "0"
 
 
+def alone() -> dict[str, str]:
+    """The environment for a process that this one starts for itself: not one of them."""
+    return {name: value for name, value in os.environ.items() if name not in _NAMES}
+
+
 def beside() -> int:
     """How many of them are on this machine."""
     found = os.environ.get("LOCAL_WORLD_SIZE", "1")

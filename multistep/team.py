@@ -29,7 +29,7 @@ from multistep.types import UserError
 
 _MEETING = timedelta(minutes=5)
 _PATIENCE = timedelta(days=7)  # the others wait for the first one's work; one that dies is noticed by its connection
-_LOST = ("connection closed", "connection reset", "connection refused", "broken pipe", "remote process exit", "peer")
+_LOST = ("connection closed", "connection reset", "connection refused", "broken pipe", "remote process exit")
 
 
 class Assisted(Exception):

@@ -24,7 +24,7 @@ from test_language import pairs
 
 from multistep import journal, team
 from multistep.api import load
-from multistep.launch import assists
+from multistep.launch import alone, assists
 from multistep.replay import replay_run
 from multistep.state import read_folder
 from multistep.types import UserError
@@ -223,7 +223,7 @@ def test_alone_there_is_no_team(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert not assists()
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
-    assert assists()
+    assert assists() and not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & set(alone()) and "PATH" in alone()
     monkeypatch.setattr(team, "_MEETING", team.timedelta(seconds=1))
     with pytest.raises(UserError, match=r"cannot meet.*torchrun"), team.gathered():
         pass
