@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from multistep import data, journal, report, team
-from multistep.budget import Budget, Clock, parse_budget
+from multistep.budget import Budget, Clock
 from multistep.bundle import Bundle, find_bundle, load_bundle
 from multistep.config import FitConfig
 from multistep.explained import write_page
@@ -26,7 +26,7 @@ from multistep.metrics import Scored, measure, per_class
 from multistep.policy import Policy
 from multistep.replay import Replayed, replay_run
 from multistep.report.progress import Progress
-from multistep.session import budget_so_far, clock_then
+from multistep.session import budget_so_far, clock_then, more_of
 from multistep.state import sweep
 from multistep.tuning import tune_run
 from multistep.types import Prediction, UserError
@@ -132,7 +132,7 @@ class Run:
             controller=controller,
         )
 
-    def resume(self, budget: str | None = None) -> Run:
+    def resume(self, budget: str | float | None = None) -> Run:
         """Go on where the run stopped; `budget` "+5m" adds time."""
         return resume(self.out, budget)
 
@@ -207,13 +207,13 @@ def _fit(config: FitConfig, progress: Progress, started: float | None) -> Run:
     return Run((fit_language if is_language(config.task) else fit_labels)(config, progress, started))
 
 
-def resume(run_dir: str | Path, budget: str | None = None, progress: Progress | None = None) -> Run:
+def resume(run_dir: str | Path, budget: str | float | None = None, progress: Progress | None = None) -> Run:
     """Go on with a run that was stopped, with the time that was left; `budget` "+5m" adds to it, "10m" is a new total."""
     out = Path(run_dir)
     return _in_team(out, lambda: _resume(out, budget, progress), [out.name, budget])
 
 
-def _resume(out: Path, budget: str | None, progress: Progress | None) -> Run:
+def _resume(out: Path, budget: str | float | None, progress: Progress | None) -> Run:
     past = journal.read(out / "journal.jsonl")
     started = next((r for r in past if r["kind"] == "Started"), None)
     if started is None:
@@ -222,7 +222,7 @@ def _resume(out: Path, budget: str | None, progress: Progress | None) -> Run:
     total = budget_so_far(started, past)
     extended = budget is not None
     if budget is not None:
-        total = total.plus(parse_budget(budget[1:])) if budget.startswith("+") else parse_budget(budget)
+        total = more_of(total, str(budget).strip())
     if past[-1]["kind"] == "Finished" and not extended:
         return Run(out)
     sweep(out)

@@ -89,10 +89,9 @@ class Clock:
         """Set aside `amount` (in the budget's unit) for the stage `name`; replaces what it had. 0 releases it."""
         self._reserved[name] = max(0.0, amount)
 
-    def remaining(self, but_for: str = "") -> float:
-        """What is left after all reservations except that of `but_for`. Never negative."""
-        held = sum(v for k, v in self._reserved.items() if k != but_for)
-        return max(0.0, self.budget.amount - self.spent() - held)
+    def remaining(self) -> float:
+        """What is left after all reservations. Never negative."""
+        return max(0.0, self.budget.amount - self.spent() - sum(self._reserved.values()))
 
     def save(self) -> dict[str, Any]:
         return {"wall_s": round(self.wall_s, 3), "updates": self.updates, "tokens": self.tokens}

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import io
+import os
+import re
 import signal
 import sys
 import time
@@ -278,9 +280,20 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if not out_of_memory(error):
             raise
         return failed(str(shortage(error)), as_json)
-    except OSError as error:
-        if error.errno not in _USERS_OS_ERRORS:
+    except Exception as error:
+        found = _system_error(error)
+        if found is None or found.errno not in _USERS_OS_ERRORS:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        mend = " Free some space and resume." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        return failed(f"{where}{(error.strerror or str(error)).lower()}.{mend}", as_json)
+        where = f"{found.filename}: " if found.filename else ""
+        mend = " Free some space and resume." if found.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        return failed(f"{where}{(found.strerror or str(found)).lower()}.{mend}", as_json)
+
+
+def _system_error(error: Exception) -> OSError | None:
+    """The system's error; also where a library wraps it: safetensors and tokenizers leave its number in their words, numpy none."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    if number := re.search(r"\(os error (\d+)\)", str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    short = isinstance(error, OSError) and re.search(r"\d+ requested and \d+ written", str(error))
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if short else None

@@ -29,6 +29,12 @@ KINDS: Mapping[str, type[GradientOptimizer]] = {
 
 
 TASK_KINDS = tuple(t.model_fields["kind"].default for t in TASKS)
+# What only one kind of task reads: given to the other it would do nothing.
+OF_LABELS = {"batch_size": " Write batch_tokens.", "layers": "", "soup": "", "augment": ""}
+OF_WRITING = {
+    "batch_tokens": " Write batch_size.", "adapter": "", "lora": "", "tokenizer": "", "vocabulary": "", "width": "", "depth": "",
+}  # fmt: skip
+STAGES_OF_LABELS = ("linear", "refit")
 
 
 class OptimizerConfig(Spec):
@@ -139,6 +145,17 @@ class FitConfig(Spec):
     def _one_smoothing(self) -> Self:
         if self.objective is not None and self.label_smoothing is not None:
             raise UserError("label_smoothing: an objective was given too. Write objective.label_smoothing instead.")
+        return self
+
+    @model_validator(mode="after")
+    def _read_by_its_task(self) -> Self:
+        writes = self.task in WRITING
+        for key, instead in (OF_LABELS if writes else OF_WRITING).items():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                who, not_by = ("with labels", self.task) if writes else (f"that write ({', '.join(WRITING)})", "labels")
+                raise UserError(f"{key}: read by tasks {who} alone, not by {not_by}.{instead or ' Leave it out.'}")
+        if stages := [stage for stage in self.skip if writes and stage in STAGES_OF_LABELS]:
+            raise UserError(f"skip: {self.task} has no stage {stages[0]!r}. It may skip race, average and predict.")
         return self
 
     @field_validator("text", "skip", mode="before")

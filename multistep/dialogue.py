@@ -59,21 +59,6 @@ class Endings(NamedTuple):
     texts: tuple[str, ...]
 
 
-def chat_tokenizer(name: str) -> Any:
-    """The fast tokenizer of a folder or hub name, as transformers has it; code that comes with a model is never run."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"model: {name!r} has no tokenizer that can be loaded ({_line(error)}). Add tokenizer.json."
-        ) from None
-    if not tokenizer.is_fast:
-        raise UserError(f"model: {name!r} has no fast tokenizer (tokenizer.json). Choose another model.")
-    return tokenizer
-
-
 def ensure_template(tokenizer: Any) -> bool:
     """Give a tokenizer without a chat template ours; whether it was given. It is saved with the tokenizer's files."""
     if tokenizer.chat_template is not None:
@@ -115,11 +100,6 @@ def endings(tokenizer: Any) -> Endings:
     ids = [i for i in _encode(tokenizer, end)[0].tolist() if i in special][:1]
     known = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     return Endings(tuple(dict.fromkeys([*known, *ids])), (end,) if end and not ids else ())
-
-
-def reply(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of an answer that was written after `prompt`."""
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 # ---------------------------------------------------------------------------------------------- too long

@@ -24,7 +24,7 @@ from multistep.predictors.ways import read_way, words
 from multistep.report.progress import Progress
 from multistep.session import check_same_data, controller_of, left, machine_facts, resumed, show, signals, versions
 from multistep.target import read_target
-from multistep.tasks.writing import LOSSES, WRITING, writing_task
+from multistep.tasks.writing import LOSSES, WRITING, Writing, writing_task
 from multistep.tune import tune
 from multistep.tune.language import LanguageWorks
 from multistep.tune.speakers import Pretrained, Speakers
@@ -92,7 +92,7 @@ class _Run:
     def __init__(self, config: FitConfig, out: Path):
         self.config, self.out = config, out
         self.data: LanguageData = load_language(
-            config.data, task=config.task, text=config.text, label=config.label, seed=config.seed
+            config.data, task=config.task, text=config.text, label=config.label, seed=config.seed, test=config.test
         )
         self.task = writing_task(config.task, self.data.train)  # pyright: ignore[reportArgumentType]
         self.metric = check_language_metric(config.metric or self.task.default_metric, self.task.kind)
@@ -106,6 +106,7 @@ class _Run:
             raise UserError(
                 "adapter: lora needs a pretrained model to stand beside. Name one that writes with --model."
             )
+        check_used(config, self.task, self.pretrained)
         self.speakers = Speakers(config, self.data, self.task, out, self.pretrained, device_for(config.device))
 
     def problem(self) -> LanguageProblem:
@@ -203,6 +204,15 @@ def _words(standing: Mapping[str, Any]) -> str:
     }  # fmt: skip
     decoding = standing.get("decoding")
     return names[standing["kind"]] + (f" ({words(read_way(decoding))})" if decoding else "")
+
+
+def check_used(config: FitConfig, task: Writing, pretrained: Pretrained) -> None:
+    """Raises UserError where a key was given that the model for this task would not use."""
+    pairs = not pretrained and task.kind not in ("lm", "chat") and task.answers not in ("passage", "choices")
+    if config.dropout is not None and not pairs:
+        raise UserError("dropout: only models from scratch that translate, summarize or answer have one. Leave it out.")
+    if config.label_smoothing is not None and task.answers == "passage" and pretrained in ("", "encoder"):
+        raise UserError("label_smoothing: a span of a passage has no label to smooth. Leave it out.")
 
 
 def pretrained_kind(config: FitConfig) -> Pretrained:

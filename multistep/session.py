@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from multistep import __version__, team
-from multistep.budget import Budget, Clock
+from multistep.budget import Budget, Clock, parse_budget
 from multistep.controllers import Controller
 from multistep.controllers.begin import AnyProblem, begin, is_problem, noted
 from multistep.journal import Journal
@@ -82,6 +82,18 @@ def left(clock: Clock) -> str:
 def budget_so_far(started: Mapping[str, Any], past: Sequence[Mapping[str, Any]]) -> Budget:
     budgets = [started["budget"], *(r["budget"] for r in past if r["kind"] == "Resumed")]
     return Budget(**budgets[-1])
+
+
+def more_of(total: Budget, asked: str) -> Budget:
+    """The budget of a run that had `total`: "+5m" adds to it, "10m" is a new total. Raises UserError where that would
+    not be more of the same."""
+    given = parse_budget(asked.removeprefix("+"))
+    added = total.plus(given)  # in the same unit
+    if asked.startswith("+"):
+        return added
+    if given.amount <= total.amount:
+        raise UserError(f"budget: the run has {total} already, {given} is not more. Give a larger total, or +{given}.")
+    return given
 
 
 def resumed(book: Journal, clock: Clock, extended: bool) -> dict[str, Any]:

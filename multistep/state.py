@@ -197,11 +197,6 @@ class TrainState:
         if self.strategy is not None and self.optimizer is not None:
             self.strategy.optimizer.settle(self.optimizer, training)
 
-    def shipped(self, which: str = "raw") -> dict[str, Tensor]:
-        """The weights that would ship, by name: 'raw', 'ema' or 'tail' (copies)."""
-        values = {"raw": [p.detach() for _, p in self.trained], "ema": self.ema, "tail": self.tail}[which]
-        return {n: v.clone() for (n, _), v in zip(self.trained, values, strict=True)}
-
     # ------------------------------------------------------------------ value in memory
 
     def snapshot(self, into: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
@@ -368,6 +363,12 @@ def replace_folder(new: Path, target: Path) -> None:
         os.rename(new, target)
         shutil.rmtree(aside)
     _sync(target.parent)
+
+
+def replace_file(new: Path, target: Path) -> None:
+    """Sync `new` and put it in the place of `target` in one step."""
+    _sync(new)
+    os.replace(new, target)
 
 
 def _sync(path: Path) -> None:

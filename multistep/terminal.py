@@ -143,7 +143,10 @@ def show_run(run: Run, as_json: bool) -> None:
 
 
 def answer(p: Prediction) -> tuple[str, str]:
-    if isinstance(p.value, tuple):
+    """Value and confidence as text; of a withheld answer the candidates, after a question mark."""
+    if p.abstains:
+        value = "?" + "|".join(p.candidates or ())
+    elif isinstance(p.value, tuple):
         value = ",".join(p.value)
     else:
         value = f"{p.value:.6g}" if isinstance(p.value, float) else str(p.value)
@@ -161,7 +164,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return plain(value.model_dump(mode="json"))
     if isinstance(value, Prediction):
-        return {"value": plain(value.value), "confidence": plain(value.confidence), "scores": plain(value.scores)}
+        found = {"value": plain(value.value), "confidence": plain(value.confidence), "scores": plain(value.scores)}
+        if value.stage:
+            found["stage"] = value.stage
+        if value.candidates is not None:
+            found |= {"candidates": list(value.candidates), "abstains": value.abstains}
+        return found
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set):

@@ -209,7 +209,8 @@ class Finite(Spec):
 
 class Admitted(Spec):
     """Of ways to predict: inside the limit, and better (what `quality` makes of `gain`), or the same and cheaper. Times: of a request, in
-    milliseconds, for the candidate and for what stood; on average, and at the limit's statistic."""
+    milliseconds, for the candidate and for what stood; on average, and at the limit's statistic. `saves`: it is a look that pays nothing,
+    so it is taken for nothing but being cheaper."""
 
     kind: Literal["admitted"] = "admitted"
     quality: Gain | Finite | None
@@ -218,6 +219,7 @@ class Admitted(Spec):
     at_ms: tuple[float, float] | None = None  # None: there is no limit
     statistic: str = ""
     limit_ms: float | None = None
+    saves: bool = False
 
 
 class Slow(Spec):

@@ -64,6 +64,9 @@ def predict(
         rows = [{"text": t, **plain(p)} for t, p in zip(texts, found, strict=True)]
         return print_json({"predictions": rows})
     lines = ["\t".join((*answer(p), " ".join(t.split()))) for t, p in zip(texts, found, strict=True)]
+    if withheld := sum(p.abstains for p in found):
+        note = f"note: {withheld} of {len(found)} answers are withheld: ? and the labels that may be right"
+        typer.echo(note, err=True)
     return typer.echo("\n".join(lines))
 
 

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from multistep.budget import Budget, Clock, parse_budget
+from multistep.session import more_of
 from multistep.types import UserError
 
 
@@ -125,11 +126,20 @@ def test_counts_do_not_depend_on_the_wall(unit: str) -> None:
     assert clock.spent() == 31 and clock.remaining() == 69
 
 
+def test_more_of_a_budget() -> None:
+    had = Budget(amount=300.0)
+    assert more_of(had, "+5m") == more_of(had, "10m") == more_of(had, "600") == Budget(amount=600.0)
+    refused = {"5m": "is not more", "1m": r"or \+60s", "+9 updates": "cannot add", "9000 updates": "cannot add"}
+    for asked, said in refused.items():
+        with pytest.raises(UserError, match=said):
+            more_of(had, asked)
+
+
 def test_reserve() -> None:
     clock = Clock(parse_budget("60s"), Now())
     clock.reserve("finish", 10)
     clock.reserve("predict", 5)
-    assert clock.remaining() == 45 and clock.remaining(but_for="finish") == 55
+    assert clock.remaining() == 45
     clock.reserve("finish", 20)
     assert clock.remaining() == 35
     clock.reserve("finish", 0)

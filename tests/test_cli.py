@@ -281,6 +281,8 @@ def test_bad_input_is_one_line_and_2(
 @pytest.mark.parametrize(("error", "words"), [
     (OSError(errno.ENOSPC, "No space left on device", "runs/x"), "runs/x: no space left on device. Free some"),
     (PermissionError(errno.EACCES, "Permission denied", "/etc/x"), "/etc/x: permission denied."),
+    (OSError("40 requested and 8 written"), "no space left on device. Free some"),
+    (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "no space left on device."),
     (UserError("several\nlines"), "several lines"),
 ])  # fmt: skip
 def test_errors_a_user_can_mend(error: Exception, words: str, fake: Fake, say: Callable[..., Said]) -> None:

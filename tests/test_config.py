@@ -94,6 +94,11 @@ def test_two_overrides_of_one_section() -> None:
         (["seed=-1"], r"'seed': .*greater than or equal to 0"),
         (["dropout=1"], r"'dropout': .*less than 1"),
         (["data="], r"'data'"),
+        (["width=64"], r"width: read by tasks that write \(lm, .*\) alone, not by labels\. Leave it out\."),
+        (["task=regress", "batch_tokens=64"], r"batch_tokens: .* not by labels\. Write batch_size\."),
+        (["task=lm", "batch_size=8"], r"batch_size: read by tasks with labels alone, not by lm\. Write batch_tokens\."),
+        (["task=translate", "augment.swap=0.1"], r"augment: .* not by translate\."),
+        (["task=chat", "skip=refit"], r"skip: chat has no stage 'refit'\. It may skip race, average and predict\."),
     ],
 )
 def test_errors_name_the_key(overrides: list[str], message: str) -> None:

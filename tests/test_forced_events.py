@@ -23,7 +23,7 @@ from runs import committed, config, of_kind, run, same_states, tiny_encoder, wri
 from multistep import api, journal
 from multistep.evaluate import Rows
 from multistep.journal import Journal
-from multistep.tune import segment
+from multistep.tune import fine_tune, segment, training
 from multistep.types import Interrupted
 
 
@@ -182,6 +182,28 @@ def test_bad_batches_far_apart_stop_a_training(folder: Path, tmp_path: Path, mon
     assert [e["event"] for e in events] == ["nonfinite"] * (segment.MAX_ROLLBACKS + 1)
     assert "stopped" in events[-1]["action"] and events[-1]["lr_scale"] == 0.5**4
     assert of_kind(done, "Finished") and done.predict(["alpha up"])[0].value
+
+
+def test_what_is_stopped_while_its_end_is_judged_is_not_trained_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise Interrupted(15)
+
+    def counted(trial: Any, *rest: Any) -> Any:
+        trained.append(trial.id)
+        return train(trial, *rest)
+
+    train, trained = training.run_segment, []
+    with monkeypatch.context() as patch:
+        patch.setattr(fine_tune, "_keep_control_logits", stopped)
+        with pytest.raises(Interrupted):
+            run(config(folder / "rows.csv", tmp_path / "run", folder / "encoder"))
+    monkeypatch.setattr(training, "run_segment", counted)
+    resumed = api.resume(tmp_path / "run")
+    assert not trained and any(r["trial"]["stage"] == "trunk" for r in of_kind(resumed, "Asked"))
+    assert committed(resumed) == committed(api.load(folder / "straight")) and all(r.ok for r in resumed.replay())
+    same_states(folder / "straight", tmp_path / "run")
 
 
 def test_a_bad_batch_and_a_kill_after_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,9 @@ from multistep import cli, journal
 from multistep.api import load, resume
 from multistep.config import FitConfig
 from multistep.controllers.sizes import RUNGS, dropout_for, weights_fit
+from multistep.language import check_used
 from multistep.other_writers import Mixed
+from multistep.tasks.writing import Writing
 from multistep.types import Interrupted, UserError
 from multistep.writing import Neural
 
@@ -212,6 +214,27 @@ def test_a_finished_run_is_given_more_and_goes_on_from_its_trunk(tmp_path: Path)
     assert journal.read(tmp_path / "run" / "journal.jsonl")[-1]["kind"] == "Finished"
 
 
+def test_it_goes_on_in_its_size_whatever_would_be_chosen_today(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from multistep.tune import measuring
+
+    monkeypatch.setattr(measuring, "weights_fit", lambda *_: False)
+    run(config(pairs(tmp_path), tmp_path / "run", "translate", width=None, depth=None))
+    answers = iter([True, True])
+    monkeypatch.setattr(measuring, "weights_fit", lambda *_: next(answers, False))
+    found = resume(tmp_path / "run", "+40 updates")
+    asked = [r["trial"]["action"] for r in found.records() if r["kind"] == "Asked"]
+    shapes = [action["shape"] for action in asked if "shape" in action]
+    assert {(s["width"], s["layers"]) for s in shapes} == {RUNGS[0]} and len(shapes) > 2
+
+
+def test_without_test_none_is_read_and_tuning_goes_on(tmp_path: Path) -> None:
+    settings = {"model": str(tiny_llama(tmp_path / "llama")), "width": None, "depth": None, "tokenizer": "auto"}
+    settings |= {"vocabulary": None, "test": False}
+    found = run(config(talks(tmp_path, 420), tmp_path / "run", "chat", budget="20 updates", **settings))
+    assert found.summary()["test"] is None and not [r for r in found.records() if r["kind"] == "TestRead"]
+    assert found.tune(budget="1s", metric="chrf").entries
+
+
 def test_summaries_and_free_answers_have_cheap_writers_first(tmp_path: Path) -> None:
     path = tmp_path / "papers.jsonl"
     with open(path, "w", encoding="utf-8") as file:
@@ -249,6 +272,16 @@ def test_bad_input_is_one_line(
     assert cli.run([*words, "--out", str(tmp_path / "out"), "--quiet"]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert said[-1].startswith("error:") and named in said[-1]
+
+
+def test_what_a_model_has_no_use_for_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="dropout: only models from scratch"):
+        run(config(corpus(tmp_path), tmp_path / "run", "lm", dropout=0.1))
+    assert not (tmp_path / "run").exists()
+    given = FitConfig(data="x.csv", task="answer", label_smoothing=0.1)
+    check_used(given, Writing(kind="answer", answers="free"), "")
+    with pytest.raises(UserError, match="label_smoothing: a span"):
+        check_used(given, Writing(kind="answer", answers="passage"), "encoder")
 
 
 def test_a_bundle_of_labels_does_not_chat(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from multistep.config import FitConfig
 from multistep.controllers import Reserve, Scripted, Skip
-from multistep.controllers.language import LANGUAGE_CONTROLLERS
+from multistep.controllers.language import LANGUAGE_CONTROLLERS, go_on
 from multistep.controllers.language_plan import LanguageProblem
+from multistep.controllers.script import Target
 from multistep.metrics.verdicts import better
 from multistep.predictors.decoding import Greedy
 from multistep.strategy import (
@@ -27,7 +28,7 @@ from multistep.strategy import (
     Trial,
 )
 from multistep.tasks.writing import Writing
-from multistep.types import Comparison, Cost, Outcome
+from multistep.types import Comparison, Cost, MetricValue, Outcome
 
 ROWS = {"train": 20_000, "control": 500, "calibration": 500, "test": 1000}
 GREEDY_S = 1.0  # writing the calibration rows
@@ -44,6 +45,7 @@ class Machine:
     beam_s: float
     kind: str = "translate"
     loses: bool = False
+    metrics: dict[str, Any] = field(default_factory=dict)
     spent: float = 0.0
     reserved: float = 0.0
     standing: dict[str, Any] = field(default_factory=dict)
@@ -68,6 +70,7 @@ class Machine:
             case TrainWriter():
                 cost_s = trial.share
                 self.standing = {"kind": "ngram" if self.kind == "lm" else "model", "decoding": Greedy().model_dump()}
+                facts = {"standing": self.standing}
             case Decode(decoding=decoding):
                 cost_s = self.width(decoding.model_dump()) * self.beam_s
                 self.standing = {"kind": "model", "decoding": decoding.model_dump()}
@@ -81,7 +84,7 @@ class Machine:
         remaining = max(0.0, self.budget - self.spent - self.reserved)
         judged = self.loses and trial.commit and not isinstance(trial.action, Profile | Diagnose | ReadTest)
         return Outcome(
-            state=trial.id, cost=Cost(wall_s=cost_s), facts=facts, remaining=remaining, incumbent=self.standing,
+            state=trial.id, metrics=self.metrics, cost=Cost(wall_s=cost_s), facts=facts, remaining=remaining, incumbent=self.standing,
             verdict=NO_GAIN if judged else None, families={"ngram": "02-incumbent", "model": "03-trunk"},
         )  # fmt: skip
 
@@ -89,12 +92,17 @@ class Machine:
         return float((decoding or {}).get("beams", GREEDY_S / self.beam_s))
 
 
-def driven(budget: float, beam_s: float, name: str = "staged", kind: Any = "translate", loses: bool = False) -> Machine:
+def driven(
+    budget: float, beam_s: float, name: str = "staged", kind: Any = "translate", loses: bool = False, **given: Any
+) -> Machine:
     problem = LanguageProblem(
-        task=Writing(kind=kind), metric="bleu" if kind == "translate" else "bits_per_byte", config=FitConfig(data="x.csv", task=kind),
+        task=Writing(kind=kind), metric="bleu" if kind == "translate" else "bits_per_byte", config=FitConfig(data="x.csv", task=kind, **given),
         rows=ROWS, bytes={split: 60 * n for split, n in ROWS.items()}, budget=budget, unit="seconds",
     )  # fmt: skip
-    controller, machine = Scripted(LANGUAGE_CONTROLLERS[name](problem)), Machine(budget, beam_s, kind, loses)
+    return drive(Scripted(LANGUAGE_CONTROLLERS[name](problem)), Machine(budget, beam_s, kind, loses))
+
+
+def drive(controller: Scripted, machine: Machine) -> Machine:
     while (ask := controller.ask()) is not None:
         if isinstance(ask, Reserve):
             machine.reserved = ask.amount
@@ -122,6 +130,30 @@ def test_there_is_time_to_count_the_held_out_text(budget: float, name: str) -> N
     stages = [a.stage for a in machine.asked if isinstance(a, Trial)]
     assert any(isinstance(a, Trial) and isinstance(a.action, TrainWriter) for a in machine.asked)
     assert stages[-3:] == ["recount", "diagnose", "test"] and machine.spent <= budget
+
+
+def test_a_schedule_that_was_given_is_the_trunks() -> None:
+    def trained(name: str, **given: Any) -> list[tuple[str, str]]:
+        asked = [a for a in driven(600.0, 1.0, name, kind="lm", **given).asked if isinstance(a, Trial)]
+        trained = [(a.stage, a.action) for a in asked if a.stage != "race"]
+        return [(stage, action.schedule.kind) for stage, action in trained if isinstance(action, TrainWriter)]
+
+    assert trained("staged") == [("trunk", "constant"), ("cool-down", "linear")]
+    assert trained("staged", schedule={"kind": "cosine"}) == [("trunk", "cosine")]
+    assert trained("fixed", schedule={"kind": "one_cycle"}) == [("trunk", "one_cycle")]
+
+
+def test_more_budget_ends_where_the_target_stands() -> None:
+    problem = LanguageProblem(
+        task=Writing(kind="lm"), metric="bits_per_byte", config=FitConfig(data="x.csv", task="lm"), rows=ROWS,
+        bytes={split: 60 * n for split, n in ROWS.items()}, budget=900.0, unit="seconds",
+        target=Target(metric="bits_per_byte", value=2.0, higher_is_better=False),
+    )  # fmt: skip
+    for value, legs in ((1.9, 1), (2.1, 4)):
+        metrics = {"bits_per_byte": MetricValue(value, 0.01)}
+        asked = drive(Scripted(go_on(problem)), Machine(900.0, 1.0, "lm", metrics=metrics)).asked
+        assert [a.stage for a in asked].count("trunk") == legs
+        assert any(isinstance(a, Skip) and a.stage == "training" for a in asked) == (legs == 1)
 
 
 def test_what_the_first_beams_took_decides_on_the_next() -> None:

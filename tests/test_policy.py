@@ -72,6 +72,13 @@ def test_the_same_is_taken_when_it_is_cheaper_alone() -> None:
     assert not admit(NO, compared(-0.008, 0.005), took(5), took(10), None).accept
 
 
+def test_a_look_that_pays_nothing_is_taken_for_what_it_saves_alone() -> None:
+    assert not admit(YES, compared(0.05, 0.01), took(8), took(5), None, saves=True).accept
+    assert not admit(YES, compared(0.05, 0.01), took(9.5), took(10), None, saves=True).accept
+    assert admit(YES, compared(0.05, 0.01), took(5), took(10), None, saves=True).accept
+    assert admit(NO, compared(0.0, 0.005), took(5), took(10), None, saves=True).accept
+
+
 def test_two_ways_are_timed_in_turns_on_the_same_requests() -> None:
     calls: list[tuple[str, int]] = []
 

@@ -229,6 +229,24 @@ def test_plain_text_is_split_from_the_end_in_order(gap: str, says: str, tmp_path
     assert "".join(r.targets[0] for r in (*data.control, *data.calibration)) == text[:3000]
 
 
+def test_without_test_none_is_made_and_none_is_read(tmp_path: Path) -> None:
+    text = "".join(f"line {i} says the same again\n" for i in range(400))
+    (tmp_path / "x.txt").write_text(text)
+    data = load_language(tmp_path / "x.txt", task="lm", test=False)
+    assert not data.test and "".join(r.targets[0] for r in every(data)) == text
+    rows = [{"source": f"text number {i}", "target": f"texte numero {i}"} for i in range(200)]
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    write(folder / "train.jsonl", rows[:150])
+    write(folder / "test.jsonl", rows[150:])
+    data = load_language(folder, task="translate", test=False)
+    assert not data.test and sum(map(len, (data.train, data.control, data.calibration))) == 150
+    assert any("no test split, as asked" in line for line in data.report.lines())
+    (folder / "train.jsonl").unlink()
+    with pytest.raises(UserError, match="only a test split is there"):
+        load_language(folder, task="translate", test=False)
+
+
 def test_few_long_texts_are_cut(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", [{"body": "many words and so on " * 500}] * 2)
     data = load_language(path, task="lm")

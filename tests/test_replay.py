@@ -18,6 +18,7 @@ from papers import live, problem
 from multistep import cli, journal
 from multistep.budget import Budget, parse_budget
 from multistep.controllers import CONTROLLERS
+from multistep.controllers.script import Target
 from multistep.replay import Replayed, replay, replay_run
 from multistep.replay.found import Finding
 from multistep.types import UserError
@@ -109,6 +110,15 @@ def test_a_finished_run_that_was_given_more_replays(tmp_path: Path) -> None:
     late = next(n for n, r in enumerate(records) if r["kind"] == "Resumed")
     without = renumbered(records[:late] + records[late + 1 :])
     assert any("was read before" in f.follows for f in replay(without).findings)
+
+
+def test_more_of_a_run_with_a_target_goes_in_legs(tmp_path: Path) -> None:
+    path, first, more = tmp_path / "journal.jsonl", parse_budget("120s"), parse_budget("420s")
+    given = problem(first).with_(target=Target(metric="accuracy", value=0.99, higher_is_better=True))
+    records = live(path, given, more, past=live(path, given, first))
+    asked = [r["trial"] for r in records if r["kind"] == "Asked" and r["trial"]["id"].startswith("2-")]
+    trunks = [trial["why"] for trial in asked if trial["stage"] == "trunk"]
+    assert len(trunks) > 1 and all("of the time for it" in why for why in trunks) and replay(records).ok
 
 
 # ---------------------------------------------------------------------------------------------- what was changed
@@ -235,6 +245,22 @@ def test_lines_that_change_places_are_seen(lived: Records) -> None:
         assert replay(swapped).findings, (a, b)
         clocks = [{**r, "clock": lived[n]["clock"]} for n, r in enumerate(renumbered(swapped))]
         assert replay(clocks).findings, (lived[a]["kind"], lived[b]["kind"], a, b)
+
+
+def test_updates_are_taken_back_where_memory_ran_out_and_nowhere_else(lived: Records) -> None:
+    trunk = next(r["trial"]["id"] for r in lived if r["kind"] == "Asked" and r["trial"]["stage"] == "trunk")
+    at = max(n for n, r in enumerate(lived) if r["kind"] == "Measured" and r["trial"] == trunk)
+    before, counts = lived[at]["clock"], {"updates": lived[at]["clock"]["updates"] + 40}
+    fields = {"trial": trunk, "update": 1, "action": "", "clock": before}
+
+    def with_event(event: str) -> Records:
+        records = copy.deepcopy(lived)
+        records[at]["clock"].update(counts)
+        records.insert(at + 1, {"n": 0, "kind": "Event", "event": event, **fields})
+        return renumbered(records)
+
+    assert replay(with_event("out of memory")).ok
+    assert [f.n for f in replay(with_event("spike")).findings] == [at + 1]
 
 
 def test_the_clock_and_what_was_left(lived: Records) -> None:

@@ -183,11 +183,22 @@ def test_a_promise_rests_on_rows_of_its_own(run_dir: Path, judged: str) -> None:
     assert whole.entries[0].predictor["kind"] == "conformal"  # what stands is what was promised
 
 
-def test_answers_are_withheld_in_what_is_served(run_dir: Path, judged: str) -> None:
+def test_answers_are_withheld_in_what_is_served_and_printed(
+    run_dir: Path, judged: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tune_run(run_dir, budget="5s", coverage=0.97, data=judged)
     found = api.load(run_dir).predict(TEXTS)
     assert all(p.candidates is not None for p in found)
     assert any(p.abstains for p in found) and any(not p.abstains for p in found)
+    (tmp_path / "new.txt").write_text("\n".join(TEXTS))
+    assert command(["predict", str(run_dir), str(tmp_path / "new.txt")]) == 0
+    said = capsys.readouterr()
+    first = [line.split("\t")[0] for line in said.out.splitlines()]
+    assert first == ["?" + "|".join(p.candidates or ()) if p.abstains else p.value for p in found]
+    assert f"{sum(p.abstains for p in found)} of {len(found)} answers are withheld" in said.err
+    assert command(["predict", str(run_dir), str(tmp_path / "new.txt"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["predictions"]
+    assert [(tuple(r["candidates"]), r["abstains"]) for r in rows] == [(p.candidates, p.abstains) for p in found]
 
 
 def test_other_rows_may_judge(run_dir: Path, tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def made() -> list[tuple[str, Verdict]]:
         first = quality.evidence[0]
         found.append((f"admitted {n}", admit(quality, first, took(new), took(old), kept)))
         found.append((f"beside the best {n}", admit(quality, first, took(new), took(old), kept, counted(9, 30))))
+        found.append((f"saves {n}", admit(quality, first, took(new), took(old), kept, saves=True)))
     found.append(("slow", slow(Slow(statistic="p95", ms=30.0, n=20, limit_ms=20.0))))
     found.append(("clearly slow", slow(Slow(statistic="fastest", ms=31.0, n=3, limit_ms=20.0, times=1.5))))
     found.append(("apart", Verdict(accept=False, rule="w", by=Apart(same=0.5, points=-2.0, words="w"))))

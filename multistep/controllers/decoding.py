@@ -28,6 +28,7 @@ from multistep.strategy import Action, Profile, TryWay
 from multistep.tasks.writing import Writing
 from multistep.types import Outcome, Spec
 
+CHEAPER = ("engine",)  # stages whose candidates are taken for what they save
 WIDTHS = (2, 4, 8)  # of beams
 PENALTIES = (0.6, 1.4)  # of length, beside 1, for the best width
 DRAWS, WARM, COOL = (
@@ -107,7 +108,7 @@ class _Plan(BasePlan):
             return None
         runs_on = self.engine if engine is None else engine
         action = TryWay(way=way, engine=runs_on, share=share)
-        judges = "" if share < 1 or stage == "engine" else "calibration"
+        judges = "" if share < 1 or stage in CHEAPER else "calibration"
         return (yield from self.trial(stage, action, f"{words(way)}: {why}", judges=judges))
 
     # ------------------------------------------------------------------ the candidates of a search (choices.Choices)

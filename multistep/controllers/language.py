@@ -16,7 +16,7 @@ from typing import Literal
 from multistep.controllers.diagnosing import WHY
 from multistep.controllers.language_plan import PROBE_UPDATES, LanguageProblem, Plan
 from multistep.controllers.members import Found, Ground, legs
-from multistep.controllers.script import Does, Skip, Steps, left_out
+from multistep.controllers.script import Does, Skip, Steps, beats, left_out
 from multistep.controllers.searches import SEARCHES
 from multistep.controllers.trunk import LEAST_UPDATES, averages
 from multistep.controllers.wealth import Purse
@@ -24,7 +24,7 @@ from multistep.predictors.decoding import Beam
 from multistep.schedules import Constant, Linear
 from multistep.strategy import AsGiven, Decode, Diagnose, FitWriter, Mix, Profile, ReadTest, Recount, TrainWriter
 from multistep.tasks.writing import LOSSES
-from multistep.types import Verdict
+from multistep.types import Outcome
 
 WriterName = Literal["ngram", "copy", "lead", "nearest", "dictionary", "extract", "passage", "choose"]
 LanguageScript = Callable[[LanguageProblem], Does[Purse]]
@@ -96,7 +96,8 @@ def _race(plan: Plan) -> Does[float]:
         why = f"a probe of {PROBE_SHARE:.0%} would be {plan.updates(share):.0f} updates (< {PROBE_UPDATES}): the prior {prior:g} is used"
         yield Skip(stage="race", why=why)
         return prior
-    best_rate, best = prior, None
+    best_rate: float = prior
+    best: Outcome | None = None
     for rate, why in (
         (prior, f"the prior learning rate {prior:.2g}"),
         (2 * prior, "twice that"),
@@ -104,11 +105,12 @@ def _race(plan: Plan) -> Does[float]:
     ):
         if rate < prior and best_rate > prior:
             break
+        against = None if best is None else best.state
         told = yield from plan.trial(
-            "race", plan.strategy(rate, Linear()), why, share=share, against=best, commit=False
+            "race", plan.strategy(rate, Linear()), why, share=share, against=against, commit=False
         )
-        if best is None or (told.ok and Verdict(**told.facts["against_verdict"]).accept):
-            best_rate, best = rate, told.state
+        if best is None or beats(told, best):
+            best_rate, best = rate, told
     return best_rate
 
 
@@ -121,9 +123,11 @@ def _train(plan: Plan, rate: float | None, watch: bool) -> Does[str | None]:
         yield Skip(stage="trunk", why=f"{plan.updates(share):.0f} updates fit into what is left (< {LEAST_UPDATES})")
         return None
     about = f"about {plan.updates(share):.0f} updates, {plan.epochs(share):.1f} epochs, {plan.facts['choice']}"
-    if p.regime != "scratch" or not watch:
+    given = p.config.schedule != Linear()
+    if p.regime != "scratch" or not watch or given:
         action = plan.strategy(rate)
-        why = f"lr {action.optimizer.lr:.2g} to zero, {about}"
+        course = f"by the schedule {p.config.schedule.kind}" if given else "to zero"
+        why = f"lr {action.optimizer.lr:.2g} {course}, {about}"
         told = yield from plan.trial("trunk", action, why, share=share, watch=watch)
     else:
         action = plan.strategy(rate, Constant(warmup=0.03))
@@ -188,6 +192,8 @@ def _decode(plan: Plan) -> Steps:
             yield Skip(stage="decode", why=f"{plan.remaining:.0f} s are left, {width} beams take about {needed:.0f} s")
             continue
         beam = Beam(beams=width, length_penalty=penalty, max_new_tokens=facts["new_tokens"])
+        if plan.incumbent["decoding"] == beam.model_dump():  # of a run that was given more
+            continue
         why = f"{width} beams, length penalty {penalty:g}"
         told = yield from plan.trial("decode", Decode(decoding=beam), why, judges="calibration")
         if told.ok:
@@ -274,28 +280,36 @@ def go_on(problem: LanguageProblem, purse: Purse | None = None) -> Does[Purse]:
     """A finished run is given more budget: the trunk goes on where it was, with another cool-down from its new end. `purse`: what the run
     has left of its wealth."""
     plan = Plan(problem, purse)
+    yield from plan.until(_gone_on(plan))
+    if plan.shape is not None and {"trunk", "model"} & set(plan.families):
+        yield from _decode(plan)
+    yield from _finish(plan)
+    return plan.purse
+
+
+def _gone_on(plan: Plan) -> Steps:
     plan.facts = (yield from plan.trial("profile", Profile(), "throughput on this machine")).facts
     trunk = plan.families.get("trunk", plan.families.get("model"))
     if plan.shape is None or trunk is None:
         yield Skip(stage="trunk", why=plan.facts["why_no_model"] or "no training stands that could go on")
+        return
+    beams = (plan.incumbent.get("decoding") or {}).get("beams", 0)  # judged as they are written
+    plan.facts = {**plan.facts, "judge_s": max(1.0, A_BEAM * beams) * plan.facts["judge_s"]}
+    yield from _reserve(plan)
+    share, action = plan.spare(), plan.strategy(None, Constant(warmup=0.0))
+    if plan.target is not None:
+        state = yield from legs(plan, {}, trunk)
+    elif plan.updates(share) < LEAST_UPDATES:
+        yield Skip(stage="trunk", why=f"{plan.updates(share):.0f} updates fit into what is left (< {LEAST_UPDATES})")
+        return
     else:
-        yield from _reserve(plan)
-        share, action = plan.spare(), plan.strategy(None, Constant(warmup=0.0))
-        if plan.updates(share) < LEAST_UPDATES:
-            yield Skip(
-                stage="trunk", why=f"{plan.updates(share):.0f} updates fit into what is left (< {LEAST_UPDATES})"
-            )
-        else:
-            why = f"on from {trunk}, about {plan.epochs(share):.1f} epochs, the cool-down included"
-            told = yield from plan.trial(
-                "trunk", action, why, start=trunk, share=(1 - COOL_SHARE) * share, commit=False, watch=True
-            )
-            state = yield from _cool(plan, told.state, action, COOL_SHARE * share, "its learning rate decays to zero")
-            if state is not None:
-                yield from _averages(plan, state)
-        yield from _decode(plan)
-    yield from _finish(plan)
-    return plan.purse
+        why = f"on from {trunk}, about {plan.epochs(share):.1f} epochs, the cool-down included"
+        told = yield from plan.trial(
+            "trunk", action, why, start=trunk, share=(1 - COOL_SHARE) * share, commit=False, watch=True
+        )
+        state = yield from _cool(plan, told.state, action, COOL_SHARE * share, "its learning rate decays to zero")
+    if state is not None:
+        yield from _averages(plan, state)
 
 
 LANGUAGE_CONTROLLERS: Mapping[str, LanguageScript] = {

@@ -12,7 +12,7 @@ from multistep.controllers.wealth import Purse
 from multistep.metrics.texts import LANGUAGE_METRICS
 from multistep.objectives import NextToken, Seq2Seq, Span
 from multistep.optimizers.base import Rate, Regime
-from multistep.schedules import Linear, Schedule
+from multistep.schedules import Schedule
 from multistep.strategy import Action, Shape, TrainWriter
 from multistep.tasks.writing import Writing
 from multistep.types import Outcome, Spec, Unit
@@ -151,7 +151,7 @@ class Plan(BasePlan):
             case _:
                 objective = NextToken(label_smoothing=c.label_smoothing or 0.0)
         return TrainWriter(
-            optimizer=optimizer.at(rate), objective=c.objective or objective, schedule=schedule or Linear(), shape=shape,
+            optimizer=optimizer.at(rate), objective=c.objective or objective, schedule=schedule or c.schedule, shape=shape,
             batch_size=self.facts["batch_rows"], micro_batch=c.micro_batch, clip=c.clip, clip_z=c.clip_z,
             layer_decay=c.layer_decay, batch_growth=c.batch_growth, bf16=self.facts["bf16"],
             head_lr=SPANS_HEAD if self.facts.get("fresh_head") else 1.0,

@@ -202,9 +202,10 @@ def _least(verdict: Verdict) -> float:
     return verdict.by.least if isinstance(verdict.by, Gain) else 0.0
 
 
-def legs(ground: Ground, point: Point) -> Found:
-    """One trunk in legs, each with its cool-down, so that it can end where a target stands; the state of the best."""
-    member, whole = Member("trunk", point), ground.spare()
+def legs(ground: Ground, point: Point, trunk: str | None = None) -> Found:
+    """One trunk in legs, each with its cool-down, so that it can end where a target stands; the state of the best. `trunk`: the state that
+    it goes on from."""
+    member, whole = Member("trunk", point, trunk), ground.spare()
     best, merit = None, float("-inf")
     for leg in LEGS:
         share = min(leg * whole, ground.spare()) - 2 * ground.overhead()

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from multistep.config import OptimizerConfig, check_layer_decay
 from multistep.controllers.diagnosing import WHY
 from multistep.controllers.members import Found, Ground, legs
-from multistep.controllers.script import BasePlan, Does, Skip, Steps, Target
+from multistep.controllers.script import BasePlan, Does, Skip, Steps, Target, beats
 from multistep.controllers.searches import SEARCHES
 from multistep.controllers.space import Point, Space, settled, space_of
 from multistep.controllers.trunk import LEAST_UPDATES, PROBE_SHARE, PROBE_UPDATES, averages
@@ -33,7 +33,7 @@ from multistep.strategy import (
     ReadTest,
     TrainModule,
 )
-from multistep.types import Outcome, Spec, Unit, Verdict
+from multistep.types import Outcome, Spec, Unit
 
 STEP = 3.0  # between the learning rates of the race: a module from elsewhere may want a rate far from the prior
 MOST_PROBES = 5
@@ -213,14 +213,14 @@ def _race(plan: _Plan) -> Does[float]:
         action = plan.strategy(rate, Linear())
         return (yield from plan.trial("race", action, why, share=share, against=against, commit=False))
 
-    rate, first = prior, (yield from probe(prior, f"the prior learning rate {prior:.2g}"))
-    state, direction, probes = first.state, STEP, 1
+    rate, best = prior, (yield from probe(prior, f"the prior learning rate {prior:.2g}"))
+    direction, probes = STEP, 1
     while probes < MOST_PROBES:
         other = rate * direction
-        told = yield from probe(other, f"learning rate {other:.2g} against {rate:.2g}", state)
+        told = yield from probe(other, f"learning rate {other:.2g} against {rate:.2g}", best.state)
         probes += 1
-        if told.ok and Verdict(**told.facts["against_verdict"]).accept:
-            rate, state = other, told.state
+        if beats(told, best):
+            rate, best = other, told
         elif direction == STEP and rate == prior:
             direction = 1 / STEP
         else:

@@ -15,7 +15,7 @@ from multistep.controllers.wealth import Purse, Wealth
 from multistep.standing import Of, eligible
 from multistep.strategy import Action, Trial
 from multistep.text import NgramFeatures
-from multistep.types import Outcome, Spec, TaskKind, Unit
+from multistep.types import Outcome, Spec, TaskKind, Unit, Verdict
 
 
 class Skip(Spec):
@@ -182,6 +182,14 @@ class BasePlan:
 
     def told(self, action: Action, outcome: Outcome) -> None:
         """Take in what else came of a trial."""
+
+
+def beats(probe: Outcome, best: Outcome) -> bool:
+    """Whether a probe's rate is the better one: it did not diverge, and the other did or is behind it. One that diverged is back where it
+    began, and what it is worth there says nothing of its rate."""
+    if not probe.ok or "diagnosis" in probe.facts:
+        return False
+    return "diagnosis" in best.facts or Verdict(**probe.facts["against_verdict"]).accept
 
 
 class Controller(Protocol):

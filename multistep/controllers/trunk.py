@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from multistep.controllers.plan import MOST_EPOCHS, Plan
-from multistep.controllers.script import Does, Skip, Step, Steps, left_out
+from multistep.controllers.script import Does, Skip, Step, Steps, beats, left_out
 from multistep.metrics.power import FEWEST_ROWS
 from multistep.schedules import Linear, Plateau
 from multistep.strategy import Action, Average, FineTune
@@ -60,14 +60,14 @@ def race_rates(plan: Plan, action: FineTune, start: str | None) -> Does[float]:
     told = yield from plan.trial(
         "race", action, f"the prior learning rate {prior:.2g}", start=start, share=share, commit=False
     )
-    best = told.state
+    best = told
     for higher, otherwise in ((2.0, 2.0), (4.0, 0.5)):  # up while it helps, else one step down
         rate = prior * (higher if best_rate >= prior * higher / 2 else otherwise)
         probe = action.with_(optimizer=action.optimizer.with_(lr=rate))
         why = f"learning rate {rate:.2g} against {best_rate:.2g}"
-        told = yield from plan.trial("race", probe, why, start=start, share=share, against=best, commit=False)
-        if told.ok and Verdict(**told.facts["against_verdict"]).accept:
-            best_rate, best = rate, told.state
+        told = yield from plan.trial("race", probe, why, start=start, share=share, against=best.state, commit=False)
+        if beats(told, best):
+            best_rate, best = rate, told
     return best_rate
 
 

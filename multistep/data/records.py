@@ -20,7 +20,7 @@ from multistep.data.dataset import MIN_ROWS, names_a_file
 from multistep.data.language import LanguageReport, make_report
 from multistep.data.read import Row
 from multistep.data.shapes import Layout, check_kind, check_layout, find_layout
-from multistep.data.split import Item, Splits, make_splits, normalised, without
+from multistep.data.split import NO_TEST, Item, Splits, make_splits, normalised, without
 from multistep.text import unspaced_share
 from multistep.types import UserError
 
@@ -61,13 +61,14 @@ class LanguageData:
 
 
 def load_language(
-    source: str | Path, *, task: str, text: str | Sequence[str] = (), label: str | None = None, seed: int = 0
-) -> LanguageData:
+    source: str | Path, *, task: str, text: str | Sequence[str] = (), label: str | None = None, seed: int = 0,
+    test: bool = True,
+) -> LanguageData:  # fmt: skip
     """Read, understand, split and describe language data.
 
     source: a file, a folder of splits, a saved `datasets` folder, a hub name, plain text (.txt), or two line-aligned files
     "corpus.{en,de}" (a folder: train.en, train.de ...). text, label: columns where names do not tell (answer: question, context).
-    Raises UserError.
+    Without `test` none is made, and the rows of one that came as a file are not used. Raises UserError.
     """
     check_kind(task)
     asked = [text] if isinstance(text, str) else list(text)
@@ -76,7 +77,9 @@ def load_language(
         raise UserError(
             f"{source}: plain text is for --task lm. Give {task} a table, such as .jsonl, or line-aligned files."
         )
-    parts, notes = _with_train(found.rows, task)
+    parts, notes = _with_train({s: rows for s, rows in found.rows.items() if test or s != "test"}, task)
+    if not parts:
+        raise UserError(f"{source}: only a test split is there, and test=false. Give train rows too.")
     main = "train" if "train" in parts else read.WHOLE
     where = {split: str(source) if split == read.WHOLE else f"{source} ({split})" for split in parts}
     others = [row for split, rows in parts.items() if split != main for row in rows[:100]]
@@ -93,9 +96,9 @@ def load_language(
     items = {split: pool.add(rows, split, where[split]) for split, rows in parts.items()}
     _check(items, pool, main, task, where)
     splits = (
-        _from_the_end(items, main, stream, str(source), notes)
+        _from_the_end(items, main, stream, str(source), notes, test)
         if task == "lm"
-        else _split(items, main, seed, str(source), notes)
+        else _split(items, main, seed, str(source), notes, test)
     )
     report = make_report(str(source), layout, splits, pool.records, pool.empty, pool.dropped, pool.remarks, notes)
     sides = [
@@ -279,7 +282,7 @@ def _counted(reasons: Counter[str]) -> str:
 # ---------------------------------------------------------------------------------------------- splits
 
 
-def _split(items: dict[str, list[Item]], main: str, seed: int, where: str, notes: list[str]) -> Splits:
+def _split(items: dict[str, list[Item]], main: str, seed: int, where: str, notes: list[str], test: bool) -> Splits:
     passages = {item.group for item in items[main] if item.group}
     shared = {item.group for split, part in items.items() if split != main for item in part} & passages
     if len(passages) < _PASSAGES or 2 * len(shared) > len(passages):  # no way, or no use, to keep them apart
@@ -289,16 +292,21 @@ def _split(items: dict[str, list[Item]], main: str, seed: int, where: str, notes
     # Targets are texts here: "regress" would spread the rows over their order, which means nothing, so all are alike.
     answers = {(i.split, i.number): i.label for part in items.values() for i in part}
     alike = {split: [item._replace(label=0.0) for item in part] for split, part in items.items()}
-    splits = make_splits(alike, "regress", seed, where)
+    splits = make_splits(alike, "regress", seed, where, test)
     sides = [[i._replace(label=answers[i.split, i.number]) for i in side] for side in splits[:5]]
     return Splits(*sides, notes=[*notes, *splits.notes])
 
 
-def _from_the_end(items: dict[str, list[Item]], main: str, stream: bool, where: str, notes: list[str]) -> Splits:
+def _from_the_end(
+    items: dict[str, list[Item]], main: str, stream: bool, where: str, notes: list[str], test: bool
+) -> Splits:
     """Validation and test, where they did not come, are the end of the text, each a tenth of its characters. Of texts that are whole
     by themselves those of validation that occur in train decide nothing; a running text stays whole."""
     parts, train = dict(items), items[main]
     size = sum(len(i.text) for i in train)
+    if not test:
+        parts["test"] = []
+        notes.append(NO_TEST)
     for split in ("test", "validation"):
         if split not in parts:
             n = len(train)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from multistep.types import TaskKind, UserError
 
 _SHARE = 10  # one row of ten for validation, one for test
+NO_TEST = "no test split, as asked: every row is for training and validation"
 _SMALL = 20  # ... but at least so many, if that leaves half of the data for training
 _STRATA = 10  # of a regression's targets
 
@@ -54,7 +55,7 @@ def normalised(text: str) -> tuple[bytes, int]:
 
 def make_splits(given: dict[str, list[Item]], task: TaskKind, seed: int, where: str, test: bool = True) -> Splits:
     """`given`: items by split as read. What is missing is made from train (or from the only file); without `test`, no test."""
-    notes: list[str] = [] if test else ["no test split, as asked: every row is for training and validation"]
+    notes: list[str] = [] if test else [NO_TEST]
     train = given["train"] if "train" in given else given["all"]
     deciding = without(train, given["validation"], where, notes) if "validation" in given else []
     held = max(len(train) // _SHARE, min(_SMALL, len(train) // 4))

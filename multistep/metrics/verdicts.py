@@ -134,9 +134,9 @@ def admitted(quality: Verdict, evidence: Sequence[Comparison], by: Admitted) -> 
         if by.at_ms[1] > by.limit_ms:
             rule = f"{quality.rule}; but it keeps the limit, what stood does not"
             return Verdict(accept=True, rule=rule, evidence=kept, by=by)
-    if quality.accept:
-        return Verdict(accept=True, rule=quality.rule, evidence=quality.evidence, by=by)
     share = by.mean_ms[0] / by.mean_ms[1]
+    if quality.accept and (share <= CHEAPER or not by.saves):
+        return Verdict(accept=True, rule=quality.rule, evidence=quality.evidence, by=by)
     compared, worst = kept[0], min(kept, key=lambda c: c.difference - c.stderr + SAME * abs(c.incumbent))
     floor, margin = worst.difference - worst.stderr, SAME * abs(worst.incumbent)
     said = f"{compared.metric} {compared.difference:+.4f} ± {compared.stderr:.4f}, {share:.2f} of the time"

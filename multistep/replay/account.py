@@ -88,7 +88,8 @@ def _unread(record: Record) -> str:
 
 
 def clock(records: Sequence[Record], found: Found) -> None:
-    """Time never goes back; counts go back only where a process died, to those of the last finished trial; and what was left is right."""
+    """Time never goes back; counts go back only where a process died, to those of the last finished trial, and not beyond them where memory
+    ran out; and what was left is right."""
     total, held, left = Budget(amount=math.inf), {}, math.inf
     before, told, over = {"wall_s": 0.0, "updates": 0, "tokens": 0}, {"updates": 0, "tokens": 0}, False
     for record in records:
@@ -99,8 +100,10 @@ def clock(records: Sequence[Record], found: Found) -> None:
                 f"the clock stands at {now['wall_s']} s",
                 f"it stood at {before['wall_s']} s before: it went back",
             )
+        # Where memory ran out the updates since the last snapshot are made again.
+        undone = kind == "Event" and record.get("event") == "out of memory"
         for unit in ("updates", "tokens"):
-            least = told[unit] if kind == "Resumed" else before[unit]
+            least = told[unit] if kind == "Resumed" or undone else before[unit]
             if now[unit] < least or (kind == "Resumed" and now[unit] != least):
                 found.wrong(record, f"{now[unit]} {unit} were made", f"{least} had been made before")
         match kind:

@@ -9,7 +9,7 @@ from typing import Any
 
 from multistep.metrics.verdicts import derived, problems
 from multistep.replay.found import Found
-from multistep.types import Admitted, Gain, Outcome, UserError, Verdict
+from multistep.types import Admitted, Gain, NotWorse, Outcome, UserError, Verdict
 
 Record = Mapping[str, Any]
 
@@ -36,7 +36,7 @@ def check(records: Sequence[Record], found: Found) -> None:
 
 def _alpha(verdict: Verdict) -> float | None:
     by = verdict.by.quality if isinstance(verdict.by, Admitted) else verdict.by
-    return by.alpha if isinstance(by, Gain) else None
+    return by.alpha if isinstance(by, Gain | NotWorse) else None
 
 
 def _soup(record: Record, tried: Sequence[Mapping[str, Any]], found: Found) -> None:

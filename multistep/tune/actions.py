@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from multistep import metrics
-from multistep.budget import Budget, Clock
+from multistep.budget import Clock
 from multistep.evaluate import head_logits
 from multistep.metrics import Scored
 from multistep.models.head import solve_head
@@ -123,6 +123,8 @@ def run_linear(bench: Bench, trial: Trial, action: FitLinear) -> Run:
     folder = work.state_folder(trial.id)
     folder.mkdir(parents=True, exist_ok=True)
     model.save(folder)
+    # Not what a killed process has left of this trial: where the clock ended the solve that was another model.
+    work.keep_logits(trial.id, "control", work.linear(trial.id).logits(work.texts["control"]))
     yield "Noted", {"trial": trial.id, "what": "solved", "facts": facts}
     return decided(bench, trial, "linear", trial.id, started, facts={**facts, "rows": len(texts)})
 
@@ -301,7 +303,3 @@ def test_report(work: Workbench, scored: Scored, metric: str) -> dict[str, Any]:
 
 def _wall(started: float) -> Cost:
     return Cost(wall_s=time.monotonic() - started)
-
-
-def as_budget(bench: Bench, share: float) -> Budget:
-    return Budget(amount=max(share, 1e-6), unit=bench.clock.budget.unit)

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from multistep import engines
 from multistep.budget import Clock
-from multistep.controllers.answering import AnsweringProblem
+from multistep.controllers.answering import CHEAPER, AnsweringProblem
 from multistep.evaluate import Engine, TextModel
 from multistep.metrics import METRICS, Scored, compare, judge, measure
 from multistep.metrics.measure import stderr_of
@@ -189,7 +189,7 @@ class Answering:
         quality, compared = self.quality.judged(found.scored, self._known(now), trial.alpha)
         best = self._best()
         anchor = None if best.name == now.name else self.quality.judged(found.scored, self._known(best), trial.alpha)[1]
-        verdict = admit(quality, compared, latency, now_takes, p.limit, anchor)
+        verdict = admit(quality, compared, latency, now_takes, p.limit, anchor, trial.stage in CHEAPER)
         made = {**found.facts, "recipe": action.recipe.model_dump(mode="json")}
         entry = self._entry(_name(action.recipe, new.engine), new, found.scored, latency, made)
         facts = {"entry": entry.model_dump(mode="json"), "ms": latency.mean, "beside_ms": now_takes.mean}

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from multistep.budget import Clock
-from multistep.controllers.decoding import DecodingProblem
+from multistep.controllers.decoding import CHEAPER, DecodingProblem
 from multistep.data.cells import Record
 from multistep.engines import Agreement, agree_texts
 from multistep.metrics.texts import LANGUAGE_METRICS, compare_rows, judge_rows, measure_rows, statistics
@@ -165,7 +165,7 @@ class LanguagePrediction:
             took = getattr(latency, limit.statistic)
             by = Slow(statistic=limit.statistic, ms=took, n=latency.n, limit_ms=limit.ms)
             return self._refused(way, engine, slow(by), latency.mean, started)
-        verdict = self._verdict(way, engine, latency, trial.alpha)
+        verdict = self._verdict(way, engine, latency, trial)
         return self._outcome(way, engine, latency, verdict, started)
 
     def _looked(self, way: Way, engine: dict[str, Any], share: float, started: float) -> Outcome:
@@ -181,11 +181,12 @@ class LanguagePrediction:
             cost=Cost(wall_s=time.monotonic() - started), facts={"looked": named(way, engine), "ms": ms},
         )  # fmt: skip
 
-    def _verdict(self, way: Way, engine: dict[str, Any], latency: Latency, alpha: float) -> Verdict:
+    def _verdict(self, way: Way, engine: dict[str, Any], latency: Latency, trial: Trial) -> Verdict:
         metric, seed, now = self.problem.metric, self.problem.seed, self.incumbent
         new_NS, old_NS = self._statistics(way, engine), self._statistics(read_way(now.predictor), now.engine)
-        better = judge_rows(metric, new_NS, old_NS, seed, alpha)
-        return admit(better, compare_rows(metric, new_NS, old_NS, seed), latency, now.latency, self.problem.limit)
+        better = judge_rows(metric, new_NS, old_NS, seed, trial.alpha)
+        compared, saves = compare_rows(metric, new_NS, old_NS, seed), trial.stage in CHEAPER
+        return admit(better, compared, latency, now.latency, self.problem.limit, saves=saves)
 
     def _outcome(
         self, way: Way, engine: dict[str, Any], latency: Latency, verdict: Verdict | None, started: float

@@ -23,6 +23,7 @@ from multistep.diagnosis import rows as of_rows
 from multistep.diagnosis import training as of_training
 from multistep.diagnosis.training import Advice, Curve, Fit, Look, Trained
 from multistep.strategy import Diagnose, FitHead, FitLinear, Training, Trial
+from multistep.tasks.writing import WRITING
 from multistep.tune.actions import Bench, Run
 from multistep.tune.evidence import WHAT, OutOfFold, against_guess, by_head, by_linear, gap, more_rows, near, noise
 from multistep.tune.segment import MAX_ROLLBACKS
@@ -84,12 +85,14 @@ def told(
     return records, outcome
 
 
-def advice_of(data: str, out: str, budget: Budget) -> Advice:
+def advice_of(config: FitConfig, out: str, budget: Budget) -> Advice:
     """For a run of `fit`: as much again, or another run beside it."""
     amount = str(budget) if budget.unit == "seconds" else f"'{budget}'"
-    fit, other = f"multistep fit {shlex.quote(data)}", f"--out {shlex.quote(out + '-2')}"
+    task = "" if config.task == "auto" else f" --task {config.task}"
+    fit, other = f"multistep fit {shlex.quote(config.data)}{task}", f"--out {shlex.quote(out + '-2')}"
+    stronger = "optimizer.weight_decay=0.1" if config.task in WRITING else "dropout=0.1"
     return Advice(
-        more_time=f"multistep resume {shlex.quote(out)} --budget +{amount}", regularized=f"{fit} dropout=0.1 {other}",
+        more_time=f"multistep resume {shlex.quote(out)} --budget +{amount}", regularized=f"{fit} {stronger} {other}",
         at_rate=f"{fit} optimizer.lr=LR {other}", other_model=f"{fit} --model NAME {other}",
     )  # fmt: skip
 
@@ -175,7 +178,7 @@ def diagnose_writer(
     started = time.monotonic()
     value, rows = judged(past, metric)
     known = Known(
-        metric, value, rows, advice_of(config.data, str(out), budget), report.model_dump(mode="json"),
+        metric, value, rows, advice_of(config, str(out), budget), report.model_dump(mode="json"),
         untrained=f"no training fitted into {budget}: only cheap writers were made" if has_model else "",
         higher_is_better=higher_is_better, seed=config.seed,
     )  # fmt: skip
@@ -212,7 +215,7 @@ def run_diagnose(bench: Bench, trial: Trial, action: Diagnose, past: Past) -> Ru
     untrained = f"no training fitted into {bench.clock.budget}: the encoder is as it came" if work.has_encoder else ""
     known = Known(
         bench.metric, metrics.measure((bench.metric,), work.task, stands, seed=seed)[bench.metric], len(stands.targets),
-        advice_of(config.data, str(work.out), bench.clock.budget), work.dataset.report.model_dump(mode="json"), near(work.texts), fit,
+        advice_of(config, str(work.out), bench.clock.budget), work.dataset.report.model_dump(mode="json"), near(work.texts), fit,
         untrained, higher_is_better(bench.metric), seed,
     )  # fmt: skip
     found += diagnoses(past, known)

@@ -225,7 +225,9 @@ class LanguageWorks:
                     speaker.write(records), records, lambda text, targets: max(f1(text, t) for t in targets)
                 )
             return {"kind": "spans", "state": state, "longest": speaker.longest, "least": least}
-        return {"kind": "model", "state": state, "decoding": self._default_decoding()}
+        standing = self.incumbent or {}  # a model that stands is compared at its way of writing
+        decoding = standing["decoding"] if standing.get("kind") == "model" else self._default_decoding()
+        return {"kind": "model", "state": state, "decoding": decoding}
 
     def _longest(self, speaker: Spans) -> int:
         if not self._longest_span:
@@ -270,7 +272,7 @@ class LanguageWorks:
     def _speaker(self, model: Any, shape: Shape, standing: Mapping[str, Any]) -> Speaker:
         if shape.reads == "spans":
             return self.speakers.spans(model, shape, standing["longest"], standing["least"])
-        return self.speakers.neural(model, shape)
+        return self.speakers.neural(model, shape, self.speakers.decoding(dict(standing)))
 
     def _watch(self, trial: Trial, action: TrainWriter) -> Looks | None:
         plateau = action.schedule if isinstance(action.schedule, Plateau) else None
@@ -369,7 +371,9 @@ class LanguageWorks:
     def _profile(self, trial: Trial) -> Run:
         """Tokenizer, lengths, and under a budget of time what an update, a look and a text cost; the shape of the model."""
         started = time.monotonic()
-        facts = Profiler(self.speakers, self.problem).facts()
+        trained = self.best.get("trunk", self.best.get("model"))
+        stands = self.speakers.shape_of(trained) if trained is not None else None
+        facts = Profiler(self.speakers, self.problem, stands).facts()
         yield "Noted", {"trial": trial.id, "what": "profiled", "facts": facts}
         for what in ("size", "optimizer"):
             if rule := facts.get({"size": "size", "optimizer": "choice"}[what]):

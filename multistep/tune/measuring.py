@@ -45,8 +45,10 @@ _UPDATES, _WRITTEN, _BEAMS = 4, 16, 5.0  # measured updates and texts; beams cos
 
 
 class Profiler:
-    def __init__(self, speakers: Speakers, problem: LanguageProblem):
-        self.s, self.problem, self.config = speakers, problem, problem.config
+    """`stands`: the shape of what a run that is given more has trained; it goes on with that."""
+
+    def __init__(self, speakers: Speakers, problem: LanguageProblem, stands: Shape | None = None):
+        self.s, self.problem, self.config, self.stands = speakers, problem, problem.config, stands
         self.timed = problem.unit == "seconds"
         self.lm = problem.task.kind == "lm"
 
@@ -140,7 +142,9 @@ class Profiler:
     # ------------------------------------------------------------------ sizes
 
     def _sized(self, shape: Shape, facts: dict[str, Any]) -> dict[str, Any]:
-        """The largest rung that fits, or the size that was asked for."""
+        """The size of what stands, or that was asked for, or the largest rung that fits."""
+        if self.stands is not None:
+            return self._measured(shape.with_(width=self.stands.width, layers=self.stands.layers), facts)
         given = self.config.width, self.config.depth
         rungs = [(given[0] or 128, given[1] or 4)] if any(given) else list(RUNGS)
         best: Shape | None = None

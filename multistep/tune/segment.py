@@ -13,6 +13,7 @@ in a folder each, stop at the same update and go on from the newest snapshot tha
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, replace
@@ -33,14 +34,12 @@ from multistep.types import Interrupted, Measure
 
 SNAPSHOT_UPDATES = 25
 MAX_ROLLBACKS = 3
-CLOSE_UPDATES = (
-    100  # with fewer good ones between them too many bad batches are no batch's fault, but the learning rate's
-)
+# With fewer good ones between them too many bad batches are no batch's fault, but the learning rate's.
+CLOSE_UPDATES = 100
 MAX_RESTARTS = 3
 RESTART_LR = 0.1  # of the learning rate that diverged
-RESTART_UNTIL = (
-    0.75  # of the segment: what diverges later has no time to begin again, and its beginning is not kept in memory
-)
+# Of the segment: what diverges later has no time to begin again, and its beginning is not kept in memory.
+RESTART_UNTIL = 0.75
 _LOOKED = "watch."  # before the names of tensors that a watch remembers
 CURVE_PROGRESS, CURVE_UPDATES = 0.05, 50  # between points of the training loss; a point is the mean of so many updates
 _SAVE_SHARE = 0.01  # at most this share of the time goes into writing snapshots to disk
@@ -246,14 +245,24 @@ class Keeper:
         self._beginning, device = state.snapshot(), state.trained[0][1].device
         found = self._newest(device)
         if found is not None:
-            meta, tensors = read_folder(found)
-            state.restore({"meta": meta, "tensors": tensors})
-            self._recall(meta["memory"], tensors)
-            if state.segment.total.unit == "seconds":  # loading took time, and the end of the run stays where it is
-                mine = max(1e-3, min(state.segment.left(), self.clock.remaining())) if team.leads() else 0.0
-                stretch(state, processes.most(device, mine)[0])
+            self.recall(state, *read_folder(found))
+        if state.segment.total.unit == "seconds":  # what was lost took time, and the end of the run stays where it is
+            mine = max(1e-3, min(state.segment.left(), self.clock.remaining())) if team.leads() else 0.0
+            stretch(state, processes.most(device, mine)[0])
         self._take(state)
         return found is not None
+
+    def end(self, state: TrainState, facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The end of the segment with all that `recall` needs, to be kept on disk."""
+        state.settle(training=False)
+        self._take(state)
+        return {**self._last["meta"], "ended": json.loads(json.dumps(facts, default=float))}, self._last["tensors"]
+
+    def recall(self, state: TrainState, meta: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+        """Take over what another process of this run has kept; where it is the end, the facts of how it went."""
+        state.restore({"meta": meta, "tensors": tensors})
+        self._recall(meta["memory"], tensors)
+        return meta.get("ended", {})
 
     def _recall(self, memory: dict[str, Any], tensors: dict[str, Any]) -> None:
         """Take over what was remembered with a snapshot."""

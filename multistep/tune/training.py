@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -23,6 +24,7 @@ def run_training(
     """Train `state` for the trial's share (or for `share` of the budget, in its unit); the facts of how it went, and what was spent.
     `state` has the weights of `trial.start` and goes on from there. `kept`: goes into the state's JSON. `rest`: what is left of a
     segment that was stopped in its middle is gone on with, where only live fields change. `micro_batch`: that fitted before, or 0.
+    A run that was stopped after the end was on disk, while it was judged, takes it from there.
     A team trains together, but with optimizers that ask for curvature; raises `Assisted` at the end in all processes but the first."""
     together = not action.optimizer.products  # which ask one process for curvature
     with team.joint(together):
@@ -36,20 +38,27 @@ def run_training(
             watch.meet()
         team.first_tensors(state.model.parameters())
         keeper = Keeper(team.own(states), trial.id, clock, watch)
-        if keeper.load(state):
+        ended = _ended(states / trial.id, trial) if team.leads() else None
+        if team.first(ended is not None):
+            facts = keeper.recall(state, *ended) if ended else {}
             yield "Event", {"trial": trial.id, "event": "resumed", "update": state.counters.update}
-        facts = yield from run_segment(trial, state, data, keeper, watch, stop)
-        if watch is not None:
-            facts["looks"] = watch.looks()
-        if isinstance(watch, Looks) and (facts.get("diagnosis", {}).get("name") == "overfitting" or "stopped" in facts):
-            facts |= watch.back_to_best(state)
+        else:
+            if keeper.load(state):
+                yield "Event", {"trial": trial.id, "event": "resumed", "update": state.counters.update}
+            facts = yield from run_segment(trial, state, data, keeper, watch, stop)
+            if watch is not None:
+                facts["looks"] = watch.looks()
+            if isinstance(watch, Looks) and (
+                facts.get("diagnosis", {}).get("name") == "overfitting" or "stopped" in facts
+            ):
+                facts |= watch.back_to_best(state)
+            if team.leads():
+                meta, tensors = keeper.end(state, facts)
+                write_folder(
+                    states / trial.id,
+                    {**meta, "trial": _json(trial), "start": trial.start, "strategy": action.model_dump(), **kept}, tensors,
+                )  # fmt: skip
         state.settle(training=False)
-        if team.leads():
-            snapshot = state.snapshot()
-            write_folder(
-                states / trial.id, {**snapshot["meta"], "start": trial.start, "strategy": action.model_dump(), **kept},
-                snapshot["tensors"],
-            )  # fmt: skip
         team.wait()  # until the end is on disk, a resumed run goes on from what each process kept
         keeper.clear()
         if isinstance(watch, Looks):  # last: until here a resumed run may go back to the best state
@@ -58,6 +67,18 @@ def run_training(
             shutil.rmtree(team.own(states), ignore_errors=True)
             raise team.Assisted
     return facts, keeper.spent
+
+
+def _ended(folder: Path, trial: Trial) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The end of this very trial's training, where it is on disk already."""
+    if not (folder / "state.json").exists():
+        return None
+    meta, tensors = read_folder(folder)
+    return (meta, tensors) if "ended" in meta and meta.get("trial") == _json(trial) else None
+
+
+def _json(trial: Trial) -> Any:
+    return json.loads(json.dumps(trial.model_dump(mode="json")))
 
 
 def begin(

@@ -27,7 +27,7 @@ from multistep.models.linear import Linear
 from multistep.models.lstm import LSTM, new_lstm
 from multistep.models.source import HUB_ENGLISH, default_encoders, fingerprint, packaged_encoder
 from multistep.predictors import Predictor
-from multistep.state import read_folder, write_folder
+from multistep.state import read_folder, replace_file, write_folder
 from multistep.subwords import encode_ids, load_tokenizer, train_tokenizer, train_words, unknown_rate
 from multistep.tasks import Regress, Task
 from multistep.types import UserError
@@ -89,10 +89,12 @@ class Workbench:
         path = self.out / "tokenizer.json"
         self.scratch = LSTM if self.config.model == LSTM else "scratch"
         if not path.exists():
+            temporary = self.out / ".tokenizer.json.tmp"  # whole under its name or not at all
             if self.scratch == LSTM:
-                train_words(self.texts["train"], LSTM_VOCABULARY, path)
+                train_words(self.texts["train"], LSTM_VOCABULARY, temporary)
             else:
-                train_tokenizer(self.texts["train"], SCRATCH_VOCABULARY, path)
+                train_tokenizer(self.texts["train"], SCRATCH_VOCABULARY, temporary)
+            replace_file(temporary, path)
         self.tokenizer = Tokenizer.from_file(str(path))
 
     def adopt(self, facts: dict[str, Any]) -> None:

@@ -54,7 +54,9 @@ def tune_language(
     task = neural.task
     metric = _metric(metric or info["metric"], task)
     progress.stage("data", f"reading {config.data}")
-    own = load_language(config.data, task=config.task, text=config.text, label=config.label, seed=config.seed)
+    own = load_language(
+        config.data, task=config.task, text=config.text, label=config.label, seed=config.seed, test=config.test
+    )
     check_same_data(config.data, own.fingerprint, past)
     records, words = _judged(own, task, data, config.seed, info, neural)
     if neural.reads == "prompts":
