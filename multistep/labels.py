@@ -119,7 +119,8 @@ def _tune(
 def _card_facts(work: Workbench, bench: Bench, clock: Clock) -> dict[str, Any]:
     """What the model card says; its keys are those of `report.card`."""
     records = journal.read(work.out / "journal.jsonl")
-    test = report.summary(records)["test"] or {"metrics": {}}
+    found = report.summary(records)
+    test = found["test"] or {"metrics": {}}
     used = bench.incumbent.models() if bench.incumbent is not None else ()
     return {
         "name": work.out.name,
@@ -135,6 +136,7 @@ def _card_facts(work: Workbench, bench: Bench, clock: Clock) -> dict[str, Any]:
         ],
         "metrics": {k: {"value": v, "stderr": e} for k, (v, e) in test["metrics"].items()},
         "per_class": test.get("per_class"),
+        "test_reads": found["test_reads"],
         "decisions": [f"{r['stage']}: {r['rule']}" for r in records if r["kind"] == "Committed"],
         "predictor": " and ".join(used) + ("" if bench.incumbent is None else f" ({bench.incumbent.kind})"),
         "max_length": work.max_length if "encoder" in used else None,

@@ -190,7 +190,7 @@ class _Run:
             "rows": {k: len(v) for k, v in self.speakers.records.items()},
             "warnings": [x.strip() for x in self.data.report.lines() if x.startswith(_WARNINGS) and "none between" not in x],
             "metrics": {k: {"value": v, "stderr": e} for k, (v, e) in test.items()},
-            "decisions": [f"{r['stage']}: {r['rule']}" for r in records if r["kind"] == "Committed"],
+            "test_reads": found["test_reads"], "decisions": [f"{r['stage']}: {r['rule']}" for r in records if r["kind"] == "Committed"],
             "predictor": _words(info["standing"]), "budget": str(clock.budget), "wall_s": clock.wall_s, "versions": versions(),
             "writer": info["standing"]["kind"],
         }  # fmt: skip

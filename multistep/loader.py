@@ -1,12 +1,14 @@
 """Examples for any module: tensors, a torch Dataset or a DataLoader, as batches in an order that a cursor can resume.
 
 A DataLoader's own sampler and collate function are kept: its batch sampler is drawn once an epoch under a seed of
-(seed, epoch), so that stopping anywhere and going on gives the same batches. Its worker processes are not used.
+(seed, epoch), so that stopping anywhere and going on gives the same batches. Where it judges, the rows that its sampler gives are
+judged, each once. Its worker processes are not used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,12 @@ class ModuleRows:
 
     def __len__(self) -> int:
         return len(self.dataset)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def count(self) -> int:
+        """How many rows an epoch has: those that a loader's sampler gives."""
+        sampler = None if self._loader is None or self._loader.batch_size is None else self._loader.sampler
+        return len(sampler) if isinstance(sampler, Sized) else len(self)
 
     @property
     def batch_size(self) -> int | None:
@@ -88,6 +96,34 @@ class ModuleRows:
         for start in range(0, len(self), size):
             yield np.arange(start, min(len(self), start + size))
 
+    def judged(self) -> ModuleRows:
+        """The rows to judge on: all, or where a loader picks some by its sampler, these."""
+        if self._loader is None:
+            return self
+        with _seeded(self._loader, 0):
+            if self._loader.batch_size is None:  # it has a batch sampler of its own
+                drawn = [int(row) for batch in self._loader.batch_sampler or () for row in batch]
+            else:
+                drawn = [int(row) for row in self._loader.sampler]
+        picked = sorted(set(drawn))
+        return self if len(picked) == len(self) else self.subset(picked)
+
+    def content(self) -> Iterator[bytes]:
+        """What tells these rows from others: of tensors a thousand rows; of a Dataset, whose examples may be drawn anew each time, only
+        which of its rows were picked."""
+        source = self.dataset
+        yield f"{len(self)} {self.count}".encode()
+        while isinstance(source, Subset):
+            yield np.asarray(source.indices).tobytes()
+            source = source.dataset
+        picked = getattr(getattr(self._loader, "sampler", None), "indices", None)
+        if picked is not None:
+            yield np.asarray(picked).tobytes()
+        for tensor in source.tensors if isinstance(source, TensorDataset | _Columns) else ():
+            some = tensor[torch.linspace(0, len(tensor) - 1, min(len(tensor), 1000)).long()]
+            yield f"{tuple(tensor.shape)} {tensor.dtype}".encode()
+            yield (torch.view_as_real(some) if some.is_complex() else some).double().cpu().numpy().tobytes()
+
     def subset(self, rows: Sequence[int]) -> ModuleRows:
         """Some of the rows, without the loader's order."""
         if self._tensors is not None:
@@ -128,16 +164,25 @@ class LoaderOrder:
     def _draw(self, epoch: int) -> list[np.ndarray]:
         seed = int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0])
         assert self._loader.batch_sampler is not None
-        own = self._loader.generator
-        before = None if own is None else own.get_state()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            if own is not None:
-                own.manual_seed(seed)
-            plan = [np.asarray(batch) for batch in self._loader.batch_sampler]
-        if own is not None and before is not None:
-            own.set_state(before)
-        return plan
+        with _seeded(self._loader, seed):
+            return [np.asarray(batch) for batch in self._loader.batch_sampler]
+
+
+@contextmanager
+def _seeded(loader: DataLoader, seed: int) -> Iterator[None]:
+    """Whatever the loader's samplers draw from begins at `seed`, and is afterwards as it was."""
+    holders = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    owned = {id(g): g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)}
+    before = [(generator, generator.get_state()) for generator in owned.values()]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for generator, _ in before:
+            generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            for generator, state in before:
+                generator.set_state(state)
 
 
 def rows_of(source: Any, name: str, device: str, split: Split | None = None) -> ModuleRows:
@@ -152,6 +197,8 @@ def rows_of(source: Any, name: str, device: str, split: Split | None = None) -> 
                 f"{name}: this DataLoader is a stream or has no batches, so no run could come back to a row of it. "
                 "Give one over a map-style dataset, with a batch size."
             )
+        if not len(source):
+            raise UserError(f"{name}: this DataLoader gives no batch. Give it more rows, or leave drop_last out.")
         rows = ModuleRows(source.dataset, device, split, source)
     elif isinstance(source, Dataset) and not isinstance(source, IterableDataset):
         rows = ModuleRows(source, device, split)

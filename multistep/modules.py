@@ -6,6 +6,7 @@ result.model; result.best; print(result.explain())
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -148,14 +149,14 @@ def optimize(
         raise UserError(f"controller: {controller!r} is not known.{nearest(controller, list(MODULE_CONTROLLERS))}")
     higher = metric != "loss" and METRICS[metric].higher_is_better
     problem = ModuleProblem.parse({
-        "seed": seed, "own_batches": rows["train"].batch_size is not None, "higher_is_better": higher,
+        "seed": seed, "own_batches": rows["train"].drawn, "higher_is_better": higher,
         "target": _target(until, metric, task),
         "objective": goal, "metric": metric, "optimizer": config, "regime": chosen,
         "schedule": None if schedule is None else spec_of(schedule, SCHEDULES, "schedule"),
         "batch_size": problem_batch, "micro_batch": micro_batch, "clip": clip, "dropout": dropout, "bf16": bf16,
         "patience": patience, "looks": looks, "clip_z": clip_z, "layer_decay": layer_decay, "freeze": frozen,
         "soup": soup, "batch_growth": batch_growth,
-        "budget": total.amount, "unit": total.unit, "rows": {k: len(v) for k, v in rows.items()}, "choice": choice,
+        "budget": total.amount, "unit": total.unit, "rows": {k: v.count for k, v in rows.items()}, "choice": choice,
     })  # fmt: skip
     with team.gathered(), Progress(quiet=quiet or not team.leads()) as progress, signals() as stop:
         temporary = tempfile.TemporaryDirectory(prefix="multistep-") if out is None and team.leads() else None
@@ -163,7 +164,8 @@ def optimize(
         clock = Clock(total, started=started)
         asked = {"problem": problem, "controller": controller, "seed": seed, "model": type(module).__name__}
         team.same([asked, rows["train"].order(problem_batch, seed).at(0).tolist()], "settings or data")
-        book, past = _open(folder, asked, metric, clock, device) if team.leads() else (Unwritten(), [])
+        found_here = _fingerprint(module, rows)
+        book, past = _open(folder, asked, found_here, metric, clock, device) if team.leads() else (Unwritten(), [])
         past = team.first(past)
         works = ModuleWorks(module, rows, problem, clock, stop, folder, task, seed)
         works.adopt_given()
@@ -192,8 +194,20 @@ def _target(until: str | None, metric: str, task: Task | None) -> Target | None:
     return read_target(until, metric, measured, check, lambda name: name != "loss" and METRICS[name].higher_is_better)
 
 
+def _fingerprint(module: nn.Module, rows: Mapping[str, ModuleRows]) -> str:
+    """Of the data and of the module's shapes: a run goes on with the same."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(f"{name} {tuple(getattr(value, 'shape', ()))}\n".encode())
+    for split, part in rows.items():
+        digest.update(split.encode())
+        for piece in part.content():
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def _open(
-    folder: Path, asked: dict[str, Any], metric: str, clock: Clock, device: str
+    folder: Path, asked: dict[str, Any], fingerprint: str, metric: str, clock: Clock, device: str
 ) -> tuple[Journal, list[dict[str, Any]]]:
     """The journal and its records so far: begun here, or that of a run which was stopped and now goes on."""
     path = folder / "journal.jsonl"
@@ -212,7 +226,7 @@ def _open(
             versions=versions,
             machine=machine_facts(device),
         )
-        data = book.append("Data", clock=clock.save(), report={"rows": problem.rows}, fingerprint="")
+        data = book.append("Data", clock=clock.save(), report={"rows": problem.rows}, fingerprint=fingerprint)
         return book, [first, data]
     sweep(folder / "states")
     team.sweep(folder / "states")
@@ -221,6 +235,9 @@ def _open(
     now = TypeAdapter(dict[str, Any]).dump_python(asked, mode="json")
     if then != now:
         raise UserError(f"{folder}: there is another run already (its settings differ). Choose another out=.")
+    with_what = next((r["fingerprint"] for r in past if r["kind"] == "Data"), "")
+    if with_what not in ("", fingerprint):
+        raise UserError(f"{folder}: the run there has other data or another module. Choose another out=.")
     clock.budget = budget_so_far(next(r for r in past if r["kind"] == "Started"), past)
     clock.restore(clock_then(past))
     book = Journal(path)
@@ -314,7 +331,7 @@ def rows_by_split(
     """The splits that are there; without validation a tenth of train is held out."""
     rows = {"train": rows_of(train, "train", device, split)}
     if validation is not None:
-        rows["validation"] = rows_of(validation, "validation", device, split)
+        rows["validation"] = rows_of(validation, "validation", device, split).judged()
     elif rows["train"].drawn:
         raise UserError(
             "validation: a DataLoader for train cannot be cut. Give validation data too, or give a Dataset."
@@ -330,7 +347,7 @@ def rows_by_split(
         whole = rows["train"]
         rows = {"train": whole.subset(sorted(order[held:])), "validation": whole.subset(sorted(order[:held]))}
     if test is not None:
-        rows["test"] = rows_of(test, "test", device, split)
+        rows["test"] = rows_of(test, "test", device, split).judged()
     return rows
 
 

@@ -49,25 +49,24 @@ def show(progress: Progress, record: Mapping[str, Any], clock: Clock, metric: st
         case "Skipped":
             progress.note(f"{record['stage']} skipped: {record['why']}")
         case "Measured":
-            progress.tick(
-                record["progress"], f"update {record['update']}, loss {record['loss_nats']:.3f}, lr {record['lr']:.2g}"
-            )
+            loss, lr = float(record["loss_nats"]), float(record["lr"])  # what is not finite is a word in a record
+            progress.tick(record["progress"], f"update {record['update']}, loss {loss:.3f}, lr {lr:.2g}")
         case "Event" if "action" in record:
             progress.note(f"{record['event']} at update {record['update']}: {record['action']}")
         case "Noted" if record["what"] == "looked":
             facts = record["facts"]
-            losses = f"training loss {facts['train_loss']:.4f}, validation loss {facts['validation_loss']:.4f}"
-            progress.note(f"epoch {facts['epoch']}: {losses}")
+            train, validation = float(facts["train_loss"]), float(facts["validation_loss"])
+            progress.note(f"epoch {facts['epoch']}: training loss {train:.4f}, validation loss {validation:.4f}")
         case "Diagnosed":
             best, now = record["numbers"].get("best"), record["numbers"].get("now")
             if best and now:
-                words = f"validation loss {now['validation_loss']:.4f}, at its best {best['validation_loss']:.4f}"
-                progress.note(f"{record['name']}: {words}")
+                here, there = float(now["validation_loss"]), float(best["validation_loss"])
+                progress.note(f"{record['name']}: validation loss {here:.4f}, at its best {there:.4f}")
             elif record.get("words"):
                 progress.note(f"{record['name']}: {record['words']}")
             progress.note(f"{record['name']}: {record['action']}")
         case "Committed":
-            value, stderr = record["metrics"][metric]
+            value, stderr = map(float, record["metrics"][metric])
             progress.note(f"committed: {record['rule']}")
             progress.best(metric, value, stderr)
         case "RolledBack":

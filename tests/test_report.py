@@ -154,7 +154,7 @@ def test_explain_tells_of_a_stop_a_resumption_and_more_time() -> None:
     stop = {"kind": "Interrupted", "signal": 15, "clock": clock(40)}
     resumed = {"kind": "Resumed", "budget": {"amount": 420.0, "unit": "seconds"}, "clock": clock(41)}
     stopped = report.explain([*RECORDS[:6], stop])
-    assert "Interrupted by SIGTERM after 40 s of 2 min 00 s; it can be resumed." in stopped
+    assert "Interrupted by SIGTERM after 40 s of 2 min 00 s; multistep resume goes on with it." in stopped
     again = report.explain([*RECORDS[:6], stop, resumed])
     assert "Not finished: the journal ends after 41 s of 7 min 00 s." in again and "resumed after 41 s" in again
 

@@ -46,6 +46,9 @@ class Machine:
     diverges_above: float = math.inf
     overfits_after: float = math.inf  # updates
     heals: bool = True  # by stronger regularization
+    lost_after: float = math.inf  # of the budget, every member of a population
+    update_s: float = 0.0
+    judge_s: float = 0.0
     spent: float = 0.0
     trained: dict[str, tuple[float, float]] = field(default_factory=dict)  # state -> updates, score
     incumbent: str | None = None
@@ -54,7 +57,13 @@ class Machine:
     def run(self, trial: Trial) -> Outcome:
         self.trials.append(trial)
         if isinstance(trial.action, Profile):
-            facts = {"update_s": 0.0, "judge_s": 0.0, "test_s": 0.0, "tokens_an_update": 1, "parameters": 1}
+            facts = {
+                "update_s": self.update_s,
+                "judge_s": self.judge_s,
+                "test_s": 0.0,
+                "tokens_an_update": 1,
+                "parameters": 1,
+            }
             return Outcome(facts=facts, remaining=self.remaining)
         if isinstance(trial.action, ReadTest):
             return Outcome(remaining=self.remaining)
@@ -66,7 +75,9 @@ class Machine:
         if isinstance(trial.action, TrainModule):
             self.spent += trial.share
             action = trial.action
-            if action.optimizer.lr > self.diverges_above:
+            if action.optimizer.lr > self.diverges_above or (
+                trial.stage == "population" and self.spent > self.lost_after
+            ):
                 return Outcome(ok=False, failure="training diverged", remaining=self.remaining)
             updates = trial.share + (self.trained[trial.start][0] if trial.start else 0.0)
             off = math.log(action.optimizer.lr / self.best_rate)
@@ -233,6 +244,14 @@ def test_population_forks_the_best() -> None:
     live("population", machine)
     starts = [t.start for t in machine.trials if t.stage == "population" and t.start is not None]
     assert len(set(starts)) < len(starts), "a trunk was copied"
+
+
+def test_population_keeps_its_best_where_all_members_are_lost() -> None:
+    machine = Machine(problem(20_000), lost_after=12_000)
+    live("population", machine)
+    last = [t for t in machine.trials if isinstance(t.action, TrainModule)][-1]
+    assert last.stage == "cool-down" and last.start in machine.trained and machine.spent > 15_000
+    assert next(t.start for t in machine.trials if t.stage == "average") == last.id
 
 
 def test_reactive_goes_down_where_it_diverges() -> None:

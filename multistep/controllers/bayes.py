@@ -19,7 +19,6 @@ from multistep.controllers.members import (
     alone,
     cooled,
     enough,
-    says_something,
     stretched,
     worse,
 )
@@ -30,21 +29,31 @@ BEHIND = 0.1  # the chance of stopping one that is not behind
 DRAWN = 3  # trials after the prior that are drawn at random, before the estimator has anything to go by
 
 
+def _share(ground: Ground, trials: int) -> float:
+    """Of each of so many trials, without what judging it twice costs."""
+    return ground.spare() / trials - 4 * ground.overhead()
+
+
+def _fits(ground: Ground, trials: int) -> bool:
+    return ground.training_updates(FIRST * _share(ground, trials) / (1 + COOL)) >= ground.least_updates
+
+
 def bayes(ground: Ground) -> Found:
     """The state of the best trial, or None."""
     import optuna
 
-    if not says_something(ground, FIRST * ground.spare() / 2):
+    trials = max((n for n in range(2, count(ground) + 1) if _fits(ground, n)), default=0)
+    if not trials:
         return (yield from alone(ground))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.TPESampler(seed=ground.seed, n_startup_trials=1 + DRAWN)
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    space, trials = ground.space(), count(ground)
+    space = ground.space()
     study.enqueue_trial(space.nearest(ground.prior()))  # what comes of the prior is told where the prior is
     best: Member | None = None
     at_a_third: Member | None = None  # the best early score so far
     for n in range(trials):
-        share = ground.spare() / (trials - n) - 4 * ground.overhead()
+        share = _share(ground, trials - n)
         if not (yield from enough(ground, FIRST * share / (1 + COOL))):
             break
         asked: Any = study.ask()

@@ -206,11 +206,16 @@ def legs(ground: Ground, point: Point, trunk: str | None = None) -> Found:
     """One trunk in legs, each with its cool-down, so that it can end where a target stands; the state of the best. `trunk`: the state that
     it goes on from."""
     member, whole = Member("trunk", point, trunk), ground.spare()
-    best, merit = None, float("-inf")
-    for leg in LEGS:
+    best, merit, carried = None, float("-inf"), 0.0
+    for n, leg in enumerate(LEGS, 1):
+        leg += carried
         share = min(leg * whole, ground.spare()) - 2 * ground.overhead()
-        if not (yield from enough(ground, share / (1 + COOL))):
+        if n < len(LEGS) and ground.training_updates(share / (1 + COOL)) < ground.least_updates:
+            carried = leg  # too short alone: the next one is longer
             continue
+        if not (yield from enough(ground, share / (1 + COOL))):
+            break
+        carried = 0.0
         yield from stretched(ground, "trunk", [member], share / (1 + COOL), f"{leg:.0%} of the time for it")
         if not member.alive:
             break

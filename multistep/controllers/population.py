@@ -9,6 +9,7 @@ Differs from the source: what is judged has decayed; a member is only replaced w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
 from multistep.controllers.members import (
@@ -56,9 +57,10 @@ def population(ground: Ground) -> Found:
         yield from stretched(ground, "population", members, stretch, f"round {n + 1} of {count}")
         members = [m for m in members if m.alive]
         behind = yield from compared(ground, members, COOL * stretch)
-        best = best_of(members)
-        if best is None:
-            return None
+        found = best_of(members)
+        if found is None:  # all of them are lost; what the best of the last round came to stays
+            break
+        best = replace(found)
         if n + 1 < count:
             members = [_fork(m, best, space.nudge(best.point, prior, draw)) if m.name in behind else m for m in members]
     if best is None:

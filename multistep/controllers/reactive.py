@@ -26,6 +26,7 @@ from multistep.controllers.members import (
     alone,
     better,
     cooled,
+    says_something,
     stretched,
     worse,
 )
@@ -54,7 +55,8 @@ _MOVES: dict[str, tuple[str, float, float]] = {  # path, times, plus
 
 def reactive(ground: Ground) -> Found:
     """The state of the best cool-down, or None."""
-    count = min(MOST_STRETCHES, int(ground.training_updates(ground.spare()) / ((1 + COOL) * ground.least_updates)))
+    spare = ground.spare()
+    count = max((n for n in range(1, MOST_STRETCHES + 1) if says_something(ground, spare / n)), default=0)
     if not count:
         return (yield from alone(ground))
     member, best, share = Member("run", {}), None, ground.spare() / count

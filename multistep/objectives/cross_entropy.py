@@ -22,6 +22,7 @@ from multistep.types import Tunable
 if TYPE_CHECKING:
     from torch import Tensor
 
+IGNORED = -100  # a target that torch leaves out
 _LEAST_MISS = 1e-12  # below it a power of 1 - p has no finite slope when gamma < 1
 
 
@@ -51,10 +52,15 @@ class CrossEntropy(BaseObjective):
         return loss_B.mean() if w_K is None else loss_B.sum() / w_K[y_B].sum()
 
     def each(self, logits_BK: Tensor, targets_B: Tensor) -> Tensor:
-        """Nats of every example [B]."""
+        """Nats of every example [B]; of one with many targets (pixels, tokens) their mean, but for those that torch ignores (-100)."""
         import torch.nn.functional as F
 
-        return F.cross_entropy(logits_BK.float(), class_ids(targets_B), reduction="none")
+        y_B = class_ids(targets_B)
+        loss_B = F.cross_entropy(logits_BK.float(), y_B, reduction="none")
+        if loss_B.ndim == 1:
+            return loss_B
+        counted_B = (y_B != IGNORED).flatten(1).sum(1)
+        return loss_B.flatten(1).sum(1) / counted_B.clamp_min(1)
 
     def count(self, targets_B: Tensor) -> float:
         """The sum of the targets' class weights."""

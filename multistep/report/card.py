@@ -109,7 +109,11 @@ def _scores(facts: Mapping[str, Any]) -> str:
     metrics = measured(facts.get("metrics"))
     if not metrics:
         return "No test data has been read."
-    parts = ["On the test data, read once, at the end. The second number is the standard error."]
+    reads = int(facts.get("test_reads") or 1)
+    read = (
+        "read once, at the end" if reads == 1 else f"read {reads} times, as the run was given more, the last time here"
+    )
+    parts = [f"On the test data, {read}. The second number is the standard error."]
     parts.append(table(["metric", "test ± stderr"], [[k, plus_minus(v, e)] for k, (v, e) in metrics.items()]))
     classes = [c for c in facts.get("per_class") or () if isinstance(c, Mapping)]
     if classes:

@@ -144,6 +144,11 @@ def _took(run: Mapping[str, Any]) -> str:
     )
 
 
+def how_to_go_on(run: Mapping[str, Any]) -> str:
+    """With a run that was stopped: one of `optimize` needs its module and its data again."""
+    return "optimize with the same out=" if "problem" in run["config"] else "multistep resume"
+
+
 def next_step(run: Mapping[str, Any]) -> str:
     """What the gravest diagnosis at the end of the run says to do; where there is none, whether anything was looked for."""
     at_end = [d for d in run["diagnosed"] if d.get("at") == "end" and d.get("action")]
@@ -152,7 +157,7 @@ def next_step(run: Mapping[str, Any]) -> str:
         more = f"; {len(at_end) - 1} more below" if len(at_end) > 1 else ""
         return f"{NEXT}{worst['action']} ({worst.get('name', '')}{more})."
     if run["status"] != "finished":
-        return f"{NEXT}go on with it, by multistep resume."
+        return f"{NEXT}go on with it, by {how_to_go_on(run)}."
     return "Nothing was found that has to be mended." if run["not_found"] else ""
 
 

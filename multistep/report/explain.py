@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from multistep.data import DataReport
 from multistep.data.language import LanguageReport
+from multistep.report.conclusion import how_to_go_on
 from multistep.report.summary import measured, summary
 from multistep.report.words import clip, duration, number, plus_minus, table
 
@@ -70,7 +71,7 @@ def _state_of(run: Mapping[str, Any]) -> str:
         return f"Finished after {wall} of {budget}."
     if run["status"] == "interrupted":
         signal = run["interruptions"][-1].get("signal", "")
-        return f"Interrupted by {_SIGNALS.get(signal, signal)} after {wall} of {budget}; it can be resumed."
+        return f"Interrupted by {_SIGNALS.get(signal, signal)} after {wall} of {budget}; {how_to_go_on(run)} goes on with it."
     return f"Not finished: the journal ends after {wall} of {budget}."
 
 
@@ -216,7 +217,7 @@ def _test(run: Mapping[str, Any]) -> str:
         f"The test data was read {_times(run['test_reads'])}; {run['decided_after_test']} decisions came after it."
     ]
     if run["test_reads"] > 1:
-        parts.append("The numbers are those of the first reading.")
+        parts.append("The numbers are those of the newest reading.")
     parts.append(table(["metric", "value ± stderr"], [[k, plus_minus(v, e)] for k, (v, e) in test["metrics"].items()]))
     classes = [c for c in test.get("per_class") or [] if isinstance(c, Mapping)]
     if classes:

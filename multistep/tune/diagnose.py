@@ -133,12 +133,20 @@ def _small_validation(past: Past, known: Known) -> Diagnosis | None:
     if known.value is None or not known.rows:
         return None
     zero_one = known.metric in ("accuracy", "exact_match")
-    stderrs = [c.stderr for c in _compared(past) if c.metric == known.metric and np.isfinite(c.stderr) and c.stderr > 0]
+    value = known.value.value
+    if not np.isfinite(value) or (value == 0 and not known.higher_is_better):
+        return None
+    # Of what falls by orders of magnitude the error falls too: it is taken in proportion to what was compared.
+    stderrs = [
+        c.stderr if known.higher_is_better else c.stderr * abs(value) / max(abs(c.candidate), abs(c.incumbent), 1e-30)
+        for c in _compared(past)
+        if c.metric == known.metric and np.isfinite(c.stderr) and c.stderr > 0
+    ]
     if not stderrs and not zero_one:
         return None
     usual = (0.2 / known.rows) ** 0.5  # two models that differ in every fifth answer
     return of_rows.small_validation(
-        known.metric, known.value.value, known.higher_is_better, zero_one, known.rows,
+        known.metric, value, known.higher_is_better, zero_one, known.rows,
         float(np.median(stderrs)) if stderrs else usual, known.halved,
     )  # fmt: skip
 

@@ -40,6 +40,7 @@ from multistep.types import Cost, MetricValue, Outcome, UserError, Verdict
 
 JUDGE_BATCH = 256  # examples at once while judging
 PROFILE_UPDATES = 3
+MASKED = -1e30  # a module may rule a class out by minus infinity: it is judged as this, which is finite
 
 Run = Generator[Record, None, Outcome]
 
@@ -275,7 +276,7 @@ class ModuleWorks:
         value = self.measured(self.answers(self.incumbent))[p.metric]
         found = diagnoses(
             self.past,
-            Known(p.metric, value, p.rows["validation"], advice_of_module(p.optimizer.kind, f"{2 * p.budget:g} {p.unit}"),
+            Known(p.metric, value, p.rows["validation"], advice_of_module(p.optimizer.kind, str(Budget(amount=2 * p.budget, unit=p.unit))),
                   higher_is_better=higher_is_better(p.metric), seed=self.seed, halved=False),
         )  # fmt: skip
         records, outcome = told(trial, found, {}, started)
@@ -304,7 +305,7 @@ def judge_rows(module: nn.Module, rows: ModuleRows, objective: BaseObjective, ta
             found = rows.outputs(module, inputs).float()
         each_N = objective.each(found, wanted).float().cpu().numpy()
         if task is not None:
-            logits.append(_logits(task, found).cpu().numpy())
+            logits.append(_logits(task, found).clamp_min(MASKED).cpu().numpy())
             targets.append(objective.labels(wanted).cpu().numpy())
         losses.append(each_N)  # last: a part that does not fit comes again in halves
 
@@ -325,10 +326,10 @@ def task_of(objective: BaseObjective, outputs: Tensor) -> Task | None:
     core, flat = objective.core(), outputs.ndim == 1 or outputs.shape[1:] == (1,)
     if isinstance(core, CrossEntropy | Distill) and outputs.ndim == 2 and outputs.shape[1] > 1:
         return Classify(labels=tuple(str(k) for k in range(outputs.shape[1])))
-    if isinstance(core, BinaryCrossEntropy):
-        return (
-            Classify(labels=("0", "1")) if flat else Multilabel(labels=tuple(str(k) for k in range(outputs.shape[1])))
-        )
+    if isinstance(core, BinaryCrossEntropy) and flat:
+        return Classify(labels=("0", "1"))
+    if isinstance(core, BinaryCrossEntropy) and outputs.ndim == 2:
+        return Multilabel(labels=tuple(str(k) for k in range(outputs.shape[1])))
     if isinstance(core, MeanSquaredError | MeanAbsoluteError | Huber) and flat:
         return Regress()
     return None
