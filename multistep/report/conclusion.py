@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from multistep.metrics.verdicts import lower_is_better
+from multistep.report.summary import how_to_go_on
 from multistep.report.words import duration, number, plus_minus
 
 TASKS: Mapping[str, str] = {
@@ -142,11 +143,6 @@ def _took(run: Mapping[str, Any]) -> str:
         if decided
         else ""
     )
-
-
-def how_to_go_on(run: Mapping[str, Any]) -> str:
-    """With a run that was stopped: one of `optimize` needs its module and its data again."""
-    return "optimize with the same out=" if "problem" in run["config"] else "multistep resume"
 
 
 def next_step(run: Mapping[str, Any]) -> str:

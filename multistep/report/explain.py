@@ -12,8 +12,7 @@ from pydantic import ValidationError
 
 from multistep.data import DataReport
 from multistep.data.language import LanguageReport
-from multistep.report.conclusion import how_to_go_on
-from multistep.report.summary import measured, summary
+from multistep.report.summary import how_to_go_on, measured, summary
 from multistep.report.words import clip, duration, number, plus_minus, table
 
 _WORST = 5  # classes and confusions named

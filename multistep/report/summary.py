@@ -50,6 +50,11 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def how_to_go_on(run: Mapping[str, Any]) -> str:
+    """With a run that was stopped: one of `optimize` needs its module and its data again."""
+    return "optimize with the same out=" if "problem" in run["config"] else "multistep resume"
+
+
 def _status(records: Sequence[Mapping[str, Any]]) -> str:
     kinds = [r.get("kind") for r in records]
     ends = [k for k in kinds if k in ("Finished", "Interrupted", "Resumed")]
