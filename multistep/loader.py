@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
+from torch.utils.data.distributed import DistributedSampler
 
 from multistep.data.batches import Batches
 from multistep.types import UserError
@@ -59,6 +60,7 @@ class ModuleRows:
         return self._loader is not None
 
     def order(self, batch_size: int, seed: int) -> Batches | LoaderOrder:
+        """The batches of a training. Raises UserError where a loader gives none, or does not say how many."""
         if self._loader is not None and self._loader.batch_sampler is not None:
             return LoaderOrder(self._loader, seed)
         return Batches(np.zeros(len(self)), batch_size, seed)
@@ -97,8 +99,9 @@ class ModuleRows:
             yield np.arange(start, min(len(self), start + size))
 
     def judged(self) -> ModuleRows:
-        """The rows to judge on: all, or where a loader picks some by its sampler, these."""
-        if self._loader is None:
+        """The rows to judge on: all, or where a loader picks some by its sampler, these. What is shared out to several processes is judged
+        whole."""
+        if self._loader is None or isinstance(self._loader.sampler, DistributedSampler):
             return self
         with _seeded(self._loader, 0):
             if self._loader.batch_size is None:  # it has a batch sampler of its own
@@ -106,10 +109,12 @@ class ModuleRows:
             else:
                 drawn = [int(row) for row in self._loader.sampler]
         picked = sorted(set(drawn))
+        if not picked:
+            raise UserError("validation, test: the sampler of this DataLoader gives no row. Give it some.")
         return self if len(picked) == len(self) else self.subset(picked)
 
     def content(self) -> Iterator[bytes]:
-        """What tells these rows from others: of tensors a thousand rows; of a Dataset, whose examples may be drawn anew each time, only
+        """What tells these rows from others: of tensors up to a thousand rows; of a Dataset, whose examples may be drawn anew each time, only
         which of its rows were picked."""
         source = self.dataset
         yield f"{len(self)} {self.count}".encode()
@@ -120,9 +125,11 @@ class ModuleRows:
         if picked is not None:
             yield np.asarray(picked).tobytes()
         for tensor in source.tensors if isinstance(source, TensorDataset | _Columns) else ():
-            some = tensor[torch.linspace(0, len(tensor) - 1, min(len(tensor), 1000)).long()]
+            most = min(len(tensor), 1000, max(2, 2**22 // max(1, tensor[0].numel())))
+            take = torch.from_numpy(np.linspace(0, len(tensor) - 1, most).astype(np.int64))
+            some = tensor[take].detach().cpu()
             yield f"{tuple(tensor.shape)} {tensor.dtype}".encode()
-            yield (torch.view_as_real(some) if some.is_complex() else some).double().cpu().numpy().tobytes()
+            yield (torch.view_as_real(some) if some.is_complex() else some).double().numpy().tobytes()
 
     def subset(self, rows: Sequence[int]) -> ModuleRows:
         """Some of the rows, without the loader's order."""
@@ -152,7 +159,12 @@ class LoaderOrder:
     def __init__(self, loader: DataLoader, seed: int):
         self._loader, self._seed, self._epoch = loader, seed, -1
         self._plan: list[np.ndarray] = []
-        self.per_epoch = len(loader)
+        try:
+            self.per_epoch = len(loader)
+        except TypeError:
+            raise UserError("train: the sampler of this DataLoader has no length. Give it __len__.") from None
+        if not self.per_epoch:
+            raise UserError("train: this DataLoader gives no batch. Give it more rows, or leave drop_last out.")
 
     def at(self, position: int) -> np.ndarray:
         """The rows of batch `position`, counted from the start of training."""
@@ -197,8 +209,6 @@ def rows_of(source: Any, name: str, device: str, split: Split | None = None) -> 
                 f"{name}: this DataLoader is a stream or has no batches, so no run could come back to a row of it. "
                 "Give one over a map-style dataset, with a batch size."
             )
-        if not len(source):
-            raise UserError(f"{name}: this DataLoader gives no batch. Give it more rows, or leave drop_last out.")
         rows = ModuleRows(source.dataset, device, split, source)
     elif isinstance(source, Dataset) and not isinstance(source, IterableDataset):
         rows = ModuleRows(source, device, split)

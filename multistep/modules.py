@@ -156,15 +156,16 @@ def optimize(
         "batch_size": problem_batch, "micro_batch": micro_batch, "clip": clip, "dropout": dropout, "bf16": bf16,
         "patience": patience, "looks": looks, "clip_z": clip_z, "layer_decay": layer_decay, "freeze": frozen,
         "soup": soup, "batch_growth": batch_growth,
-        "budget": total.amount, "unit": total.unit, "rows": {k: v.count for k, v in rows.items()}, "choice": choice,
+        "rows": {k: v.count if k == "train" else len(v) for k, v in rows.items()},
+        "budget": total.amount, "unit": total.unit, "choice": choice,
     })  # fmt: skip
     with team.gathered(), Progress(quiet=quiet or not team.leads()) as progress, signals() as stop:
         temporary = tempfile.TemporaryDirectory(prefix="multistep-") if out is None and team.leads() else None
         folder = Path(team.first(Path(temporary.name if temporary is not None else str(out)).resolve()))
         clock = Clock(total, started=started)
         asked = {"problem": problem, "controller": controller, "seed": seed, "model": type(module).__name__}
-        team.same([asked, rows["train"].order(problem_batch, seed).at(0).tolist()], "settings or data")
         found_here = _fingerprint(module, rows)
+        team.same([asked, found_here, rows["train"].order(problem_batch, seed).at(0).tolist()], "settings or data")
         book, past = _open(folder, asked, found_here, metric, clock, device) if team.leads() else (Unwritten(), [])
         past = team.first(past)
         works = ModuleWorks(module, rows, problem, clock, stop, folder, task, seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,16 @@ import pytest
 import torch
 from test_modules import blobs, network, run
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    Sampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+)
+from torch.utils.data.distributed import DistributedSampler
 
 from multistep.budget import Clock, parse_budget
 from multistep.loader import ModuleRows, rows_of
@@ -54,6 +64,28 @@ def test_the_rows_that_a_loader_picks_are_judged() -> None:
     assert data["report"]["rows"] == {"train": 30, "validation": 30}
 
 
+class Endless(Sampler[int]):
+    """Without a length, as torch allows it."""
+
+    def __init__(self) -> None: ...
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(PICKED)
+
+
+def test_loaders_that_only_judge_may_be_odd() -> None:
+    assert rows_in(judged(DataLoader(DATA, 64, drop_last=True))) == list(range(60))
+    assert rows_in(judged(DataLoader(DATA, 2, sampler=Endless()))) == PICKED
+    shared_out = DistributedSampler(DATA, num_replicas=2, rank=1)
+    assert rows_in(judged(DataLoader(DATA, 4, sampler=shared_out))) == list(range(60))
+    with pytest.raises(UserError, match="gives no row"):
+        judged(DataLoader(DATA, 4, sampler=SubsetRandomSampler([])))
+    with pytest.raises(UserError, match="has no length"):
+        run(train=DataLoader(DATA, 2, sampler=Endless()))
+    x = X.clone().requires_grad_()
+    assert run(train=(x, Y), validation=(X, Y), budget="9 updates").records()[-1]["kind"] == "Finished"
+
+
 def test_a_sampler_with_a_generator_of_its_own_repeats() -> None:
     def first() -> list[list[int]]:
         sampler = RandomSampler(DATA, generator=generator)
@@ -77,7 +109,7 @@ def test_a_folder_goes_on_with_its_own_data_and_module_alone(tmp_path: Path) -> 
     settings: dict[str, Any] = {"out": tmp_path / "run", "budget": "20 updates"}
     first = run(**settings)
     assert run(**settings).best == first.best
-    longer = nn.Sequential(*network(), nn.Linear(3, 3))
+    longer = nn.Sequential(network(), nn.Linear(3, 3))
     for other in ({"train": blobs(300, 7)}, {"validation": blobs(200, 8)}, {"module": longer}):
         with pytest.raises(UserError, match="other data or another module"):
             run(**{**settings, **other})

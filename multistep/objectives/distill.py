@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from multistep.objectives.base import BaseObjective
+from multistep.objectives.cross_entropy import CrossEntropy
 from multistep.objectives.shapes import class_ids
 from multistep.types import Tunable, UserError
 
@@ -46,9 +47,7 @@ class Distill(BaseObjective):
 
     def each(self, logits_BK: Tensor, targets: tuple[Tensor, Tensor] | Tensor) -> Tensor:
         """Nats of every example's target [B], without the teacher."""
-        import torch.nn.functional as F
-
-        return F.cross_entropy(logits_BK.float(), class_ids(_hard(targets)), reduction="none")
+        return CrossEntropy().each(logits_BK, _hard(targets))
 
     def labels(self, targets: tuple[Tensor, Tensor] | Tensor) -> Tensor:
         """The classes [B], without the teacher."""

@@ -305,7 +305,8 @@ def judge_rows(module: nn.Module, rows: ModuleRows, objective: BaseObjective, ta
             found = rows.outputs(module, inputs).float()
         each_N = objective.each(found, wanted).float().cpu().numpy()
         if task is not None:
-            logits.append(_logits(task, found).clamp_min(MASKED).cpu().numpy())
+            scores = _logits(task, found)
+            logits.append((scores.clamp_min(MASKED) if task.kind == "classify" else scores).cpu().numpy())
             targets.append(objective.labels(wanted).cpu().numpy())
         losses.append(each_N)  # last: a part that does not fit comes again in halves
 
