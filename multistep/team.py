@@ -7,6 +7,7 @@ all must see, and write into folders of their own inside of it. What one tells t
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -88,6 +89,7 @@ def gathered() -> Iterator[None]:
         _now.mode = "none"
         if joined:
             dist.destroy_process_group()
+            gc.collect()  # gloo's threads end with the last reference to the group: alive at the interpreter's end they abort it
 
 
 def _meet() -> None:
