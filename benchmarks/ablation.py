@@ -83,12 +83,9 @@ def table(rows: list[Row]) -> str:
             stderr = 100 * gain_N.std() / len(gain_N) ** 0.5
             worse = gain_N.mean() < 0
             sign = -1 if worse else 1
-            p = mcnemar_p(int((sign * gain_N > 0).sum()), int((sign * gain_N < 0).sum()))
+            p = min(1.0, 2 * mcnemar_p(int((sign * gain_N > 0).sum()), int((sign * gain_N < 0).sum())))
             body.append([*line, f"{100 * statistics.fmean(by_seed):+.2f} ± {stderr:.2f}", f"{p:.2g}"])
-    return (
-        markdown(head, body)
-        + "\n\np: exact McNemar over the test rows of all seeds, one-sided in the direction of the sign."
-    )
+    return markdown(head, body) + "\n\np: exact McNemar over the test rows of all seeds, two-sided."
 
 
 def _bits(row: Row) -> np.ndarray:

@@ -26,6 +26,7 @@ _FIRST, _RECENT, _EVERY = 5, 20, 10  # losses: that began the segment, that stan
 _LOOKS, _STUCK = 2, 5  # in a row
 _ABSOLUTE, _RELATIVE, _NOISES = 0.5, 0.75, 4.0  # nats, of the first losses, standard errors
 _LONG = 0.3  # nats, of what lasts longer
+RESTART_LR = 0.1  # of the learning rate that diverged: with so much of it a training begins again
 _LEARNT, _BELOW = 0.1, 0.2  # nats, of the first losses: below by more than both was learnt, before it was lost again
 
 

@@ -2,7 +2,8 @@
 when it is replayed. No torch.
 
     labels            an accepted way to predict takes the incumbent's place; else the best state of a family does, when it is better than
-                      what stands; one that is only better than its own family is kept for a blend
+                      what stands, or takes its place among several models that answer together; one that is only better than its own
+                      family is kept for a blend
     module, language  what is accepted takes the incumbent's place; a language run also keeps from where training goes on
     answers, ways     of tuning: what is admitted takes the place of what stands, and every way that was measured is kept
 """
@@ -95,8 +96,8 @@ def eligible(of: Of, trial: Trial, outcome: Outcome) -> bool:
         case "module":
             return outcome.ok and trial.commit and outcome.state is not None
         case "language":
-            whole = outcome.ok and trial.commit and not {"diagnosis", "stopped"} & set(facts)
-            return whole and "standing" in facts
+            early = facts.get("stopped", {}).get("event") == "no improvement"  # it is judged after its cool-down
+            return outcome.ok and trial.commit and "diagnosis" not in facts and not early and "standing" in facts
         case _:
             return outcome.ok
 
@@ -119,6 +120,9 @@ def labels(stood: Stood, trial: Trial, outcome: Outcome) -> After:
         return (replace(stood, refits={**stood.refits, trial.action.of: outcome.state}) if taken else stood), taken
     family: str = facts["family"]
     families = {**stood.families, family: outcome.state}
+    if stood.incumbent is not None and facts.get("in_place"):  # judged as a member of what stands
+        taken = _accepted(outcome.verdict)
+        return (replace(stood, families=families) if taken else stood), taken
     if stood.incumbent is None or _accepted(outcome.verdict):
         return replace(stood, incumbent=Single(model=family).model_dump(mode="json"), families=families), True
     if family not in _PREDICTOR.validate_python(stood.incumbent).models():

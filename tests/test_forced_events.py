@@ -21,6 +21,7 @@ import torch
 from runs import committed, config, of_kind, run, same_states, tiny_encoder, write_rows
 
 from multistep import api, journal
+from multistep.data.dataset import load
 from multistep.evaluate import Rows
 from multistep.journal import Journal
 from multistep.tune import fine_tune, segment, training
@@ -181,6 +182,14 @@ def test_bad_batches_far_apart_stop_a_training(folder: Path, tmp_path: Path, mon
     events = of_kind(done, "Event")
     assert [e["event"] for e in events] == ["nonfinite"] * (segment.MAX_ROLLBACKS + 1)
     assert "stopped" in events[-1]["action"] and events[-1]["lr_scale"] == 0.5**4
+    in_file = set(load(folder / "rows.csv").train_rows)
+    assert in_file and all(e["rows"] and set(e["rows"]) <= in_file for e in events), "by their numbers in the file"
+    (trunk,) = [r for r in of_kind(done, "Told") if r["stage"] == "trunk"]
+    facts = trunk["outcome"]["facts"]
+    assert facts["stopped"] == {"event": "bad batches", "rollbacks": segment.MAX_ROLLBACKS + 1}
+    (cooled,) = [r["trial"] for r in of_kind(done, "Asked") if r["trial"]["stage"] == "cool-down"]
+    assert cooled["start"] == trunk["trial"]
+    assert cooled["action"]["optimizer"]["lr"] == pytest.approx(facts["best_lr"]) and 0 < facts["best_lr"] < 2e-3 / 8
     assert of_kind(done, "Finished") and done.predict(["alpha up"])[0].value
 
 

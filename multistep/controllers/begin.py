@@ -36,10 +36,10 @@ def begin(problem: AnyProblem, name: str, past: Sequence[Mapping[str, Any]]) -> 
     match problem:
         case Problem():
             steps, total = _named(CONTROLLERS, name)(problem), Budget(amount=problem.budget, unit=problem.unit)
-            return Phases(steps, lambda amount, purse: more(problem.with_(budget=amount), purse), total, past)
+            return Phases(steps, lambda amount, left: more(problem.with_(budget=amount), left), total, past)
         case LanguageProblem():
             steps, total = _named(LANGUAGE_CONTROLLERS, name)(problem), Budget(amount=problem.budget, unit=problem.unit)
-            return Phases(steps, lambda amount, purse: go_on(problem.with_(budget=amount), purse), total, past)
+            return Phases(steps, lambda amount, left: go_on(problem.with_(budget=amount), left.purse), total, past)
         case ModuleProblem():
             return Scripted(_named(MODULE_CONTROLLERS, name)(problem))
         case AnsweringProblem():

@@ -1,24 +1,60 @@
 """A run's controller, and after it one more for every time that the finished run was given more budget. The rows that judge are the same
-ones, so what is left of their wealth goes on from one to the next."""
+ones, so what is left of their wealth goes on from one to the next; so does what training was found to need."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from multistep.budget import Budget
 from multistep.controllers.script import Ask, Does, Scripted, Wait
 from multistep.controllers.wealth import Purse
-from multistep.strategy import Trial
+from multistep.detect import RESTART_LR
+from multistep.strategy import Average, FitLinear, Training, Trial
 from multistep.types import Outcome
 
 
+@dataclass
+class Left:
+    """What the phases so far leave to the next. `purse`: of their wealth; `made`: each state's trial and what came of it; `families`:
+    the best state of each."""
+
+    purse: Purse = field(default_factory=dict)
+    made: dict[str, tuple[Trial, Outcome]] = field(default_factory=dict)
+    families: Mapping[str, str] = field(default_factory=dict)
+
+    def training(self, family: str) -> Training | None:
+        """The training that the best state of a family came from, with the rate that it did not diverge at. A cool-down has the rate at
+        which its trunk was left: not what to train with."""
+        state = self.families.get(family)
+        while state in self.made:
+            trial, outcome = self.made[state]
+            action = trial.action
+            if isinstance(action, Average):
+                state = action.members[0] if action.members else trial.start
+            elif not isinstance(action, Training):
+                return None
+            elif trial.stage == "cool-down" and trial.start in self.made:
+                state = trial.start
+            else:
+                scale = RESTART_LR ** outcome.facts.get("restarts", 0)
+                return action.with_(optimizer=action.optimizer.with_(lr=action.optimizer.lr * scale))
+        return None
+
+    def linear(self) -> list[FitLinear]:
+        """The linear models so far, that which stands as the last."""
+        best = self.families.get("linear", "")
+        found = [(state == best, trial.action) for state, (trial, _) in self.made.items()]
+        return [action for _, action in sorted(found, key=lambda f: f[0]) if isinstance(action, FitLinear)]
+
+
 class Phases:
-    """`first`: the steps of the run; `more`: those after it, for so much more of the budget and with what is left of the wealth. `past`:
+    """`first`: the steps of the run; `more`: those after it, for so much more of the budget and with what the ones before it left. `past`:
     the journal so far."""
 
     def __init__(
-        self, first: Does[Purse], more: Callable[[float, Purse], Does[Purse]], budget: Budget, past: Sequence[Mapping[str, Any]]
+        self, first: Does[Purse], more: Callable[[float, Left], Does[Purse]], budget: Budget, past: Sequence[Mapping[str, Any]]
     ):  # fmt: skip
         totals = [budget, *(Budget(**r["budget"]) for r in past if r["kind"] == "Resumed")]
         resumed = [n for n, r in enumerate(past) if r["kind"] == "Resumed"]
@@ -28,19 +64,24 @@ class Phases:
             if past[n - 1]["kind"] == "Finished"
         ]
         self._make, self._prefix = more, 0
+        self._left = Left()
         self._now = Scripted(first)
 
     def ask(self) -> Ask | Wait | None:
         ask = self._now.ask()
         while ask is None and self._more:
             self._prefix += 1
-            self._now = Scripted(self._make(self._more.pop(0), self._now.result or {}))
+            self._left.purse = self._now.result or {}
+            self._now = Scripted(self._make(self._more.pop(0), self._left))
             ask = self._now.ask()
         if isinstance(ask, Trial) and self._prefix:
             return ask.with_(id=f"{self._name()}{ask.id}")
         return ask
 
     def tell(self, trial: Trial, outcome: Outcome) -> None:
+        if outcome.ok and outcome.state is not None:
+            self._left.made[outcome.state] = trial, outcome
+        self._left.families = outcome.families
         self._now.tell(trial.with_(id=trial.id.removeprefix(self._name())), outcome)
 
     def _name(self) -> str:

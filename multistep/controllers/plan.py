@@ -77,6 +77,7 @@ class Plan(BasePlan):
         self.refit_s = 0.0  # set aside for that
         self.depth = 0  # how many layers they train
         self.depth_rule = ""  # why so many
+        self.learnt: FineTune | None = None  # the best training of the run, which is given more now
 
     @property
     def scratch(self) -> Scratch | None:
@@ -107,7 +108,19 @@ class Plan(BasePlan):
         return self.updates(amount, self.depth)
 
     def prior(self) -> FineTune:
-        return self.fine_tune(layers=self.depth)
+        """The calibrated prior; in a run that is given more with what its best training was found to need. The rate of that is as far
+        from its prior as it was: another depth has another prior."""
+        prior, learnt = self.fine_tune(layers=self.depth), self.learnt
+        if learnt is None or learnt.optimizer.kind != prior.optimizer.kind:
+            return prior
+        was = self.problem.config.optimizer.lr or self.prior_lr(learnt.layers)
+        rate = prior.optimizer.lr * learnt.optimizer.lr / was
+        return prior.with_(
+            optimizer=learnt.optimizer.with_(lr=rate),
+            objective=learnt.objective,
+            dropout=learnt.dropout,
+            batch_size=learnt.batch_size,
+        )
 
     def space(self) -> Space:
         """What the user has not fixed."""

@@ -6,7 +6,7 @@ The searches over strategies (random, halving, population, bayes, reactive) stan
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from multistep.controllers import stages
 from multistep.controllers.members import Found, legs
@@ -15,7 +15,7 @@ from multistep.controllers.script import Does, Problem, Script, Skip, Steps, lef
 from multistep.controllers.trunk import average, race_rates, soup, trunk, worth_training
 from multistep.controllers.wealth import Purse
 from multistep.strategy import FitLinear
-from multistep.types import Outcome
+from multistep.text import NgramFeatures
 
 LONG_SHOT = 0.25  # the stake of other features: what comes later needs the level more
 Train = Callable[[Plan], Found]
@@ -23,7 +23,7 @@ Train = Callable[[Plan], Found]
 
 def staged(problem: Problem) -> Does[Purse]:
     """A calibrated prior, a short race, one trunk, averages, prediction: the default."""
-    return _run(problem, _race_and_trunk)
+    return _run(problem, race_and_trunk)
 
 
 def searching(search: Train, what: str) -> Script:
@@ -49,19 +49,20 @@ def _models(plan: Plan, train: Train) -> Steps:
     first = yield from stages.incumbent(plan)  # needs no profile, so that it stands a few seconds sooner
     yield from stages.profile(plan)
     length, rows = yield from stages.encoder_rows(plan)
-    yield from more_linear(plan, first, long=not length or plan.scratch is not None)
+    yield from more_linear(plan, first.facts["rows"], long=not length or plan.scratch is not None)
     if length:
         yield from stages.keep_refit(plan)
         yield from encoder(plan, rows, train)
 
 
-def more_linear(plan: Plan, first: Outcome, long: bool) -> Steps:
-    """The linear family on all rows and with other features: all of them where no pretrained encoder is, else what is nearly free."""
+def more_linear(plan: Plan, fitted: int, long: bool, tried: Collection[NgramFeatures] = ()) -> Steps:
+    """The linear family on all rows, where `fitted` rows were not all, and with other features than those that were `tried`: all of
+    them where no pretrained encoder is, else what is nearly free."""
     rows, features = plan.problem.rows["train"], plan.problem.linear
     if skipped := left_out(plan.problem.config, "linear"):
         yield from skipped
         return
-    if first.facts["rows"] < rows:
+    if fitted < rows:
         if plan.timed and plan.linear_s > (0.9 if long else 0.2) * plan.remaining:
             yield Skip(
                 stage="linear",
@@ -70,6 +71,8 @@ def more_linear(plan: Plan, first: Outcome, long: bool) -> Steps:
             return
         yield from plan.trial("linear", FitLinear(features=features[0]), f"all {rows} rows", share=0.5 * plan.remaining)
     for other in features[1:]:
+        if other in tried:
+            continue
         if plan.timed and plan.linear_s * 1.5 > (0.5 if long else 0.03) * plan.remaining:
             yield Skip(
                 stage="linear",
@@ -100,7 +103,7 @@ def encoder(plan: Plan, rows: int | None, train: Train) -> Steps:
         yield from soup(plan)
 
 
-def _race_and_trunk(plan: Plan) -> Found:
+def race_and_trunk(plan: Plan) -> Found:
     rate = yield from race_rates(plan, plan.prior(), plan.begins)
     if plan.target is not None:
         return (yield from legs(plan, {"optimizer.lr": rate}))

@@ -21,6 +21,7 @@ SOUP_SHARE = 0.2  # of what is left at most is kept for a soup; one that costs m
 LEAST_UPDATES = 30  # a trunk shorter than this is not begun
 AVERAGE_EPOCHS = 2.0  # of twelve trainings that saw train less often no average was taken (LOG.md, 2026-11-26)
 SLACK_S = 1.3  # what the end of a minute's run took beyond what was reckoned (LOG.md, 2026-11-26)
+COOL_SHARE = 0.15  # of what a trunk that stopped early took: decaying from its best state to zero
 LEAST_EPOCHS = 1.0  # nor one that does not see train once: it only disturbs the solved head (measured, LOG.md)
 
 Finetuned = Does[str | None]
@@ -96,10 +97,24 @@ def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
     if action.augment.on:
         why += ", words changed anew every epoch and so read as token ids"
     told = yield from plan.trial("trunk", action, why, start=start, share=share, watch=True)
+    if "stopped" in told.facts:
+        return (yield from _cool_down(plan, action, told, share))
     if told.facts.get("diagnosis", {}).get("name") != "overfitting":
         return told.state
     rest = share * (1 - told.facts["progress"])
     return (yield from _fork(plan, action, told, min(rest, 0.48 * (plan.remaining - end_s(plan, 2)))))
+
+
+def _cool_down(plan: Plan, action: FineTune, stopped: Outcome, share: float) -> Finetuned:
+    """From the state at which a trunk of `share` was stopped: its learning rate decays to zero, and training is over."""
+    lr, done = max(1e-9, stopped.facts["best_lr"]), stopped.facts["best_progress"]
+    rest = min(plan.remaining - end_s(plan, 1), COOL_SHARE * done * share)
+    if plan.updates(rest, action.layers) < 1:
+        yield Skip(stage="cool-down", why=f"the trunk stopped at {done:.0%}: no time is left to let its rate decay")
+        return stopped.state
+    cooled = action.with_(optimizer=action.optimizer.with_(lr=lr), schedule=Linear(warmup=0.0))
+    why = f"from the state at {done:.0%} of the trunk with lr {lr:.2g} to zero: more training would not help"
+    return (yield from plan.trial("cool-down", cooled, why, start=stopped.state, share=rest)).state
 
 
 def _fork(plan: Plan, action: FineTune, paused: Outcome, share: float) -> Finetuned:

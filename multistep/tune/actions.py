@@ -74,7 +74,8 @@ class Bench:
 
 
 def decided(bench: Bench, trial: Trial, family: str, state: str, started: float, **more: Any) -> Outcome:
-    """Judge a state on the control split: against the best of its family, `trial.against` and the incumbent."""
+    """Judge a state on the control split: against the best of its family, `trial.against` and the incumbent. Where several models answer
+    together and its family is one of them, against the incumbent as it would be with this state in that place."""
     scored = bench.control(family, state)
     candidate = bench.judged(Single(model=family), {family: state})
     task, seed = bench.work.task, bench.work.config.seed
@@ -88,6 +89,11 @@ def decided(bench: Bench, trial: Trial, family: str, state: str, started: float,
     verdict = None
     if trial.commit and bench.incumbent is not None:
         incumbent = bench.judged(bench.incumbent, bench.families)
+        if len(bench.incumbent.models()) > 1 and family in bench.incumbent.models():
+            states = {**bench.families, family: state}
+            candidate = bench.judged(bench.incumbent, states)
+            scored = bench.work.scored(bench.incumbent, states, "control", bench.bf16)
+            facts["in_place"] = True
         verdict = metrics.judge(bench.metric, task, candidate, incumbent, seed, trial.alpha)
     return Outcome(
         state=state,

@@ -41,7 +41,7 @@ def run_fine_tune(bench: Bench, trial: Trial, action: FineTune) -> Run:
     share = max(0.5, trial.share - (time.monotonic() - started)) if bench.timed() else trial.share
     facts, spent = yield from run_training(
         trial, action, state, data, watch, work.out / "states", bench.clock, bench.stop, {"family": "encoder"},
-        share=share, rest=True, micro_batch=bench.micro_batch,
+        share=share, rest=True, micro_batch=bench.micro_batch, numbers=work.dataset.train_rows,
     )  # fmt: skip
     _keep_control_logits(bench, trial.id, state.model)
     if isinstance(watch, _GapWatch) and "diagnosis" not in facts:

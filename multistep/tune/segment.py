@@ -15,20 +15,19 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from multistep import processes, team
 from multistep.allocation import out_of_memory, release
 from multistep.budget import Budget, Clock
-from multistep.detect import Course
+from multistep.detect import RESTART_LR, Course
 from multistep.state import TrainState, read_folder, remove_folder, write_folder
 from multistep.strategy import Trial
 from multistep.train import TrainData, at_once, is_finite, train
+from multistep.tune.telling import facts, mean_recent, measured, memory, stopped
 from multistep.tune.watch import Watch
 from multistep.types import Interrupted, Measure
 
@@ -37,7 +36,6 @@ MAX_ROLLBACKS = 3
 # With fewer good ones between them too many bad batches are no batch's fault, but the learning rate's.
 CLOSE_UPDATES = 100
 MAX_RESTARTS = 3
-RESTART_LR = 0.1  # of the learning rate that diverged
 # Of the segment: what diverges later has no time to begin again, and its beginning is not kept in memory.
 RESTART_UNTIL = 0.75
 _LOOKED = "watch."  # before the names of tensors that a watch remembers
@@ -59,7 +57,7 @@ def run_segment(
             for measure in _updates(state, data, keeper):
                 keeper.spend(measure)
                 if measure.event == "out of memory":
-                    yield "Event", _memory(trial, measure, state)
+                    yield "Event", memory(trial, measure, state, keeper)
                     continue
                 due = not measure.event and measure.update % SNAPSHOT_UPDATES == 0
                 if due and not is_finite(state):  # what the samples of the updates have missed must not be kept
@@ -70,7 +68,7 @@ def run_segment(
                     if keeper.rollbacks <= MAX_ROLLBACKS:
                         continue
                     if not keeper.came_close(state):
-                        break
+                        return {**facts(state, keeper), **stopped(state, keeper)}
                     diverged = {
                         "rule": f"{keeper.rollbacks} bad batches with {keeper.good_since} good ones between them"
                     }
@@ -78,25 +76,25 @@ def run_segment(
                     kind, fields, ended = _begin_again(trial, measure, diverged, state, data, keeper)
                     yield kind, fields
                     if ended:
-                        return {**_facts(state, keeper), **ended}
+                        return {**facts(state, keeper), **ended}
                     again = True
                     break
                 keeper.note(state)
                 if watch is not None and (found := watch.look(state, keeper.losses)):
                     yield found.kind, {"trial": trial.id, **found.fields}
                     if found.ends:
-                        return {**_facts(state, keeper), found.ends: found.fields}
+                        return {**facts(state, keeper), found.ends: found.fields}
                 if due:  # after the look: a resumed segment does not look again
                     keeper.snapshot(state)
                 if time.monotonic() - last_said > 1.0:
                     last_said = time.monotonic()
-                    yield "Measured", _measured(trial, measure, state, keeper.losses[-50:])
+                    yield "Measured", measured(trial, measure, state, keeper.losses[-50:])
                 if signal := int(processes.most(device, stop())[0]):
                     raise Interrupted(signal)
     except Interrupted:  # here, or thrown in where a record is given out
         keeper.save()
         raise
-    return _facts(state, keeper)
+    return facts(state, keeper)
 
 
 def _updates(state: TrainState, data: TrainData, keeper: Keeper) -> Iterator[Measure]:
@@ -117,30 +115,6 @@ def _updates(state: TrainState, data: TrainData, keeper: Keeper) -> Iterator[Mea
         yield Measure(c.update, c.tokens, c.examples, float("nan"), 0.0, float("nan"), "out of memory", (), micro)
 
 
-def _facts(state: TrainState, keeper: Keeper) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "train_loss": mean_recent(keeper.losses),
-        "rollbacks": keeper.rollbacks,
-        "progress": state.segment.progress(),
-        "update": state.counters.update,
-        "curve": keeper.curve,
-    }
-    if keeper.restarts:
-        facts["restarts"] = keeper.restarts
-    if state.counters.micro_batch:
-        facts["micro_batch"] = state.counters.micro_batch
-    return facts
-
-
-def _memory(trial: Trial, measure: Measure, state: TrainState) -> dict[str, Any]:
-    old, new = measure.micro_batch, state.counters.micro_batch
-    return {
-        "trial": trial.id, "event": measure.event, "update": measure.update, "rows": list(measure.rows), "back_to": state.counters.update,
-        "micro_batch_before": old, "micro_batch": new,
-        "action": f"{new} examples at once in place of {old}, for the rest of the run; the batch of an update stays as large",
-    }  # fmt: skip
-
-
 def _roll_back(trial: Trial, measure: Measure, state: TrainState, keeper: Keeper) -> dict[str, Any]:
     """Go back to the last snapshot, halve the learning rate and leave the batch out; the record of it. The place in the data and what the
     segment has spent stay."""
@@ -158,7 +132,7 @@ def _roll_back(trial: Trial, measure: Measure, state: TrainState, keeper: Keeper
         done = "rolled back: too many, too close" if keeper.came_close(state) else "stopped: too many bad batches"
     return {
         "trial": trial.id, "event": measure.event, "update": measure.update, "loss_nats": measure.loss_nats,
-        "grad_norm": measure.grad_norm, "rows": list(measure.rows), "back_to": state.counters.update,
+        "grad_norm": measure.grad_norm, "rows": keeper.named(measure.rows), "back_to": state.counters.update,
         "lr_scale": lr_scale, "action": done,
     }  # fmt: skip
 
@@ -171,7 +145,7 @@ def _begin_again(
     assert state.strategy is not None
     strategy, course, lr_scale = state.strategy, keeper.course, state.counters.lr_scale
     order = data.order(strategy.batch_size, state.counters.seed + strategy.reshuffle)
-    rows = list(measure.rows) if measure.event else [int(r) for r in order.at(course.worst_at)]
+    rows = keeper.named(measure.rows if measure.event else order.at(course.worst_at))
     numbers = {**found, "lr": strategy.optimizer.lr * lr_scale, "lr_scale": lr_scale}
     if measure.event:
         numbers |= {"seen": measure.event, "loss_nats": measure.loss_nats, "grad_norm": measure.grad_norm}
@@ -192,13 +166,6 @@ def _begin_again(
     }, {}  # fmt: skip
 
 
-def _measured(trial: Trial, measure: Measure, state: TrainState, recent: list[float]) -> dict[str, Any]:
-    return {
-        "trial": trial.id, "update": measure.update, "tokens": measure.tokens, "loss_nats": mean_recent(recent),
-        "lr": measure.lr, "grad_norm": measure.grad_norm, "progress": state.segment.progress(),
-    }  # fmt: skip
-
-
 def stretch(state: TrainState, share: float) -> None:
     """A paused segment goes on so that what is left of it takes `share`."""
     done = state.segment.progress()
@@ -211,10 +178,6 @@ def stretch(state: TrainState, share: float) -> None:
     state.segment.tokens = round(state.segment.tokens * factor)
 
 
-def mean_recent(values: list[float]) -> float:
-    return float(np.mean(values[-50:])) if values else float("nan")
-
-
 # ---------------------------------------------------------------------------------------------- on disk
 
 
@@ -225,8 +188,8 @@ class Keeper:
     `spent`, `losses`, `course` and the watch's memory travel with the snapshot, so that a resumed trial decides as the straight one.
     """
 
-    def __init__(self, folder: Path, trial: str, clock: Clock, watch: Watch | None):
-        self.folder, self.trial, self.clock, self.watch = folder, trial, clock, watch
+    def __init__(self, folder: Path, trial: str, clock: Clock, watch: Watch | None, numbers: Sequence[int] = ()):
+        self.folder, self.trial, self.clock, self.watch, self.numbers = folder, trial, clock, watch, numbers
         self.spent = {"updates": 0, "tokens": 0}
         self.losses: list[float] = []  # of the last updates, in nats
         self.course = Course()
@@ -279,6 +242,10 @@ class Keeper:
 
     def _looked(self) -> tuple[dict[str, Any], dict[str, Any]]:
         return self.watch.memory() if self.watch is not None else ({}, {})
+
+    def named(self, rows: Iterable[int]) -> list[int]:
+        """Rows by their numbers in the user's file, where it has some; else by their places in train."""
+        return [self.numbers[r] if self.numbers else int(r) for r in rows]
 
     def spend(self, measure: Measure) -> None:
         """Pay for one update: on the run's clock and in the trial's own account."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from multistep.tune.watch import Looks, Watch
 def run_training(
     trial: Trial, action: Training, state: TrainState, data: TrainData, watch: Watch | None, states: Path, clock: Clock,
     stop: Callable[[], int], kept: dict[str, Any], *, share: float | None = None, rest: bool = False, micro_batch: int = 0,
+    numbers: Sequence[int] = (),
 ) -> Generator[Record, None, tuple[dict[str, Any], dict[str, int]]]:  # fmt: skip
     """Train `state` for the trial's share (or for `share` of the budget, in its unit); the facts of how it went, and what was spent.
     `state` has the weights of `trial.start` and goes on from there. `kept`: goes into the state's JSON. `rest`: what is left of a
     segment that was stopped in its middle is gone on with, where only live fields change. `micro_batch`: that fitted before, or 0.
+    `numbers`: of the rows of train in the user's file, by which events name them.
     A run that was stopped after the end was on disk, while it was judged, takes it from there.
     A team trains together, but with optimizers that ask for curvature; raises `Assisted` at the end in all processes but the first."""
     together = not action.optimizer.products  # which ask one process for curvature
@@ -37,7 +39,7 @@ def run_training(
         if isinstance(watch, Looks):
             watch.meet()
         team.first_tensors(state.model.parameters())
-        keeper = Keeper(team.own(states), trial.id, clock, watch)
+        keeper = Keeper(team.own(states), trial.id, clock, watch, numbers)
         ended = _ended(states / trial.id, trial) if team.leads() else None
         if team.first(ended is not None):
             facts = keeper.recall(state, *ended) if ended else {}
@@ -48,9 +50,10 @@ def run_training(
             facts = yield from run_segment(trial, state, data, keeper, watch, stop)
             if watch is not None:
                 facts["looks"] = watch.looks()
-            if isinstance(watch, Looks) and (
-                facts.get("diagnosis", {}).get("name") == "overfitting" or "stopped" in facts
-            ):
+            seen = facts.get("diagnosis", {}).get("name") == "overfitting" or (
+                facts.get("stopped", {}).get("event") == "no improvement"
+            )
+            if isinstance(watch, Looks) and seen:
                 facts |= watch.back_to_best(state)
             if team.leads():
                 meta, tensors = keeper.end(state, facts)

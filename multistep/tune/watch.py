@@ -71,6 +71,14 @@ def look_of(
     }  # fmt: skip
 
 
+def rate_carried(state: TrainState) -> float:
+    """The learning rate that a training stands at, with the cuts and halvings that it has had: whatever goes on from there is given it,
+    so they are not carried on."""
+    assert state.strategy is not None
+    scale, state.counters.lr_scale = state.counters.lr_scale, 1.0
+    return state.strategy.optimizer.lr * state.strategy.schedule(state.segment.progress()) * scale
+
+
 def checks(share: float = 0.0, look_s: float = 0.0) -> list[float]:
     """The progress at each look; fewer where `look_s` seconds each would be more than a tenth of the `share` seconds."""
     count = min(CHECKS, max(LEAST_CHECKS, int(CHECK_SHARE * share / max(1e-9, look_s)))) if look_s else CHECKS
@@ -198,11 +206,7 @@ class Looks:
         """Restore the best state; where it was and the learning rate it had, which holds the cuts: they are not carried on."""
         meta, tensors = read_folder(self._folder)
         state.restore({"meta": meta, "tensors": tensors})
-        assert state.strategy is not None
-        progress = state.segment.progress()
-        lr = state.strategy.optimizer.lr * state.strategy.schedule(progress) * state.counters.lr_scale
-        state.counters.lr_scale = 1.0
-        return {"best_progress": progress, "best_lr": lr}
+        return {"best_progress": state.segment.progress(), "best_lr": rate_carried(state)}
 
     def clear(self) -> None:
         """Delete the best state, which nobody goes back to once the trial has ended."""
