@@ -211,6 +211,11 @@ class TrainWriter(Training):
     kind: Literal["train_writer"] = "train_writer"
     shape: Shape
 
+    @property
+    def made(self) -> Shape:
+        """What the model is made as: dropout that is no module of its own, as in a model of pairs from scratch, is made with it."""
+        return self.shape if self.dropout is None else self.shape.with_(dropout=self.dropout)
+
 
 class FitWriter(Spec):
     """A cheap writer, fitted on train: what a model has to beat."""

@@ -75,6 +75,15 @@ class Plan(BasePlan):
     def shape(self) -> Shape | None:
         return Shape(**self.facts["shape"]) if self.facts.get("shape") else None
 
+    @property
+    def dropout(self) -> float | None:
+        """The model's own, where a training can have another: a model of pairs from scratch is made with it, and an encoder that finds
+        answers comes without. None elsewhere: a Llama has none, and a pretrained model that writes keeps what it came with."""
+        assert self.shape is not None
+        if self.shape.reads == "spans":
+            return 0.0
+        return self.shape.dropout if self.shape.reads == "pairs" and self.shape.name is None else None
+
     # ------------------------------------------------------------------ the ground of a search (members.Ground)
 
     begins = None
@@ -91,13 +100,15 @@ class Plan(BasePlan):
         return self.updates(amount)
 
     def prior(self) -> TrainWriter:
-        return self.strategy()
+        """What a search moves: the model's dropout, which a strategy leaves to it, is there as a number."""
+        return self.strategy().with_(dropout=self.dropout)
 
     def space(self) -> Space:
         """What the user has not fixed. The batch stays: it is as large as memory and budget let it be."""
         c = self.problem.config
         given = {
-            "optimizer.lr": c.optimizer.lr, "objective.label_smoothing": c.label_smoothing if c.objective is None else c.objective,
+            "optimizer.lr": c.optimizer.lr, "dropout": c.dropout,
+            "objective.label_smoothing": c.label_smoothing if c.objective is None else c.objective,
             "optimizer.weight_decay": (c.optimizer.model_extra or {}).get("weight_decay"),
         }  # fmt: skip
         return space_of(self.prior(), [path for path, value in given.items() if value is not None])

@@ -250,7 +250,7 @@ class LanguageWorks:
 
     def _train(self, trial: Trial, action: TrainWriter) -> Run:
         started, s = time.monotonic(), self.speakers
-        state = TrainState(s.model(action.shape, trial.start))
+        state = TrainState(s.model(action.made, trial.start))
         state.counters.seed = self.problem.config.seed
         data, cut = s.rows(state.model, action, s.data.train)
         if any(c["rows"] for c in cut.values()):
