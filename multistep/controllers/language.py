@@ -15,9 +15,10 @@ from typing import Literal
 
 from multistep.controllers.diagnosing import WHY
 from multistep.controllers.language_plan import PROBE_UPDATES, LanguageProblem, Plan
-from multistep.controllers.members import Found, Ground, legs
+from multistep.controllers.members import Found, legs
 from multistep.controllers.script import Does, Skip, Steps, beats, left_out
 from multistep.controllers.searches import SEARCHES
+from multistep.controllers.space import Point
 from multistep.controllers.trunk import LEAST_UPDATES, averages
 from multistep.controllers.wealth import Purse
 from multistep.predictors.decoding import Beam
@@ -129,21 +130,27 @@ def _train(plan: Plan, rate: float | None, watch: bool) -> Does[str | None]:
         course = f"by the schedule {p.config.schedule.kind}" if given else "to zero"
         why = f"lr {action.optimizer.lr:.2g} {course}, {about}"
         told = yield from plan.trial("trunk", action, why, share=share, watch=watch)
-    else:
-        action = plan.strategy(rate, Constant(warmup=0.03))
-        why = f"lr {action.optimizer.lr:.2g} and staying there, {about}, the cool-down included"
-        told = yield from plan.trial("trunk", action, why, share=(1 - COOL_SHARE) * share, commit=False, watch=True)
-        if told.ok and "diagnosis" not in told.facts and "stopped" not in told.facts:
-            return (
-                yield from _cool(
-                    plan, told.state, action, COOL_SHARE * share, "the rest: its learning rate decays to zero"
-                )
-            )
-    if "diagnosis" in told.facts or "stopped" in told.facts:
-        rest = min(plan.spare(), COOL_AGAIN * told.facts["best_progress"] * share)
+        return (yield from _after(plan, told, action, share))
+    action = plan.strategy(rate, Constant(warmup=0.03))
+    why = f"lr {action.optimizer.lr:.2g} and staying there, {about}, the cool-down included"
+    told = yield from plan.trial("trunk", action, why, share=(1 - COOL_SHARE) * share, commit=False, watch=True)
+    return (yield from _after(plan, told, action, share, "the rest: its learning rate decays to zero"))
+
+
+def _after(plan: Plan, told: Outcome, action: TrainWriter, share: float, why: str = "") -> Does[str | None]:
+    """What follows a trunk; the state of the end. `share`: of the trunk and what follows; `why`: of the cool-down that one has coming which
+    stayed at its rate. None where it diverged: it is where it began then, and there is nothing to cool down from or to average."""
+    facts = told.facts
+    if facts.get("diagnosis", {}).get("name") == "divergence":
+        yield Skip(stage="cool-down", why="the training diverged, and stands where it began: no cool-down, no averages")
+        return None
+    if "diagnosis" in facts or "stopped" in facts:
+        rest = min(plan.spare(), COOL_AGAIN * facts["best_progress"] * share)
         why = "from the best state, its learning rate decaying to zero: more training would not help"
-        action = action.with_(optimizer=action.optimizer.with_(lr=max(1e-9, told.facts["best_lr"])))
+        action = action.with_(optimizer=action.optimizer.with_(lr=max(1e-9, facts["best_lr"])))
         return (yield from _cool(plan, told.state, action, rest, why))
+    if why and told.ok:
+        return (yield from _cool(plan, told.state, action, COOL_SHARE * share, why))
     return told.state
 
 
@@ -272,13 +279,9 @@ def _fixed(plan: Plan) -> Found:
     return (yield from _train(plan, None, watch=False))
 
 
-def _searching(search: Callable[[Ground], Found]) -> LanguageScript:
-    return _script(search, whole=True)
-
-
 def go_on(problem: LanguageProblem, purse: Purse | None = None) -> Does[Purse]:
-    """A finished run is given more budget: the trunk goes on where it was, with another cool-down from its new end. `purse`: what the run
-    has left of its wealth."""
+    """A finished run is given more budget: the trunk goes on where it was, with another cool-down from its new end; where nothing was
+    trained, what the run would have trained. `purse`: what the run has left of its wealth."""
     plan = Plan(problem, purse)
     yield from plan.until(_gone_on(plan))
     if plan.shape is not None and {"trunk", "model"} & set(plan.families):
@@ -289,30 +292,39 @@ def go_on(problem: LanguageProblem, purse: Purse | None = None) -> Does[Purse]:
 
 def _gone_on(plan: Plan) -> Steps:
     plan.facts = (yield from plan.trial("profile", Profile(), "throughput on this machine")).facts
-    trunk = plan.families.get("trunk", plan.families.get("model"))
-    if plan.shape is None or trunk is None:
-        yield Skip(stage="trunk", why=plan.facts["why_no_model"] or "no training stands that could go on")
+    if plan.shape is None:
+        yield Skip(stage="trunk", why=plan.facts["why_no_model"])
         return
     beams = (plan.incumbent.get("decoding") or {}).get("beams", 0)  # judged as they are written
     plan.facts = {**plan.facts, "judge_s": max(1.0, A_BEAM * beams) * plan.facts["judge_s"]}
     yield from _reserve(plan)
-    share, action = plan.spare(), plan.strategy(None, Constant(warmup=0.0))
-    if plan.target is not None:
-        state = yield from legs(plan, {}, trunk)
-    elif plan.updates(share) < LEAST_UPDATES:
-        yield Skip(stage="trunk", why=f"{plan.updates(share):.0f} updates fit into what is left (< {LEAST_UPDATES})")
-        return
+    if (found := plan.facts.get("trained")) is None:
+        state = yield from _TRAININGS[plan.problem.config.controller](plan)
     else:
-        why = f"on from {trunk}, about {plan.epochs(share):.1f} epochs, the cool-down included"
-        told = yield from plan.trial(
-            "trunk", action, why, start=trunk, share=(1 - COOL_SHARE) * share, commit=False, watch=True
-        )
-        state = yield from _cool(plan, told.state, action, COOL_SHARE * share, "its learning rate decays to zero")
+        state = yield from _on_from(plan, found["state"], found["settings"])
     if state is not None:
         yield from _averages(plan, state)
 
 
-LANGUAGE_CONTROLLERS: Mapping[str, LanguageScript] = {
-    "staged": _script(_staged, whole=True), "race": _script(_raced, whole=False), "fixed": _script(_fixed, whole=False),
-    **{name: _searching(search) for name, (search, _) in SEARCHES.items()},
+def _on_from(plan: Plan, start: str, settings: Point) -> Found:
+    """From a trained state, at the settings that a race or a search had found for it."""
+    point = {axis.path: settings[axis.path] for axis in plan.space().axes if axis.path in settings}
+    if plan.target is not None:
+        return (yield from legs(plan, point, start))
+    share, action = plan.spare(), plan.at(point, Constant(warmup=0.0))
+    if plan.updates(share) < LEAST_UPDATES:
+        yield Skip(stage="trunk", why=f"{plan.updates(share):.0f} updates fit into what is left (< {LEAST_UPDATES})")
+        return None
+    epochs = f"about {plan.epochs(share):.1f} epochs"
+    why = f"on from {start}, lr {action.optimizer.lr:.2g}, {epochs}, the cool-down included"
+    kept = (1 - COOL_SHARE) * share
+    told = yield from plan.trial("trunk", action, why, start=start, share=kept, commit=False, watch=True)
+    return (yield from _after(plan, told, action, share, "its learning rate decays to zero"))
+
+
+_TRAININGS: Mapping[str, Callable[[Plan], Found]] = {
+    "staged": _staged, "race": _raced, "fixed": _fixed, **{name: search for name, (search, _) in SEARCHES.items()},
 }  # fmt: skip
+LANGUAGE_CONTROLLERS: Mapping[str, LanguageScript] = {
+    name: _script(train, whole=name not in ("race", "fixed")) for name, train in _TRAININGS.items()
+}

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from multistep.config import FitConfig
 from multistep.controllers.script import BasePlan, Reserve, Steps, Target
-from multistep.controllers.space import Point, Space, settled, space_of
+from multistep.controllers.space import Point, Space, settled, space_of, value_of
 from multistep.controllers.wealth import Purse
 from multistep.metrics.texts import LANGUAGE_METRICS
 from multistep.objectives import NextToken, Seq2Seq, Span
 from multistep.optimizers.base import Rate, Regime
 from multistep.schedules import Schedule
-from multistep.strategy import Action, Shape, TrainWriter
+from multistep.strategy import Action, Average, Shape, TrainWriter, Trial
 from multistep.tasks.writing import Writing
 from multistep.types import Outcome, Spec, Unit
 
@@ -171,3 +171,17 @@ class Plan(BasePlan):
 
 def higher_is_better(metric: str) -> bool:
     return LANGUAGE_METRICS[metric].higher_is_better
+
+
+def trained(trials: Sequence[Trial], families: Mapping[str, str]) -> dict[str, Any] | None:
+    """What more training goes on from: its state, and what a search moves of the strategy that made it. None where no training stands: a
+    pretrained model as it was given is none."""
+    state = families.get("trunk", families.get("model", families.get("spans")))
+    made = {trial.id: trial for trial in trials}
+    trial = made.get(state or "")
+    while trial is not None and isinstance(trial.action, Average):
+        trial = made.get(trial.start or "")
+    if trial is None or not isinstance(trial.action, TrainWriter):
+        return None
+    settings = {axis.path: value_of(trial.action, axis.path) for axis in space_of(trial.action).axes}
+    return {"state": state, "settings": settings}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multistep.budget import Clock
-from multistep.controllers.language_plan import LanguageProblem, higher_is_better
+from multistep.controllers.language_plan import LanguageProblem, higher_is_better, trained
 from multistep.data.cells import Record
 from multistep.metrics.judge import compare_losses, not_finite
 from multistep.metrics.texts import judge_rows, measure_rows, statistics
@@ -369,11 +369,15 @@ class LanguageWorks:
     # ------------------------------------------------------------------ profile
 
     def _profile(self, trial: Trial) -> Run:
-        """Tokenizer, lengths, and under a budget of time what an update, a look and a text cost; the shape of the model."""
-        started = time.monotonic()
-        trained = self.best.get("trunk", self.best.get("model"))
-        stands = self.speakers.shape_of(trained) if trained is not None else None
-        facts = Profiler(self.speakers, self.problem, stands).facts()
+        """Tokenizer, lengths, and under a budget of time what an update, a look and a text cost; the shape of the model; what was trained."""
+        started, s = time.monotonic(), self.speakers
+        stands = trained([trial for trial, _ in self.past], self.best)
+        shape = None if stands is None else s.shape_of(stands["state"])
+        sized_for = float(s.facts.get("sized_for", self.problem.budget))
+        if stands is None:  # what a finished run that trained nothing is given counts for the size of its model too
+            sized_for = max(sized_for, self.clock.remaining())
+        s.facts = facts = Profiler(s, self.problem.with_(budget=sized_for), shape).facts()
+        facts |= {"sized_for": sized_for, "trained": stands}
         yield "Noted", {"trial": trial.id, "what": "profiled", "facts": facts}
         for what in ("size", "optimizer"):
             if rule := facts.get({"size": "size", "optimizer": "choice"}[what]):

@@ -232,7 +232,7 @@ class Profiler:
         """Of a model from scratch that reads pairs, by its epochs; a decoder's class has none but in the attention."""
         if shape.name is not None or shape.reads != "pairs":
             return shape
-        given = self.config.dropout
+        given = self.config.dropout if self.stands is None else self.stands.dropout
         return shape.with_(
             dropout=dropout_for(self._tokens(tokens_s) / max(1, facts["train_tokens"])) if given is None else given
         )
