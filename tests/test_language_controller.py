@@ -286,6 +286,16 @@ def test_what_was_trained_is_told_from_what_was_given() -> None:
 
 
 @pytest.mark.parametrize(
+    "kind, control, least", [("translate", 20, 21), ("translate", 21, 0), ("lm", 20, 0), ("lm", 4, 0), ("lm", 3, 4)]
+)
+def test_too_few_control_records_race_no_rates(kind: str, control: int, least: int) -> None:
+    machine = driven(3000.0, 1.0, kind=kind, control=control)
+    raced = [t for t in trainings(machine) if t.stage == "race"]
+    assert bool(raced) == (not least) and any(t.stage == "trunk" for t in trainings(machine))
+    assert (f"{control} control records (< {least})" in skipped(machine, "race")) == bool(least)
+
+
+@pytest.mark.parametrize(
     "shape, own",
     [
         (Shape(reads="pairs", width=64, layers=2, dropout=0.1), 0.1), (Shape(reads="spans", name="org/encoder"), 0.0),

@@ -1,4 +1,4 @@
-"""Real runs of models that write: given more after nothing was trained, after a divergence, with dropout that is
+"""Real runs of models that write: given more after nothing was trained, after a divergence, with few validation rows, with dropout that is
 searched."""
 
 from __future__ import annotations
@@ -94,6 +94,16 @@ def test_after_a_divergence_nothing_is_cooled_or_averaged_and_more_begins_anew(
     assert len(why(found, "cool-down")) == 1 and "the training diverged" in why(found, "cool-down")[0]
     later = trainings(more(tmp_path / "run", "+40 updates"), "2-")
     assert [t["start"] for t in later if t["stage"] == "trunk"] == [None]
+
+
+@pytest.mark.parametrize("rows, control", [(80, 10), (700, 35)])
+def test_few_validation_rows_race_no_rates_and_watch_no_trunk(tmp_path: Path, rows: int, control: int) -> None:
+    found = run(config(pairs(tmp_path, rows), tmp_path / "run", "translate", optimizer={}, budget="60 updates"))
+    (skipped,) = why(found, "race")
+    assert not [t for t in trainings(found) if t["stage"] == "race"]
+    assert (f"{control} control records (< 21)" in skipped) == (control < 21)
+    (told,) = [r["outcome"]["facts"] for r in of_kind(found, "Told") if r["stage"] == "trunk"]
+    assert ("looks" in told) == (control >= 21)
 
 
 def test_a_search_moves_dropout_and_the_model_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 from multistep.controllers.diagnosing import WHY
-from multistep.controllers.language_plan import PROBE_UPDATES, LanguageProblem, Plan
+from multistep.controllers.language_plan import PROBE_UPDATES, LanguageProblem, Plan, fewest
 from multistep.controllers.members import Found, legs
 from multistep.controllers.script import Does, Skip, Steps, beats, left_out
 from multistep.controllers.searches import SEARCHES
@@ -92,6 +92,9 @@ def _race(plan: Plan) -> Does[float]:
     share = PROBE_SHARE * plan.spare()
     if c.optimizer.lr is not None:
         yield Skip(stage="race", why=f"the learning rate was given: {prior:g}")
+        return prior
+    if (n := plan.deciding) < (least := fewest(plan.problem.metric)):
+        yield Skip(stage="race", why=f"{n} control records (< {least}) cannot tell rates apart: the prior {prior:g}")
         return prior
     if plan.updates(share) < PROBE_UPDATES:
         why = f"a probe of {PROBE_SHARE:.0%} would be {plan.updates(share):.0f} updates (< {PROBE_UPDATES}): the prior {prior:g} is used"

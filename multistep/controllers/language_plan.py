@@ -9,12 +9,13 @@ from multistep.config import FitConfig
 from multistep.controllers.script import BasePlan, Reserve, Steps, Target
 from multistep.controllers.space import Point, Space, settled, space_of, value_of
 from multistep.controllers.wealth import Purse
+from multistep.metrics.power import FEWEST_ROWS, least_wins
 from multistep.metrics.texts import LANGUAGE_METRICS
 from multistep.objectives import NextToken, Seq2Seq, Span
 from multistep.optimizers.base import Rate, Regime
 from multistep.schedules import Schedule
 from multistep.strategy import Action, Average, Shape, TrainWriter, Trial
-from multistep.tasks.writing import Writing
+from multistep.tasks.writing import LOSSES, Writing
 from multistep.types import Outcome, Spec, Unit
 
 PROBE_UPDATES = 200  # of a race's probe, of a search's stretch; a shorter one from scratch says nothing
@@ -74,6 +75,11 @@ class Plan(BasePlan):
     @property
     def shape(self) -> Shape | None:
         return Shape(**self.facts["shape"]) if self.facts.get("shape") else None
+
+    @property
+    def deciding(self) -> int:
+        """Records of control that training is judged on, as the profile counted them."""
+        return self.facts.get("deciding", self.problem.rows["control"])
 
     @property
     def dropout(self) -> float | None:
@@ -171,6 +177,12 @@ class Plan(BasePlan):
 
 def higher_is_better(metric: str) -> bool:
     return LANGUAGE_METRICS[metric].higher_is_better
+
+
+def fewest(metric: str) -> int:
+    """Records of control without which no rates are raced and no training is watched. What is read off the losses of tokens needs no more
+    than it takes for a test to find anything."""
+    return least_wins() if metric in LOSSES else FEWEST_ROWS
 
 
 def trained(trials: Sequence[Trial], families: Mapping[str, str]) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multistep.budget import Clock
-from multistep.controllers.language_plan import LanguageProblem, higher_is_better, trained
+from multistep.controllers.language_plan import LanguageProblem, fewest, higher_is_better, trained
 from multistep.data.cells import Record
 from multistep.metrics.judge import compare_losses, not_finite
 from multistep.metrics.texts import judge_rows, measure_rows, statistics
@@ -147,6 +147,10 @@ class LanguageWorks:
         texts = [str(p.value) for p in speaker.write(records)]
         return Answers(statistics(self.problem.metric, texts, [r.targets for r in records]), losses)
 
+    def _deciding(self) -> int:
+        """Records of control that training is judged on."""
+        return len(self.speakers.judged("control", texts=not self.by_losses))
+
     def known(self, standing: Mapping[str, Any], split: str, speaker: Speaker | None = None) -> Answers:
         """Computed once for what stands or stood. What was counted with the judged text too is judged as what it was before."""
         if speaker is None:
@@ -275,15 +279,17 @@ class LanguageWorks:
         return self.speakers.neural(model, shape, self.speakers.decoding(dict(standing)))
 
     def _watch(self, trial: Trial, action: TrainWriter) -> Looks | None:
+        """A rise on few records means nothing: it is not looked for there."""
         plateau = action.schedule if isinstance(action.schedule, Plateau) else None
-        if not (trial.watch_gap or trial.patience or plateau) or action.shape.reads == "spans":
+        rises = trial.watch_gap and self._deciding() >= fewest(self.problem.metric)
+        if not (rises or trial.patience or plateau) or action.shape.reads == "spans":
             return None
         look_s = float(self.speakers.facts["look_s"])
         at = checks(trial.share, look_s) if self.clock.budget.unit == "seconds" else checks()
         records = self.speakers.watched()
         return Looks(
             self.speakers.folder(f"{trial.id}.best"), lambda state: self._each(state.model, action.shape, records), at,
-            overfitting=trial.watch_gap, patience=trial.patience, plateau=plateau,
+            overfitting=rises, patience=trial.patience, plateau=plateau,
         )  # fmt: skip
 
     def _each(self, model: Any, shape: Shape, records: Sequence[Record]) -> np.ndarray:
@@ -377,7 +383,7 @@ class LanguageWorks:
         if stands is None:  # what a finished run that trained nothing is given counts for the size of its model too
             sized_for = max(sized_for, self.clock.remaining())
         s.facts = facts = Profiler(s, self.problem.with_(budget=sized_for), shape).facts()
-        facts |= {"sized_for": sized_for, "trained": stands}
+        facts |= {"sized_for": sized_for, "trained": stands, "deciding": self._deciding()}
         yield "Noted", {"trial": trial.id, "what": "profiled", "facts": facts}
         for what in ("size", "optimizer"):
             if rule := facts.get({"size": "size", "optimizer": "choice"}[what]):
