@@ -85,6 +85,7 @@ def test_task(cells: list[Any], task: str) -> None:
         (["b|a", "c;a ", "", None, "['d', 'c']", "[x]"], "multilabel",
          [("a", "b"), ("a", "c"), (), None, ("c", "d"), ("[x]",)]),
         ([[2, 1, 1], []], "multilabel", [("1", "2"), ()]),
+        (["[{[1]}]", "[{{1}}]|a"], "multilabel", [("[{[1]}]",), ("[{{1}}]", "a")]),  # what Python cannot make is a text
         (["1.5", " 2 ", "", "-3e2"], "regress", [1.5, 2.0, None, -300.0]),
     ],
 )  # fmt: skip

@@ -77,6 +77,17 @@ def test_folder_knows_splits_and_shards_and_leaves_the_rest(tmp_path: Path) -> N
         ("bare.tsv", 'text\tlabel\n"good" he said\t1\n', {"text": '"good" he said', "label": "1"}),
         ("half.json", '[{"text": "\\ud83d!", "label": 1}]', {"text": "?!", "label": 1}),
         ("lines.json", '{"text": "a", "label": 1}\n', {"text": "a", "label": 1}),
+        ("wrapped.json", '{"version": 1, "Data": [{"text": "a", "label": 1}]}', {"text": "a", "label": 1}),
+        (
+            "one.json",
+            '{"messages": [{"role": "user"}, {"role": "assistant"}]}',
+            {"messages": [{"role": "user"}, {"role": "assistant"}]},
+        ),
+        (
+            "indented.json",
+            '{\n "id": 1,\n "answers": [\n  {"text": "a"}\n ]\n}\n',
+            {"id": 1, "answers": [{"text": "a"}]},
+        ),
         ("noname.csv", ",text,label\n0,hi,1\n", {"column 1": "0", "text": "hi", "label": "1"}),
     ],
 )

@@ -3,15 +3,14 @@ by a reason, what was mended by a remark; records.py counts both."""
 
 from __future__ import annotations
 
-import ast
-import json
-import string
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
+from multistep.data.choices import choices_of, chosen
 from multistep.data.columns import text_of
-from multistep.data.labels import as_number, brief, cell_kind
+from multistep.data.labels import as_number, brief, cell_kind, structure
 from multistep.data.read import Row
 from multistep.data.shapes import Layout
 from multistep.types import UserError
@@ -60,15 +59,16 @@ class Found(NamedTuple):
     remarks: tuple[str, ...] = ()
 
 
-def to_record(row: Row, layout: Layout, number: int, where: str) -> Found:
-    """Raises UserError for a cell that cannot be what its column is; an unknown answer leaves `targets` empty."""
+def to_record(row: Row, layout: Layout, number: int, where: str, asking: bool = False) -> Found:
+    """Raises UserError for a cell that cannot be what its column is; an unknown answer leaves `targets` empty. `asking`: a conversation is to
+    be answered, so what the user says last in it stays."""
     if layout.form == "text":
         text = text_of(row, layout.source, number, where)
         return Found(Record("", (text,))) if text else Found(Record("", ()))
     if layout.form == "pair" and layout.task != "chat":
         return Found(Record(_source(row, layout, number, where), _targets(row, layout, number, where)))
     if layout.task == "chat":
-        return _chat(row, layout, number, where)
+        return _chat(row, layout, number, where, asking)
     question = text_of(row, layout.source, number, where)
     context = text_of(row, [layout.context], number, where) if layout.context else ""
     if layout.form == "choices":
@@ -97,21 +97,10 @@ def _is_texts(cell: Any) -> TypeGuard[list[str]]:
     return isinstance(cell, list) and all(isinstance(c, str) for c in cell)
 
 
-def structure(cell: Any) -> Any:
-    """A list or object written into a text cell, as JSON or as Python writes it; anything else as it is."""
-    if isinstance(cell, str) and cell.strip()[:1] in ("[", "{"):
-        for parse in (json.loads, ast.literal_eval):
-            try:
-                return parse(cell.strip())
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-    return cell
-
-
 # ---------------------------------------------------------------------------------------------- conversations
 
 
-def _chat(row: Row, layout: Layout, number: int, where: str) -> Found:
+def _chat(row: Row, layout: Layout, number: int, where: str, asking: bool) -> Found:
     turns: list[Turn] = []
     if layout.system and (system := text_of(row, [layout.system], number, where)).strip():
         turns.append(Turn("system", system))
@@ -147,6 +136,8 @@ def _chat(row: Row, layout: Layout, number: int, where: str) -> Found:
     last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=None)
     if last is None:
         return Found(_conversation(turns), NO_ASSISTANT)
+    if asking:
+        return Found(_conversation(turns))
     return Found(_conversation(turns[: last + 1]), remarks=(CUT,) if last + 1 < len(turns) else ())
 
 
@@ -181,7 +172,7 @@ def _messages(cell: Sequence[Any], number: int, where: str) -> list[Turn]:
 
 
 def _answer(row: Row, layout: Layout, question: str, context: str, number: int, where: str) -> Found:
-    cell = structure(row.get(layout.target or "")) if layout.context else row.get(layout.target or "")
+    cell = _answers_in(row.get(layout.target or "")) if layout.context else row.get(layout.target or "")
     given = _given(cell, row.get(layout.starts) if layout.starts else None, number, where)
     if not layout.context:
         return Found(Record(question, tuple(dict.fromkeys(t for t, _ in given if t.strip()))))
@@ -208,21 +199,31 @@ def _answer(row: Row, layout: Layout, question: str, context: str, number: int, 
     return Found(Record(question, tuple(order), context, starts), remarks=remarks)
 
 
+def _answers_in(cell: Any) -> Any:
+    """Answers that are written into a text cell, in one of the shapes that `_given` knows; any other text is an answer itself."""
+    found = structure(cell)
+    if isinstance(found, dict):
+        known = isinstance(found.get("text"), str) or _is_texts(found.get("text"))
+    else:
+        known = isinstance(found, list) and all(isinstance(a, dict) and isinstance(a.get("text"), str) for a in found)
+    return found if known or _is_texts(found) else cell
+
+
 def _given(cell: Any, starts: Any, number: int, where: str) -> list[tuple[str, int | None]]:
     """Answers and their starts from any of: a text, texts, {"text": [...], "answer_start": [...]}, [{"text", "answer_start"}]."""
     starts = structure(starts)
-    if isinstance(cell, dict):
+    if isinstance(cell, dict) and ("text" in cell or not cell):
         cell, starts = cell.get("text", []), cell.get("answer_start", cell.get("answer_starts"))
-    elif isinstance(cell, list) and cell and isinstance(cell[0], dict):
+    elif isinstance(cell, list) and cell and all(isinstance(a, dict) and "text" in a for a in cell):
         starts = [a.get("answer_start") for a in cell]
-        cell = [a.get("text", "") for a in cell]
+        cell = [a["text"] for a in cell]
     texts = cell if isinstance(cell, list) else [cell]
     starts = list(starts) if isinstance(starts, list | tuple) else [starts] * (len(texts) if starts is None else 1)
     if len(starts) != len(texts):
         raise UserError(
             f"{where}: row {number}: {len(texts)} answers with {len(starts)} starts. Give a start to every answer."
         )
-    whole = [None if (at := as_number(s)) is None else int(at) for s in starts]
+    whole = [None if (at := as_number(s)) is None or not math.isfinite(at) else int(at) for s in starts]
     return [(text_of({"answers": t}, ["answers"], number, where), s) for t, s in zip(texts, whole, strict=True)]
 
 
@@ -239,35 +240,17 @@ def _place(text: str, start: int | None, context: str) -> int:
 
 
 def _choose(row: Row, layout: Layout, question: str, context: str, number: int, where: str) -> Found:
-    cell = structure(row.get(layout.choices[0])) if len(layout.choices) == 1 else [row.get(n) for n in layout.choices]
-    letters: Sequence[Any] = string.ascii_uppercase
-    if isinstance(cell, dict):
-        cell, letters = cell.get("text", []), cell.get("label", letters)
-    if not isinstance(cell, list):
-        raise UserError(f"{where}: row {number}: {layout.choices[0]!r} holds {brief(cell)}, not a list of choices.")
-    there = [n for n, c in enumerate(cell) if cell_kind(c) != "missing"]  # a gap moves no letter and no place
-    choices = tuple(text_of({"choices": cell[n]}, ["choices"], number, where) for n in there)
+    texts, letters = choices_of(row, layout.choices, number, where)
+    choices = tuple(text for text in texts if text is not None)
     if len(set(choices)) < 2:
         raise UserError(f"{where}: row {number}: {len(set(choices))} different choices. At least two are needed.")
     answer = row.get(layout.target or "")
     if cell_kind(answer) == "missing":
         return Found(Record(question, (), context, choices=choices))
-    texts = [choices[there.index(n)] if n in there else None for n in range(len(cell))]
-    right = _chosen(answer, texts, [str(x).strip().upper() for x in letters])
+    right = chosen(answer, texts, letters, layout.named_by)
     if right is None:
         raise UserError(
             f"{where}: row {number}: answer {brief(answer)} is none of the {len(choices)} choices. "
             "Give its text, its letter, or its place counted from 0."
         )
     return Found(Record(question, (right,), context, choices=choices))
-
-
-def _chosen(answer: Any, choices: Sequence[str | None], letters: Sequence[str]) -> str | None:
-    """`choices`: None where the row has a gap."""
-    said = str(answer).strip()
-    if said in choices:
-        return said
-    place = letters.index(said.upper()) if said.upper() in letters else None
-    if place is None and (number := as_number(answer)) is not None and number.is_integer():
-        place = int(number)
-    return choices[place] if place is not None and 0 <= place < len(choices) else None

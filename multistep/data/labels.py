@@ -153,15 +153,20 @@ def _looks_like_list(cell: Any) -> bool:
 
 
 def _list_in(cell: str) -> list[Any]:
-    """A list written into a text cell, as JSON or as Python writes it; else the text as one label."""
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            value = parse(cell.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        if isinstance(value, list):
-            return value
-    return [cell]
+    """The list that is written into a text cell; else the text as one label."""
+    value = structure(cell)
+    return value if isinstance(value, list) else [cell]
+
+
+def structure(cell: Any) -> Any:
+    """A list or object written into a text cell, as JSON or as Python writes it; anything else as it is."""
+    if isinstance(cell, str) and cell.strip()[:1] in ("[", "{"):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                return parse(cell.strip())
+            except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # all that literal_eval raises
+                continue
+    return cell
 
 
 def brief(value: Any, limit: int = 40) -> str:

@@ -25,6 +25,8 @@ Row = dict[str, Any]
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 WHOLE = "all"  # the name of the only split of a single file
+# what an object may call the rows that it holds; a list by another name belongs to a row, as a conversation's messages do
+_WRAPPERS = ("data", "dataset", "entries", "examples", "instances", "items", "records", "rows", "samples")
 _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation",
            "val": "validation", "test": "test"}  # fmt: skip
 _SPLIT_FILE = re.compile(rf"({'|'.join(_SPLITS)})(-\d+-of-\d+)?(?:-v\d[\d.]*)?")  # shards; versions (train-v2.0)
@@ -253,7 +255,7 @@ def _json(text: str, path: Path, lines: bool) -> list[Row]:
         for number, row in enumerate(rows, 1):
             _check_object(row, path, f"element {number}")
         return rows
-    if not lines and (rows := _rows_inside(text)):
+    if not lines and (rows := _rows_of_object(text)):
         return rows
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -269,14 +271,18 @@ def _json(text: str, path: Path, lines: bool) -> list[Row]:
     return rows
 
 
-def _rows_inside(text: str) -> list[Row]:
-    """The rows of one object that wraps them, as SQuAD's {"version": ..., "data": [...]} does; [] for anything else."""
+def _rows_of_object(text: str) -> list[Row]:
+    """Of a file that is one object: the rows that it wraps, as SQuAD's {"version": ..., "data": [...]} does, else itself. [] for anything
+    else."""
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):
         return []
-    found = [v for v in whole.values() if _is_table(v)] if isinstance(whole, dict) else []
-    return _whole_characters(found[0], text) if len(found) == 1 else []
+    if not isinstance(whole, dict):
+        return []
+    tables = [name for name, value in whole.items() if _is_table(value)]
+    wrapped = len(tables) == 1 and tables[0].strip().lower() in _WRAPPERS
+    return _whole_characters(whole[tables[0]] if wrapped else [whole], text)
 
 
 def _is_table(value: Any) -> bool:

@@ -157,7 +157,7 @@ def _of_file(path: Path, layout: Layout) -> list[Record]:
         return bare(read.read_lines(path), layout, str(path))
     rows = tables.read_one(path)
     check_layout(rows, layout, str(path), target=False)
-    found = [to_record(row, layout, number, str(path)) for number, row in enumerate(rows, 1)]
+    found = [to_record(row, layout, number, str(path), asking=True) for number, row in enumerate(rows, 1)]
     odd = next((n for n, f in enumerate(found, 1) if f.record is None), None)
     if odd is not None:
         raise UserError(f"{path}: row {odd}: {found[odd - 1].reason}. Mend or remove the row.")

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+from multistep.data.choices import Named, named_by
 from multistep.data.columns import Facts, facts_of, find_text, is_id, names_of, require
 from multistep.data.read import Row
 from multistep.types import Spec, UserError, nearest
@@ -64,6 +65,7 @@ class Layout(Spec):
     context: str | None = None
     starts: str | None = None
     choices: tuple[str, ...] = ()
+    named_by: Named | None = None  # how the right answer names its choice; None: each row by itself
     system: str | None = None
     history: str | None = None
     why: str = ""
@@ -242,9 +244,11 @@ def _find_answer(table: _Table, text: Sequence[str], label: str | None, where: s
     context = text[1] if len(text) == 2 else table.first(_CONTEXTS, (question, target, *choices))
     named = " (as named)" if text or label else ""
     if choices:
+        how = named_by(table.rows, choices, target)
         said = f"{'context/' if context else ''}question/choices/answer: {question!r}, {_joined(choices)}, answer {target!r}"
+        said += f" by its {how}" if how else ""
         return Layout(
-            task="answer", form="choices", source=(question,), target=target, context=context, choices=choices,
+            task="answer", form="choices", source=(question,), target=target, context=context, choices=choices, named_by=how,
             why=said + named,
         )  # fmt: skip
     starts = table.first(_STARTS) if context else None
