@@ -46,20 +46,25 @@ class Counted:
     decoding: Way = field(default_factory=Greedy)
 
     def losses(self, records: Sequence[Record], running: bool) -> np.ndarray:
-        owner_B = np.repeat(np.arange(len(records)), sizes(records))
-        nats_N = np.bincount(owner_B, self.byte_nats(records, running), len(records))
-        tokens_N = [len(p) for p in self.codec.pieces([r.targets[0] for r in records])]
-        return loss_statistics(nats_N, np.array(tokens_N), sizes(records))
+        n, bytes_N = len(records), sizes(records)
+        nats_N = np.bincount(np.repeat(np.arange(n), bytes_N), self.byte_nats(records, running), n)
+        lengths_C = [len(p) for p in self.codec.pieces(_counted(records))]
+        tokens_N = np.bincount(np.repeat(np.arange(n), [len(r.counted) for r in records]), lengths_C, n)
+        return loss_statistics(nats_N, tokens_N, bytes_N)
 
     def byte_nats(self, records: Sequence[Record], running: bool) -> np.ndarray:
-        texts = [r.targets[0] for r in records]
+        texts = _counted(records)
         return self.ngram.nats_of_bytes(["".join(texts)] if running else texts)
 
     def write(self, records: Sequence[Record]) -> list[Prediction]:
         decoding = plain(self.decoding)
-        drawn = decoding if isinstance(decoding, Sample) else Sample(temperature=1e-3)
-        most, warm = decoding.max_new_tokens, drawn.temperature
-        return [Prediction(self.ngram.go_on(r.source, most, warm, drawn.seed + n)) for n, r in enumerate(records)]
+        warm, seed = (decoding.temperature, decoding.seed) if isinstance(decoding, Sample) else (0.0, 0)
+        most = decoding.max_new_tokens
+        return [Prediction(self.ngram.go_on(r.source, most, warm, seed + n)) for n, r in enumerate(records)]
+
+
+def _counted(records: Sequence[Record]) -> list[str]:
+    return [text for r in records for text in r.counted]
 
 
 @dataclass

@@ -3,8 +3,9 @@
     Neural   a decoder or a sequence-to-sequence model; reads "stream" (running text), "pairs" or "prompts" (turns)
     the n-gram model, cheap writers, spans: other_writers.py
 
-A loss is charged for every byte of a right answer, so that models with different tokenizers can be compared: a character that a
-tokenizer does not know costs the 21 bits of any code point on top.
+A loss is charged for every byte of a right answer, so that models with different tokenizers and windows can be compared: a character that
+a tokenizer does not know costs the 21 bits of any code point on top. What is longer than the window is cut in training and writing, but
+judged in windows, as a stream is; the end of a target that a sequence-to-sequence model has no positions for costs 8 bits a byte.
 Shapes: N records, T tokens of all of them.
 """
 
@@ -35,6 +36,7 @@ from multistep.voting import answers
 Reads = Literal["stream", "pairs", "prompts"]
 Rows = PairRows | PromptRows | BlockRows
 _UNKNOWN_NATS = 21 * math.log(2)
+_BYTE_NATS = 8 * math.log(2)
 _JUDGE_WINDOWS = 4096  # tokens of a stream at once
 
 
@@ -51,8 +53,8 @@ class Speaker(Protocol):
         ...
 
     def losses(self, records: Sequence[Record], running: bool) -> np.ndarray | None:
-        """[N,3]: nats, tokens and bytes of every record's first right answer; None where the writer has none. `running`: the
-        records are pieces of one text."""
+        """[N,3]: nats, tokens and bytes of what counts in every record (`Record.counted`); None where the writer has none. `running`:
+        the records are pieces of one text."""
         ...
 
 
@@ -216,21 +218,43 @@ class Neural:
         self.model.eval()
         if self.reads == "stream":
             return self._stream_nats(records, running)
-        rows = self.rows(records)
-        assert not isinstance(rows, BlockRows)
+        rows, owner_R = self._judged(records)
         nats: list[np.ndarray] = []
         owners: list[np.ndarray] = []
 
         def one(part: np.ndarray) -> None:
             inputs, targets = rows.load(part)
-            nats_T, owner_T = self._nats(rows, inputs, targets)[0], np.repeat(part, rows.counts(part))
+            nats_T, owner_T = self._nats(rows, inputs, targets)[0], np.repeat(owner_R[part], rows.counts(part))
             nats.append(nats_T)
             owners.append(owner_T)
             self._tick(sum(map(len, owners)) / max(1, sum(rows.counts(np.arange(len(rows))))))
 
         for part in rows.parts():
             in_halves(part, one)
+        if self.reads == "pairs":
+            lengths_N = np.array([len(t) for t in self.codec.targets([r.targets[0] for r in records])])
+            missed_N = np.maximum(0, lengths_N - self.context)
+            nats.append(np.repeat(_BYTE_NATS * sizes(records) / lengths_N, missed_N))
+            owners.append(np.repeat(np.arange(len(records)), missed_N))
         return np.concatenate(nats), np.concatenate(owners)
+
+    def _judged(self, records: Sequence[Record]) -> tuple[PairRows | PromptRows, np.ndarray]:
+        """Rows to judge, and whose each is [rows]: of a conversation as many windows as it takes, so that all that counts is charged."""
+        if self.reads == "pairs":
+            rows = self.rows(records)
+            assert isinstance(rows, PairRows)
+            return rows, np.arange(len(records))
+        ids, counted, owners = [], [], []
+        self.cut["conversations"] = Cut()
+        for number, record in enumerate(records):
+            whole = dialogue.render(self.codec.tokenizer, self._turns(record, True))
+            for start, end, first in windows(len(whole.ids), self.context, max(1, self.context // 2)):
+                judged = whole.counted[start:end] & (np.arange(start, end) >= first)
+                if judged.any():
+                    ids.append(whole.ids[start:end])
+                    counted.append(judged)
+                    owners.append(number)
+        return PromptRows(ids, counted, self.codec.pad, self.device), np.array(owners)
 
     def _stream_nats(self, records: Sequence[Record], running: bool) -> tuple[np.ndarray, np.ndarray]:
         """Sliding windows: every token but those of the first window has half a window or more before it."""
@@ -268,6 +292,5 @@ class Neural:
 
 
 def sizes(records: Sequence[Record]) -> np.ndarray:
-    """UTF-8 bytes of the right answers: the first one, or all that the assistant says in a conversation."""
-    said = [[t.text for t in r.turns if t.role == "assistant"] if r.turns else r.targets[:1] for r in records]
-    return np.array([sum(len(text.encode("utf-8", "replace")) for text in texts) for texts in said])
+    """UTF-8 bytes of what counts in each record."""
+    return np.array([sum(len(text.encode("utf-8", "replace")) for text in r.counted) for r in records])

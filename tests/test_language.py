@@ -174,6 +174,30 @@ def test_a_chat_from_scratch_takes_turns(
     assert [[t["role"] for t in talk] for talk in said] == [["user", "assistant"], ["user", "assistant"]]
 
 
+def test_a_chat_of_several_turns_is_judged_by_all_of_them(tmp_path: Path) -> None:
+    from multistep.models.ngram import NGram
+    from multistep.writing import sizes
+
+    path, out = tmp_path / "long.jsonl", tmp_path / "run"
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(120):
+            said = [f"Say {NUMBERS[i % 9]}, {i}", f"zuerst {ZAHLEN[i % 9]} {i}", "And then?", f"{ZAHLEN[i % 7]} 好 {i}"]
+            turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
+            file.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
+    found = run(config(path, out, "chat", budget="20 updates"))
+    told = {r["trial"]: r["outcome"] for r in found.records() if r["kind"] == "Told"}
+    assert told["02-incumbent"]["facts"]["standing"]["kind"] == "ngram" and found.summary()["test"] is not None
+    assert NGram.load(out / "states" / "02-incumbent").bits_N(["zuerst"])[0] < 8 * len("zuerst") / 2
+    bundle = load(out).language
+    records = bundle.read(path)
+    losses = bundle.speaker.losses(records, False)
+    assert losses is not None and losses[:, 2].tolist() == sizes(records).tolist()
+    assert all(
+        size == len("".join(r.turns[i].text for i in (1, 3)).encode())
+        for r, size in zip(records, sizes(records), strict=True)
+    )
+
+
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     from multistep.tune import segment
 

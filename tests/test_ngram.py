@@ -59,3 +59,16 @@ def test_it_survives_the_disk(tmp_path: Path) -> None:
     model = NGram.fit(TEXTS, 4)
     model.save(tmp_path)
     assert np.array_equal(NGram.load(tmp_path).next_byte(b"the "), model.next_byte(b"the "))
+
+
+def test_the_likeliest_bytes_are_written_at_no_and_at_a_small_temperature() -> None:
+    model = NGram.fit([*(f"q{c}" for c in "bcdef"), "qz", "qz"])
+    assert model.next_byte(b"q").max() < 0.475  # to the power of 1,000 nothing is left of it
+    assert [model.go_on("q", 1, warm, seed) for warm in (0.0, 1e-3, 1e-9) for seed in (0, 1)] == ["z"] * 6
+    assert {model.go_on("q", 1, 1.0, seed) for seed in range(200)} >= set("bcdefz")
+
+
+def test_texts_shorter_than_the_longest_context_are_enough() -> None:
+    model = NGram.fit(["yes", "no"])
+    assert model.go_on("y", 2, 0.0, 0) == "es" and model.go_on("a longer text", 1, 0.0, 0)
+    assert model.bits_N(["yes", "a longer text"])[0] < 8 * 3

@@ -50,6 +50,11 @@ class Record:
         """chat: the turns before the answer."""
         return self.turns[:-1] if self.turns and self.turns[-1].role == "assistant" else self.turns
 
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """What a loss is charged for: all that the assistant says in a conversation, else the first right answer."""
+        return tuple(turn.text for turn in self.turns if turn.role == "assistant") if self.turns else self.targets[:1]
+
 
 class Found(NamedTuple):
     """`record` is None when the row is of no use; then `reason` says why. `remarks`: what was odd or mended."""

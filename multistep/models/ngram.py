@@ -81,18 +81,25 @@ class NGram:
         return p
 
     def go_on(self, text: str, count: int, temperature: float, seed: int) -> str:
-        """At most `count` bytes after `text`, drawn one by one (temperature 0: the likeliest); bytes that make no character are left out."""
+        """At most `count` bytes after `text`, drawn one by one (temperature 0: the likeliest, the first of equals); bytes that make no
+        character are left out."""
         rng, so_far = np.random.default_rng(seed), text.encode("utf-8", "replace")
         begun = len(so_far)
         for _ in range(count):
             p = self.next_byte(so_far[-self.order :])
-            p = p ** (1 / temperature) if temperature else (p == p.max()).astype(float)
-            level = rng.random() * p.sum()
-            so_far += bytes([min(SYMBOLS - 1, int(np.searchsorted(np.cumsum(p), level, side="right")))])
+            if temperature:
+                p = (p / p.max()) ** (1 / temperature)  # at most 1, or small temperatures would leave nothing of any
+                level = rng.random() * p.sum()
+                byte = min(SYMBOLS - 1, int(np.searchsorted(np.cumsum(p), level, side="right")))
+            else:
+                byte = int(p.argmax())
+            so_far += bytes([byte])
         return so_far[begun:].decode("utf-8", "ignore")
 
     def _look(self, keys: str, values: str, wanted: np.ndarray, missing: float) -> np.ndarray:
         known = self.tables[keys]
+        if not len(known):  # no text of train was long enough
+            return np.full(len(wanted), missing)
         at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
         return np.where(known[at] == wanted, self.tables[values][at], missing)
 

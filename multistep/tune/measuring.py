@@ -27,6 +27,7 @@ from multistep.tasks.writing import LOSSES
 from multistep.train import train
 from multistep.tune.memory import device_memory
 from multistep.tune.speakers import JUDGED_BYTES, JUDGED_ROWS, WATCHED_BYTES, Speakers
+from multistep.writing import sizes
 
 LEAST_TARGETS = (
     100_000  # tokens of right answers in train: with fewer a model from scratch writes nothing worth reading
@@ -268,7 +269,7 @@ class Profiler:
         if shape.reads != "spans":
             some = s.judged("control", texts=False)[:200]
             speaker.losses(some, s.data.stream)
-            loss_byte_s = (time.monotonic() - begun) / max(1, sum(len(r.targets[0]) for r in some))
+            loss_byte_s = (time.monotonic() - begun) / max(1, int(sizes(some).sum()))
         by_texts = self.problem.metric not in LOSSES
         write_s = 0.0
         if by_texts:

@@ -97,7 +97,7 @@ class Speakers:
         """The first of the judged records: what looks during a training read."""
         kept, size = [], 0
         for record in self.judged("control", texts=False):
-            size += len(record.targets[0])
+            size += sum(map(len, record.counted))
             if len(kept) >= 2 and size > WATCHED_BYTES:
                 break
             kept.append(record)
@@ -241,8 +241,8 @@ class Speakers:
         """The n-gram model of these splits, in the order of the text; of a huge one the last part is counted."""
         texts, size = [], 0
         for record in reversed([r for split in splits for r in self.records[split]]):
-            texts.append(record.targets[0])
-            size += len(record.targets[0])
+            texts += reversed(record.counted)
+            size += sum(map(len, record.counted))
             if size > NGRAM_BYTES:
                 break
         texts.reverse()
