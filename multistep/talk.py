@@ -6,18 +6,22 @@ from collections.abc import Iterator
 
 from multistep.data.cells import Turn
 from multistep.language_bundle import LanguageBundle
-from multistep.predictors.decoding import Greedy, Sample
+from multistep.predictors.decoding import Beam, Greedy, Sample, greedy, obeyed
 from multistep.predictors.ways import plain
 from multistep.types import UserError
 from multistep.writing import Neural
 
 
 class Talk:
-    """`temperature`: None leaves the decoding as it was tuned, as far as an answer can be given while it is written; 0 is greedy. Raises
-    UserError where the bundle cannot converse."""
+    """`temperature`, `seed`: None leaves the decoding as it was tuned, as far as an answer can be given while it is written: of a beam its
+    limits and penalties. A temperature of 0 is greedy. Raises UserError where the bundle cannot converse."""
 
     def __init__(
-        self, bundle: LanguageBundle, system: str | None = None, temperature: float | None = None, seed: int = 0
+        self,
+        bundle: LanguageBundle,
+        system: str | None = None,
+        temperature: float | None = None,
+        seed: int | None = None,
     ):
         speaker = bundle.speaker
         if not isinstance(speaker, Neural) or speaker.reads != "prompts":
@@ -48,11 +52,6 @@ class Talk:
         self.turns.append(Turn("assistant", said.strip()))
 
 
-def _decoding(speaker: Neural, temperature: float | None, seed: int) -> Greedy | Sample:
-    tuned = plain(speaker.decoding)
-    most = tuned.max_new_tokens
-    if temperature is None:
-        return tuned if isinstance(tuned, Greedy | Sample) else Greedy(max_new_tokens=most)
-    return (
-        Sample(temperature=temperature, seed=seed, max_new_tokens=most) if temperature else Greedy(max_new_tokens=most)
-    )
+def _decoding(speaker: Neural, temperature: float | None, seed: int | None) -> Greedy | Sample:
+    found = obeyed(plain(speaker.decoding), temperature=temperature, seed=seed)
+    return greedy(found) if isinstance(found, Beam) else found

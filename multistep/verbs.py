@@ -92,7 +92,9 @@ def chat(
     temperature: Annotated[
         float | None, typer.Option(min=0, max=100, help="0: the likeliest tokens.  [default: as tuned]")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws, where the temperature is above 0.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**31 - 1, help="Of the draws, where it draws.  [default: as tuned]")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Talk to a model that was fitted with --task chat: a turn a line, answers as they are written; an empty line starts anew."""

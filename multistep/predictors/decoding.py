@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import Field
 
@@ -44,6 +44,28 @@ class Sample(_Writing):
 
 DECODINGS = (Greedy, Beam, Sample)
 Decoding = Annotated[Greedy | Beam | Sample, Field(discriminator="kind")]
+
+
+def greedy(decoding: Decoding) -> Greedy:
+    """The likeliest token, with the limits and penalties of another way."""
+    return Greedy(**decoding.model_dump(include=set(_Writing.model_fields)))
+
+
+def obeyed(
+    tuned: Decoding, *, temperature: float | None = None, top_p: float | None = None, top_k: int | None = None,
+    min_p: float | None = None, seed: int | None = None,
+) -> Decoding:  # fmt: skip
+    """The tuned decoding with what is asked for; None leaves it as it is. A temperature or top_p of 0 is greedy, another temperature
+    draws; else a beam stays one, and what is greedy stays so."""
+    asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
+    drawing: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    if temperature == 0 or top_p == 0:
+        return greedy(tuned)
+    if isinstance(tuned, Sample):
+        return tuned.with_(**drawing)
+    if temperature is not None:
+        return Sample(**tuned.model_dump(include=set(_Writing.model_fields)), **drawing)
+    return tuned
 
 
 class _Several(Protocol):

@@ -20,7 +20,7 @@ from multistep.generate import request_number
 from multistep.language_bundle import LanguageBundle
 from multistep.models.mixed import Mixture
 from multistep.other_writers import Counted, Mixed
-from multistep.predictors.decoding import Beam, Decoding, Greedy, Sample
+from multistep.predictors.decoding import Decoding, obeyed
 from multistep.predictors.ways import plain
 from multistep.serve.limits import Refused, Settings
 from multistep.serve.numbers import Numbers
@@ -180,22 +180,11 @@ def late(writing: Writing, seconds: float) -> Refused:
 
 def _obeyed(tuned: Decoding, asked: Wanted, most: int) -> Decoding:
     """The tuned decoding with what the request asks for."""
-    changes: dict[str, Any] = {"max_new_tokens": asked.max_tokens or min(tuned.max_new_tokens, most)}
-    changes["min_new_tokens"] = min(tuned.min_new_tokens, changes["max_new_tokens"])
+    tokens = asked.max_tokens or min(tuned.max_new_tokens, most)
+    changes: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": min(tuned.min_new_tokens, tokens)}
     if asked.repetition_penalty is not None:
         changes["repetition_penalty"] = asked.repetition_penalty
-    common = {k: getattr(tuned, k) for k in ("min_new_tokens", "repetition_penalty", "no_repeat_ngram", "stop")}
-    drawing = {
-        "temperature": asked.temperature, "top_p": asked.top_p, "top_k": None if asked.top_k is None else max(0, asked.top_k),
-        "min_p": asked.min_p, "seed": asked.seed,
-    }  # fmt: skip
-    drawing = {k: v for k, v in drawing.items() if v is not None}
-    if asked.temperature == 0 or asked.top_p == 0:
-        return Greedy(**{**common, **changes})
-    if isinstance(tuned, Sample):
-        return tuned.with_(**changes, **drawing)
-    if asked.temperature is not None:
-        return Sample(**{**common, **changes, **drawing})
-    if isinstance(tuned, Beam):
-        return tuned.with_(**changes)
-    return Greedy(**{**common, **changes})
+    top_k = None if asked.top_k is None else max(0, asked.top_k)
+    return obeyed(
+        tuned.with_(**changes), temperature=asked.temperature, top_p=asked.top_p, top_k=top_k, min_p=asked.min_p, seed=asked.seed
+    )  # fmt: skip
