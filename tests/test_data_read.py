@@ -78,6 +78,7 @@ def test_folder_knows_splits_and_shards_and_leaves_the_rest(tmp_path: Path) -> N
         ("half.json", '[{"text": "\\ud83d!", "label": 1}]', {"text": "?!", "label": 1}),
         ("lines.json", '{"text": "a", "label": 1}\n', {"text": "a", "label": 1}),
         ("wrapped.json", '{"version": 1, "Data": [{"text": "a", "label": 1}]}', {"text": "a", "label": 1}),
+        ("reviews.json", '{"reviews": [{"text": "a", "label": 1}]}', {"text": "a", "label": 1}),
         (
             "one.json",
             '{"messages": [{"role": "user"}, {"role": "assistant"}]}',

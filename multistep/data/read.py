@@ -25,7 +25,9 @@ Row = dict[str, Any]
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 WHOLE = "all"  # the name of the only split of a single file
-# what an object may call the rows that it holds; a list by another name belongs to a row, as a conversation's messages do
+# what a row may call its conversation
+MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "turns")
+# what an object may call the rows that it holds beside other things; a list by another name belongs to a row
 _WRAPPERS = ("data", "dataset", "entries", "examples", "instances", "items", "records", "rows", "samples")
 _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation",
            "val": "validation", "test": "test"}  # fmt: skip
@@ -281,7 +283,8 @@ def _rows_of_object(text: str) -> list[Row]:
     if not isinstance(whole, dict):
         return []
     tables = [name for name, value in whole.items() if _is_table(value)]
-    wrapped = len(tables) == 1 and tables[0].strip().lower() in _WRAPPERS
+    name = tables[0].strip().lower() if len(tables) == 1 else ""
+    wrapped = name in _WRAPPERS or (bool(name) and len(whole) == 1 and name not in MESSAGES)
     return _whole_characters(whole[tables[0]] if wrapped else [whole], text)
 
 
