@@ -383,7 +383,8 @@ class LanguageWorks:
         if stands is None:  # what a finished run that trained nothing is given counts for the size of its model too
             sized_for = max(sized_for, self.clock.remaining())
         s.facts = facts = Profiler(s, self.problem.with_(budget=sized_for), shape).facts()
-        facts |= {"sized_for": sized_for, "trained": stands, "deciding": self._deciding()}
+        counts = [o.cost.wall_s for t, o in self.past if isinstance(t.action, FitWriter) and t.action.writer == "ngram"]
+        facts |= {"sized_for": sized_for, "trained": stands, "deciding": self._deciding(), "count_s": sum(counts)}
         yield "Noted", {"trial": trial.id, "what": "profiled", "facts": facts}
         for what in ("size", "optimizer"):
             if rule := facts.get({"size": "size", "optimizer": "choice"}[what]):
