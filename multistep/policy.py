@@ -142,14 +142,15 @@ def side_by_side(
 
 def admit(
     better: Verdict, compared: Comparison, candidate: Latency, incumbent: Latency, limit: Limit | None,
-    best: Comparison | None = None, saves: bool = False,
+    best: Comparison | None = None, saves: bool = False, made_up: bool = False,
 ) -> Verdict:  # fmt: skip
     """Whether a candidate takes the incumbent's place: it has to keep the limit, and be better, or the same and cheaper. `better`: the
     paired verdict on quality; `compared`: the paired comparison on the metric; `best`: that with the best that has stood, so that many
-    small losses do not add up; `saves`: only what is cheaper is looked for."""
+    small losses do not add up; `saves`: only what is cheaper is looked for; `made_up`: answers are right or wrong, and one row more, on which
+    the two differ, is made up, so that a few on which they agree are no certainty."""
     by = Admitted(
         quality=better.by if isinstance(better.by, Gain | Finite) else None, gain=better.evidence,
-        mean_ms=(candidate.mean, incumbent.mean), saves=saves,
+        mean_ms=(candidate.mean, incumbent.mean), saves=saves, made_up=made_up,
     )  # fmt: skip
     if limit is not None:
         at_ms = (getattr(candidate, limit.statistic), getattr(incumbent, limit.statistic))

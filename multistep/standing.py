@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from multistep.policy import Entry
+from multistep.policy import Entry, Limit
 from multistep.predictors import Predictor, Single
 from multistep.strategy import Predict, Profile, Refit, Trial
 from multistep.types import Outcome, Verdict
@@ -43,6 +43,12 @@ class Stood:
     def entry(self) -> Entry:
         """The one that stands."""
         return next(e for e in reversed(self.entries) if e.name == self.stood[-1])
+
+    def best(self, metric: str, higher_is_better: bool, limit: Limit | None) -> Entry:
+        """Of what has stood and keeps the limit, what was best: what broke it is no measure of what keeps it. Else what stands."""
+        sign = 1.0 if higher_is_better else -1.0
+        kept = [e for e in self.entries if e.name in self.stood and e.latency.within(limit)]
+        return max(kept, key=lambda e: sign * e.metrics[metric].value, default=self.entry)
 
 
 After = tuple[Stood, bool]  # what stands, and whether the incumbent is another

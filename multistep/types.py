@@ -210,7 +210,8 @@ class Finite(Spec):
 class Admitted(Spec):
     """Of ways to predict: inside the limit, and better (what `quality` makes of `gain`), or the same and cheaper. Times: of a request, in
     milliseconds, for the candidate and for what stood; on average, and at the limit's statistic. `saves`: it is a look that pays nothing,
-    so it is taken for nothing but being cheaper."""
+    so it is taken for nothing but being cheaper. `made_up`: where answers are right or wrong one row more, on which the two differ, is made
+    up, so that a few on which they agree are no certainty."""
 
     kind: Literal["admitted"] = "admitted"
     quality: Gain | Finite | None
@@ -220,6 +221,7 @@ class Admitted(Spec):
     statistic: str = ""
     limit_ms: float | None = None
     saves: bool = False
+    made_up: bool = False
 
 
 class Slow(Spec):

@@ -17,19 +17,14 @@ from multistep import api, journal
 from multistep.budget import parse_budget
 from multistep.cli import run as command
 from multistep.controllers import answering as script
-from multistep.controllers.answering import AnsweringProblem, answering
-from multistep.controllers.choices import CHOOSERS
-from multistep.controllers.script import Scripted, Skip
+from multistep.data import Columns, load, read_labelled
 from multistep.engines import Runtime
 from multistep.policy import Policy
-from multistep.predictors import Single
-from multistep.predictors.recipe import Recipe
+from multistep.predictors import Conformal, Predictor, Single, Temperature
 from multistep.report.progress import Progress
-from multistep.strategy import Profile, Promise, Serving, Trial, TryRecipe
-from multistep.tasks import Classify, Regress
 from multistep.tune import answering as works
 from multistep.tuning import labels, tune_run
-from multistep.types import Outcome, UserError, Verdict
+from multistep.types import UserError, Verdict
 
 
 @pytest.fixture(scope="module")
@@ -275,63 +270,6 @@ def test_a_stopped_tuning_goes_on(run_dir: Path, monkeypatch: pytest.MonkeyPatch
     assert len(policy.entries) >= len([r for r in past if r["kind"] == "Told"])
 
 
-# ---------------------------------------------------------------------------------------------- the script alone
-
-
-def problem(**changes: Any) -> AnsweringProblem:
-    given: dict[str, Any] = {
-        "task": Classify(labels=("a", "b", "c")), "metric": "accuracy", "models": ("linear", "encoder"),
-        "default": Single(model="encoder"), "engine": {}, "limit": None, "budget": 60.0, "rows": 300,
-    }  # fmt: skip
-    return AnsweringProblem(**{**given, **changes})
-
-
-def driven(
-    p: AnsweringProblem, ms: dict[str, float], takes: Any = lambda recipe: False, remaining: float = 50.0
-) -> list[Any]:
-    """What the script asks for, told that every recipe for which `takes` says so is taken."""
-    from multistep.predictors.recipe import recipe_of
-
-    controller, asked = Scripted(answering(p)), []
-    recipe = recipe_of(p.default)
-    standing: dict[str, Any] = {"engine": p.engine, "recipe": recipe and recipe.model_dump(mode="json")}
-    while (ask := controller.ask()) is not None:
-        asked.append(ask)
-        if not isinstance(ask, Trial):
-            continue
-        facts: dict[str, Any] = {"models": ms, "engines": []}
-        verdict = None
-        if isinstance(ask.action, TryRecipe):
-            verdict = Verdict(accept=bool(takes(ask.action.recipe)), rule="told so")
-            if verdict.accept:
-                standing = {**standing, "recipe": ask.action.recipe.model_dump(mode="json")}
-        controller.tell(ask, Outcome(verdict=verdict, facts=facts, remaining=remaining, incumbent=standing))
-    return asked
-
-
-def recipes(asked: list[Any]) -> list[Any]:
-    return [a.action.recipe for a in asked if isinstance(a, Trial) and isinstance(a.action, TryRecipe)]
-
-
-def test_shares_of_a_cascade_go_up_until_one_is_taken() -> None:
-    asked = recipes(driven(problem(), {"linear": 1.0, "encoder": 10.0}, lambda r: r.again == 0.3))
-    assert [r.again for r in asked if r.first] == [0.1, 0.2, 0.3]
-
-
-def test_no_cascade_where_the_cheap_model_is_not_cheap() -> None:
-    asked = driven(problem(), {"linear": 6.0, "encoder": 10.0})
-    assert not any(r.first for r in recipes(asked))
-    assert any(isinstance(a, Skip) and a.stage == "cascade" for a in asked)
-
-
-def test_what_can_only_be_cheaper_pays_for_no_look() -> None:
-    asked = driven(problem(), {"linear": 1.0, "encoder": 10.0})
-    tried = [a for a in asked if isinstance(a, Trial) and isinstance(a.action, TryRecipe)]
-    cascades = [a.alpha for a in tried if a.stage == "cascade"]
-    assert cascades and set(cascades) == {0.1}
-    assert next(a.alpha for a in tried if a.stage != "cascade") == 0.1
-
-
 @pytest.mark.parametrize("controller", ["halving", "bayes", "reactive", "population"])
 def test_a_finished_run_is_tuned_by_any_controller_and_replays(run_dir: Path, judged: str, controller: str) -> None:
     policy = tune_run(run_dir, budget="6s", data=judged, controller=controller)
@@ -345,50 +283,74 @@ def test_a_finished_run_is_tuned_by_any_controller_and_replays(run_dir: Path, ju
     assert api.load(run_dir).predict(["up"]) and all(r.ok for r in api.Run(run_dir).replay())
 
 
-@pytest.mark.parametrize("controller", CHOOSERS)
-def test_every_controller_searches_ways_to_answer(controller: str) -> None:
-    p, ms = (
-        problem(metric="f1_macro", controller=controller, models=("linear", "encoder", "encoder@32")),
-        {"linear": 1.0, "encoder": 10.0},
+def tuned(run_dir: Path, predictor: Predictor, data: str | None = None, coverage: float | None = None) -> Policy:
+    """As if the predictor stood; nothing else is tried."""
+    bundle, budget = replace(api.load(run_dir).labels, predictor=predictor), parse_budget("5s")
+    quiet = Progress(quiet=True)
+    return labels.tune_labels(run_dir, bundle, None, None, budget, data, None, coverage, quiet, controller="fixed")
+
+
+WILD = Temperature(inner=Single(model="linear"), temperature=0.05)
+
+
+def test_what_stands_is_judged_out_of_fold_on_the_runs_own_rows_alone(run_dir: Path, judged: str) -> None:
+    own, other = tuned(run_dir, WILD).entries[0], tuned(run_dir, WILD, judged).entries[0]
+    assert own.facts["out_of_fold"] and not other.facts["out_of_fold"]
+    assert own.predictor == other.predictor == WILD.model_dump(mode="json")
+    bundle = replace(api.load(run_dir).labels, predictor=WILD)
+    rows = read_labelled(judged, Columns.parse(bundle.info["columns"]), "classify")
+    mistakes = sum(p.value != e.label for p, e in zip(bundle.predict([e.text for e in rows]), rows, strict=True))
+    assert other.metrics["accuracy"].value == pytest.approx(1 - mistakes / len(rows))
+    assert other.metrics["log_loss"].value > 2 * own.metrics["log_loss"].value, (
+        "far too sure, but for rows that it was fitted to"
+    )
+    assert all(replayed.ok for replayed in api.Run(run_dir).replay())
+
+
+def test_a_promise_on_the_runs_own_rows_is_made_of_the_others(run_dir: Path) -> None:
+    policy = tuned(run_dir, WILD, coverage=0.8)
+    taken = policy.entry(policy.pick)
+    served = api.load(run_dir).labels.predictor
+    assert isinstance(served, Conformal) and served.model_dump(mode="json") == taken.predictor
+    assert isinstance(served.inner, Temperature) and served.inner.temperature > 0.2 and "fitted again" in policy.rule
+    assert policy.entries[0].predictor == WILD.model_dump(mode="json") and policy.rows + served.rows == 45
+    assert taken.facts["fitted"] == {"for": "accuracy", "to": labels.OWN}
+    assert all(replayed.ok for replayed in api.Run(run_dir).replay())
+
+
+def test_no_promise_where_too_few_rows_are_left_to_fit_what_stands_again(run_dir: Path, tmp_path: Path) -> None:
+    source = json.loads((run_dir / "journal.jsonl").read_text().splitlines()[0])["config"]
+    rows = "".join(f'"{e.text}",{e.label}\n' for e in load(source["data"], seed=source["seed"]).calibration[:24])
+    (tmp_path / "few.csv").write_text("text,label\n" + rows, encoding="utf-8")
+    with pytest.raises(UserError, match=r"coverage: 16 rows are left .* \(< 21\)"):
+        tuned(run_dir, WILD, str(tmp_path / "few.csv"), coverage=0.8)
+    plain = tuned(run_dir, Single(model="linear"), str(tmp_path / "few.csv"), coverage=0.8)  # has no numbers of its own
+    assert plain.entry(plain.pick).predictor["kind"] == "conformal" and plain.entries[0].predictor["kind"] == "single"
+
+
+def test_what_made_the_predictor_that_stands_is_known(run_dir: Path) -> None:
+    dataset = load(json.loads((run_dir / "journal.jsonl").read_text().splitlines()[0])["config"]["data"], seed=0)
+    own, new = dataset.calibration[0].text.upper(), "quite another text"
+    by_fit = labels._fitted({"metric": "f1_macro"})
+    assert by_fit == {"for": "f1_macro", "to": labels.OWN}
+    entries = [
+        {"name": "as it stands", "facts": {"fitted": by_fit}},
+        {"name": "x", "facts": {"fitted": {"for": "mcc", "to": "a.csv"}}},
+    ]
+    for pick, expected in (("as it stands", by_fit), ("x", {"for": "mcc", "to": "a.csv"})):
+        assert labels._fitted({"metric": "accuracy", "policy": {"pick": pick, "entries": entries}}) == expected
+    assert labels._before(by_fit, dataset, None, [new]).seen, "the run's own rows"
+    assert labels._before(by_fit, dataset, "b.csv", [new, own]).seen, "some of them are the run's own"
+    assert not labels._before(by_fit, dataset, "b.csv", [new]).seen
+    assert labels._before({"for": "mcc", "to": "a.csv"}, dataset, "b.csv", [new]).seen, (
+        "nothing is known of those of a.csv"
     )
 
-    def tries() -> list[Trial]:
-        asked = driven(p, ms, lambda recipe: recipe.calibration == "vector")
-        return [a for a in asked if isinstance(a, Trial) and isinstance(a.action, TryRecipe)]
 
-    found = tries()
-    assert found == tries()
-    recipes = [(t.action.recipe, t.action.share) for t in found if isinstance(t.action, TryRecipe)]
-    assert len(set(map(str, recipes))) == len(recipes), "nothing twice"
-    assert bool(recipes) == (controller != "fixed")
-    if controller == "reactive":
-        assert recipes[0][0] == Recipe(models=("encoder",), calibration="temperature"), "a neighbour of what stands"
-
-
-def test_thresholds_are_tried_for_metrics_that_want_them() -> None:
-    def decisions(metric: str) -> set[str]:
-        asked = driven(problem(metric=metric), {"linear": 1.0, "encoder": 10.0})
-        return {r.decision for r in recipes(asked)}
-
-    assert decisions("accuracy") == {"likeliest"} and decisions("f1_macro") == {"likeliest", "thresholds"}
-
-
-def test_regression_has_lines_and_no_cascades() -> None:
-    asked = recipes(driven(problem(task=Regress(), metric="mse"), {"linear": 1.0, "encoder": 10.0}))
-    assert {r.calibration for r in asked} == {"none", "affine"} and not any(r.first for r in asked)
-
-
-def test_few_rows_decide_nothing() -> None:
-    asked = driven(problem(rows=19), {"linear": 1.0, "encoder": 10.0})
-    assert [type(a.action) for a in asked if isinstance(a, Trial)] == [Profile, Serving]
-
-
-def test_a_promise_comes_last() -> None:
-    asked = [a for a in driven(problem(coverage=0.9), {"linear": 1.0, "encoder": 10.0}) if isinstance(a, Trial)]
-    assert [type(a.action) for a in asked[-2:]] == [Promise, Serving]  # what is promised is what is served
-    assert sum(isinstance(a.action, Promise) for a in asked) == 1
-
-
-def test_nothing_is_tried_that_the_clock_cannot_pay_for() -> None:
-    asked = driven(problem(), {"linear": 1.0, "encoder": 10.0}, remaining=-1.0)
-    assert not recipes(asked)
+def test_texts_of_train_are_left_out_however_they_are_written(run_dir: Path, tmp_path: Path) -> None:
+    source = json.loads((run_dir / "journal.jsonl").read_text().splitlines()[0])["config"]
+    data, path = load(source["data"], seed=source["seed"]), write_rows(tmp_path / "more.csv", rows=30, seed=9)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(f'"{e.text.upper()}  ",{e.label}\n' for e in (*data.train[:7], *data.test[:2])))
+    policy = tuned(run_dir, Single(model="linear"), str(path))
+    assert policy.rows == 30 and policy.data.endswith("; 9 rows that are there too were left out")

@@ -13,6 +13,7 @@ from typing import Any
 from multistep.controllers.choices import CHOOSERS
 from multistep.controllers.script import BasePlan, Does, Skip, Steps
 from multistep.metrics import METRICS
+from multistep.metrics.power import FEWEST_ROWS
 from multistep.policy import Limit
 from multistep.predictors import Predictor
 from multistep.predictors.recipe import Decision, Recipe, calibrations, wants_thresholds
@@ -25,7 +26,6 @@ WORTH = 2.0  # times the cheap model's latency that the costly one has to take f
 FASTER = 0.9  # of what stands: an engine that is not faster than this is not tried
 MARGIN = 1.2  # what is begun has to end
 CHEAPER = ("engine", "lengths", "cascade")  # stages whose candidates are taken for what they save
-FEWEST = 20  # rows to fit on
 
 Try = Does[Outcome | None]
 
@@ -76,10 +76,19 @@ class _Plan(BasePlan):
         self._trial_s = max(self._trial_s, outcome.cost.wall_s if isinstance(action, TryRecipe) else 0.0)
 
     @property
-    def recipe(self) -> Recipe | None:
+    def made(self) -> Recipe | None:
         """How what stands was made."""
         found = self.standing.get("recipe")
         return None if found is None else Recipe.parse(found)
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """What candidates are made around: what stands, with a decision that can be fitted here. Thresholds that another metric wanted
+        cannot where this one has no use for any."""
+        made = self.made
+        if made is not None and made.decision == "thresholds" and not self.thresholds:
+            return made.with_(decision="likeliest")
+        return made
 
     def try_(
         self, stage: str, recipe: Recipe, why: str, engine: dict[str, Any] | None = None, share: float = 1.0
@@ -87,7 +96,7 @@ class _Plan(BasePlan):
         """None where it was tried already, or what is left cannot pay for it. `share`: of the rows."""
         action = TryRecipe(recipe=recipe, engine=engine or {}, share=share)
         key = f"{recipe} {engine or self.standing.get('engine')} {share:g}"
-        if key in self._known or (recipe == self.recipe and engine is None):
+        if key in self._known or (recipe == self.made and engine is None):
             return None
         self._known.add(key)
         needed = MARGIN * self._trial_s
@@ -162,15 +171,16 @@ class _Plan(BasePlan):
         return float(outcome.facts.get("ms", 0.0))
 
     def attempt(self, stage: str, candidate: Recipe, why: str, share: float = 1.0) -> Try:
-        return (yield from self.try_(stage, candidate, why, share=share))
+        few = round(share * self.problem.rows) < FEWEST_ROWS  # nothing can be fitted to them: all at once
+        return (yield from self.try_(stage, candidate, why, share=1.0 if few else share))
 
 
 def answering(problem: AnsweringProblem) -> Steps:
     """The whole script."""
     plan = _Plan(problem)
     yield from plan.trial("measure", Profile(), "what stands, each model and each engine: outputs and latency")
-    if problem.rows < FEWEST:
-        yield Skip(stage="models", why=f"all: {problem.rows} rows are too few to decide on (< {FEWEST})")
+    if problem.rows < FEWEST_ROWS:
+        yield Skip(stage="models", why=f"all: {problem.rows} rows are too few to decide on (< {FEWEST_ROWS})")
     elif plan.recipe is None:
         yield Skip(
             stage="models", why="all: what stands is a nest of blends or cascades: its parts are not taken apart"
@@ -251,6 +261,8 @@ def _decisions(plan: _Plan) -> Steps:
     elif plan.thresholds:
         other = "likeliest" if recipe.decision == "thresholds" else "thresholds"
         yield from plan.try_("decide", recipe.with_(decision=other), f"decisions for {plan.problem.metric}")
+    elif plan.made != recipe.with_(decision="likeliest"):
+        yield from plan.try_("decide", recipe.with_(decision="likeliest"), "what decides was made for something else")
 
 
 def _cascades(plan: _Plan) -> Steps:

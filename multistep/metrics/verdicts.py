@@ -16,7 +16,7 @@ from multistep.types import Admitted, Apart, Comparison, Finite, Gain, Looked, N
 
 ALPHA = 0.1  # of a gain that is none, where nothing else is asked for
 TIE = 0.25  # a loss on the metric that chance gives more often than this does not speak against a gain on the loss (LOG.md)
-SAME = 0.01  # of the metric: a loss that is, less one standard error, within this is no loss
+SAME = 0.01  # of the metric: a loss that is, with one standard error more, within this is no loss
 CHEAPER = 0.9  # of the incumbent's mean latency: what counts as cheaper
 TEXTS, POINTS = 0.98, 0.3  # of an engine's texts that are the same, at least; of 100 points that it may lose
 _OF_100 = ("bleu", "chrf")  # all other metrics that are better when higher are in 0..1, or nearly
@@ -137,16 +137,21 @@ def admitted(quality: Verdict, evidence: Sequence[Comparison], by: Admitted) -> 
     share = by.mean_ms[0] / by.mean_ms[1]
     if quality.accept and (share <= CHEAPER or not by.saves):
         return Verdict(accept=True, rule=quality.rule, evidence=quality.evidence, by=by)
-    compared, worst = kept[0], min(kept, key=lambda c: c.difference - c.stderr + SAME * abs(c.incumbent))
-    floor, margin = worst.difference - worst.stderr, SAME * abs(worst.incumbent)
-    said = f"{compared.metric} {compared.difference:+.4f} ± {compared.stderr:.4f}, {share:.2f} of the time"
+
+    def error(c: Comparison) -> float:
+        return math.hypot(c.stderr, by.made_up / max(1, c.n))
+
+    compared, worst = kept[0], min(kept, key=lambda c: c.difference - error(c) + SAME * abs(c.incumbent))
+    floor, margin = worst.difference - error(worst), SAME * abs(worst.incumbent)
+    more = " with one row made up" if by.made_up else ""
+    said = f"{compared.metric} {compared.difference:+.4f} ± {error(compared):.4f}{more}, {share:.2f} of the time"
     if share <= CHEAPER and floor >= -margin:
         rule = f"{said}: the same within {margin:.4f}, and cheaper"
         return Verdict(accept=True, rule=rule, evidence=kept, by=by)
     if share > CHEAPER:
         rule = f"{quality.rule}; {share:.2f} of the time: not cheaper"
         return Verdict(accept=False, rule=rule, evidence=kept, by=by)
-    than = "" if worst is compared else f" as the best that stood ({worst.difference:+.4f} ± {worst.stderr:.4f})"
+    than = "" if worst is compared else f" as the best that stood ({worst.difference:+.4f} ± {error(worst):.4f})"
     rule = f"{said}: not the same within {margin:.4f}{than}"
     return Verdict(accept=False, rule=rule, evidence=kept, by=by)
 

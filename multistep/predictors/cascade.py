@@ -52,6 +52,11 @@ class Cascade(Spec):
             found[again] = self.second.stages(task, some(logits, again))
         return found
 
+    def share(self, task: TaskLike, logits: Logits) -> float:
+        """Of these rows that it asks again."""
+        z_NK = self.first.combine(task, logits)
+        return len(self._again(task, z_NK)) / len(z_NK)
+
     def _again(self, task: TaskLike, z_NK: np.ndarray) -> np.ndarray:
         return np.flatnonzero(sure_N(task, z_NK) < self.below)
 

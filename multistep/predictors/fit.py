@@ -1,7 +1,8 @@
 """Candidates from the calibration split: a predictor fitted on all rows, and what it does on rows it was not fitted on.
 
 The second is what may be judged: parameters fitted on four fifths decide the other fifth, five times (cross-fitting),
-so that a candidate that only learned the noise of the split does not look better than it is. Nothing here decides.
+so that a candidate that only learned the noise of the split does not look better than it is. What stands is judged in the same way
+where it was fitted to these rows (`fit_again`). Nothing here decides.
 Measured: thresholds fitted to pure noise pass a test at 0.1 in about 0.12 of the splits, since the folds share rows.
 """
 
@@ -13,15 +14,30 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multistep.metrics import Scored, TaskLike
-from multistep.predictors import Predictor
+from multistep.metrics.power import FEWEST_ROWS
+from multistep.predictors import (
+    Affine,
+    Blend,
+    Cascade,
+    Conformal,
+    Costs,
+    Isotonic,
+    Predictor,
+    Single,
+    Temperature,
+    Thresholds,
+    Vector,
+)
 from multistep.predictors.affine import fit_affine
 from multistep.predictors.base import Logits
 from multistep.predictors.blend import fit_blend
+from multistep.predictors.cascade import fit_cascade
+from multistep.predictors.isotonic import fit_isotonic
 from multistep.predictors.temperature import fit_temperature
 from multistep.predictors.thresholds import fit_thresholds
+from multistep.predictors.vector import fit_vector
 
 FOLDS = 5
-FEWEST_ROWS = 20  # below this nothing is fitted
 
 Fit = Callable[[Logits, np.ndarray], Predictor | None]
 
@@ -134,3 +150,53 @@ def fitted_numbers(task: TaskLike, predictor: Predictor) -> dict[str, Any]:
         moved = {label: v for label, v in zip(task.labels, predictor.offsets, strict=True) if v != neutral}
         return {"moved": len(moved), "farthest": max(moved.items(), key=lambda m: abs(m[1] - neutral), default=None)}
     return {}
+
+
+# ---------------------------------------------------------------------------------------------- what stands
+
+
+def fit_again(
+    task: TaskLike, predictor: Predictor, logits: Logits, targets: np.ndarray, metric: str, seed: int
+) -> Predictor:
+    """A predictor of the same make, its numbers fitted to these rows in place of those that it has. What was not fitted to rows stays: its
+    models, prices, the share that a cascade asks again. `metric`: the one that its thresholds serve; they stay where it has no use for
+    any. A promise is left out: it rests on rows of its own."""
+
+    def again(inner: Predictor) -> Predictor:
+        return fit_again(task, inner, logits, targets, metric, seed)
+
+    match predictor:
+        case Single():
+            return predictor
+        case Conformal():
+            return again(predictor.inner)
+        case Costs():
+            return Costs(inner=again(predictor.inner), matrix=predictor.matrix)
+        case Temperature():
+            inner = again(predictor.inner)
+            return fit_temperature(task, inner, logits, targets) or inner
+        case Vector():
+            inner = again(predictor.inner)
+            return fit_vector(task, inner, logits, targets) or inner
+        case Isotonic():
+            inner = again(predictor.inner)
+            return fit_isotonic(task, inner, logits, targets) or inner
+        case Affine():
+            inner = again(predictor.inner)
+            return fit_affine(task, inner, logits, targets) or inner
+        case Thresholds():
+            inner = again(predictor.inner)
+            found = fit_thresholds(task, inner, logits, targets, metric, seed)
+            return found or Thresholds(inner=inner, offsets=predictor.offsets)
+        case Blend():
+            return fit_blend(task, [again(m) for m in predictor.members], logits, targets)
+        case Cascade():
+            share = predictor.share(task, logits)
+            return fit_cascade(task, again(predictor.first), again(predictor.second), logits, share)
+
+
+def is_fitted(predictor: Predictor) -> bool:
+    """Whether any of its numbers come from rows, those of a promise aside."""
+    if predictor.kind == "conformal" or predictor.kind == "costs":
+        return is_fitted(predictor.inner)
+    return predictor.kind != "single"

@@ -11,13 +11,14 @@ import numpy as np
 from pydantic import Field
 
 from multistep.metrics import METRICS, Scored, TaskLike, check_metric
+from multistep.metrics.power import FEWEST_ROWS
 from multistep.predictors import Predictor, Single
 from multistep.predictors.affine import fit_affine
 from multistep.predictors.base import Logits
 from multistep.predictors.blend import fit_blend
 from multistep.predictors.cascade import fit_cascade
 from multistep.predictors.costs import Costs
-from multistep.predictors.fit import FEWEST_ROWS, Candidate, cross_fitted, fitted_numbers
+from multistep.predictors.fit import Candidate, cross_fitted, fitted_numbers
 from multistep.predictors.isotonic import fit_isotonic
 from multistep.predictors.temperature import fit_temperature
 from multistep.predictors.thresholds import fit_thresholds
@@ -97,8 +98,9 @@ def _calibrated(
             return fit_affine(task, inner, logits, targets)
 
 
-def recipe_of(predictor: Predictor) -> Recipe | None:
-    """How a predictor was made, as far as a recipe can say it: None for blends of blends and cascades of cascades."""
+def recipe_of(predictor: Predictor, task: TaskLike, logits: Logits) -> Recipe | None:
+    """How a predictor was made, as far as a recipe can say it: None for blends of blends and cascades of cascades. What share a cascade
+    asks again is counted on these rows."""
     decision, costs = "likeliest", None
     if predictor.kind == "conformal":
         predictor = predictor.inner
@@ -107,10 +109,11 @@ def recipe_of(predictor: Predictor) -> Recipe | None:
     elif predictor.kind == "costs":
         decision, costs, predictor = "costs", predictor.matrix, predictor.inner
     if predictor.kind == "cascade":
-        first, inner = recipe_of(predictor.first), recipe_of(predictor.second)
+        first, inner = (recipe_of(member, task, logits) for member in (predictor.first, predictor.second))
         if first is None or inner is None or len(first.models) != 1 or inner.first is not None:
             return None
-        return inner.with_(first=first.models[0], decision=decision, costs=costs)
+        again = predictor.share(task, logits)
+        return inner.with_(first=first.models[0], again=again, decision=decision, costs=costs)
     calibration = "none"
     if predictor.kind == "temperature" or predictor.kind == "vector" or predictor.kind == "isotonic":
         calibration, predictor = predictor.kind, predictor.inner

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from multistep.report.html import Html, bullets, folded, join, table, tag
-from multistep.report.policy import against, over
+from multistep.report.policy import again, against, over
 from multistep.report.words import number, plus_minus
 
 
@@ -21,6 +21,7 @@ def prediction(policy: Mapping[str, Any]) -> Html:
         said.append(f"{pick} stays: nothing else was admitted.{over(limit, entries, pick)}")
     else:
         said += [f"{pick} takes the place of {before}: {policy['rule']}.", *against(metric, entries, pick, before)]
+    said += again(entries, before)
     refused = [f"{r['name']}: {r['why']}" for r in policy.get("refused") or []]
     names = [e["name"] for e in entries]
     rows = [_row(e, metric, policy) for e in entries]

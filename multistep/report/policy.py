@@ -25,6 +25,7 @@ def explain_policy(policy: Mapping[str, Any]) -> str:
     else:
         lines.append(f"{pick} takes the place of {before}: {policy['rule']}.")
         lines += against(metric, entries, pick, before)
+    lines += again(entries, before)
     parts = ["\n".join(lines), _table(metric, entries, policy)]
     if serving := policy.get("serving"):
         speeds = ", ".join(f"{number(v)} ({k})" for k, v in serving.get("texts_s", {}).items())
@@ -46,6 +47,16 @@ def against(metric: str, entries: Sequence[Mapping[str, Any]], pick: str, before
     cost = number(new["latency"]["mean"] / old["latency"]["mean"], 3) if old["latency"]["mean"] else "-"
     values = " before, ".join(plus_minus(*e["metrics"][metric]) for e in (old, new))
     return [f"{metric} {values} now; a request takes {cost} of the time, on average."]
+
+
+def again(entries: Sequence[Mapping[str, Any]], before: str) -> list[str]:
+    """That what stood before was judged with numbers other than those it has, where it was."""
+    found = next((e for e in entries if e["name"] == before), {})
+    if not (found.get("facts") or {}).get("out_of_fold"):
+        return []
+    return [
+        f"{before} may have been fitted to these rows: it was judged out of fold, as all others, its numbers fitted again each time."
+    ]
 
 
 def over(limit: Mapping[str, Any] | None, entries: Sequence[Mapping[str, Any]], pick: str) -> str:

@@ -18,19 +18,19 @@ from multistep import engines
 from multistep.budget import Clock
 from multistep.controllers.answering import CHEAPER, AnsweringProblem
 from multistep.evaluate import Engine, TextModel
-from multistep.metrics import METRICS, Scored, compare, judge, measure
-from multistep.metrics.measure import stderr_of
-from multistep.metrics.verdicts import better, large_gain, looked, paired_t
+from multistep.metrics import Scored
+from multistep.metrics.verdicts import looked
 from multistep.policy import Entry, Latency, Policy, admit, front, one_by_one, side_by_side
 from multistep.predictors import Predictor, Single, predict
+from multistep.predictors.base import Logits
 from multistep.predictors.conformal import fit_conformal
-from multistep.predictors.costs import cost_N
-from multistep.predictors.fit import baseline
+from multistep.predictors.fit import baseline, cross_fitted, fit_again, is_fitted
 from multistep.predictors.recipe import Recipe, prepare, recipe_of
 from multistep.standing import Stood, answers
 from multistep.strategy import Profile, Promise, Serving, Trial, TryRecipe
+from multistep.tune.quality import Quality
 from multistep.tune.segment import Record
-from multistep.types import Comparison, Cost, Looked, MetricValue, Outcome, Verdict, Wanted
+from multistep.types import Cost, Looked, Outcome, Verdict, Wanted
 
 LATENCY_SHARE = 0.01  # of the budget: timing single requests ends after it, with 20 at least
 TIMED = 200  # requests at most
@@ -72,12 +72,22 @@ class Rows:
     words: str
 
 
+class Before(NamedTuple):
+    """What made the predictor that stands before the tuning: the metric that its thresholds serve, the rows that it was fitted to, in words;
+    `seen`: those here, the ones set aside included, are or may be among them."""
+
+    metric: str
+    data: str
+    seen: bool
+
+
 class Answering:
-    """The bench of tuning how a run answers. `rows`: to fit and judge on; `aside`: for the promise alone."""
+    """The bench of tuning how a run answers. `rows`: to fit and judge on; `aside`: for the promise alone; `before`: how what stands came to
+    be."""
 
     def __init__(
         self, models: Models, problem: AnsweringProblem, rows: Rows, aside: Rows | None, clock: Clock, stop: Callable[[], int],
-        ship: Ship, machine: Mapping[str, Any],
+        ship: Ship, machine: Mapping[str, Any], before: Before,
     ):  # fmt: skip
         self.models, self.problem, self.rows, self.aside, self.clock, self.stop = (
             models,
@@ -87,7 +97,7 @@ class Answering:
             clock,
             stop,
         )
-        self.machine = dict(machine)
+        self.machine, self.before = dict(machine), before
         self.stood = Stood()
         self.quality = Quality(problem)
         self.serving: dict[str, Any] = {}
@@ -118,12 +128,6 @@ class Answering:
     @property
     def incumbent(self) -> Entry:
         return self.stood.entry
-
-    def _best(self) -> Entry:
-        """Of what has stood, what was best."""
-        sign, entries = (1.0 if self.quality.higher_is_better else -1.0), self.stood.entries
-        stood = [entries[0], *(e for e in entries[1:] if e.name in self.stood.stood)]
-        return max(stood, key=lambda e: sign * e.metrics[self.quality.name].value)
 
     def standing(self) -> dict[str, Any] | None:
         return self.stood.incumbent
@@ -164,9 +168,12 @@ class Answering:
                 found.append({"name": name, "runtime": runtime, "ms": self._model_ms("encoder", runtime)})
             else:
                 refused.append({"name": name, "why": agreement.words})
-        scored = baseline(p.task, p.default, self._outputs(p.default.models(), p.engine), self.rows.targets)
-        recipe = recipe_of(p.default)
-        facts = {} if recipe is None else {"recipe": recipe.model_dump(mode="json")}
+        scored = self._as_it_stands()
+        recipe = recipe_of(p.default, p.task, self._outputs(p.default.models(), p.engine))
+        fitted = {"for": self.before.metric, "to": self.before.data}
+        facts: dict[str, Any] = {"fitted": fitted, "out_of_fold": self.before.seen and is_fitted(p.default)}
+        if recipe is not None:
+            facts["recipe"] = recipe.model_dump(mode="json")
         entry = self._entry("as it stands", as_it_is, scored, latency, facts)
         return Outcome(
             state=entry.name, metrics=entry.metrics, cost=_wall(started),
@@ -186,14 +193,23 @@ class Answering:
         new = Standing(found.predictor, engine if _encodes(action.recipe) else {})
         old = Standing(_PREDICTOR.validate_python(now.predictor), now.engine)
         latency, now_takes = side_by_side(self._answer(new), self._answer(old), self._requests(), self._seconds())
-        quality, compared = self.quality.judged(found.scored, self._known(now), trial.alpha)
-        best = self._best()
-        anchor = None if best.name == now.name else self.quality.judged(found.scored, self._known(best), trial.alpha)[1]
-        verdict = admit(quality, compared, latency, now_takes, p.limit, anchor, trial.stage in CHEAPER)
-        made = {**found.facts, "recipe": action.recipe.model_dump(mode="json")}
+        verdict = self._verdict(trial, found.scored, latency, now_takes, agreed=bool(action.engine))
+        fitted = {"for": self.quality.fitted_for, "to": self.rows.words}
+        made = {**found.facts, "recipe": action.recipe.model_dump(mode="json"), "fitted": fitted}
         entry = self._entry(_name(action.recipe, new.engine), new, found.scored, latency, made)
         facts = {"entry": entry.model_dump(mode="json"), "ms": latency.mean, "beside_ms": now_takes.mean}
         return Outcome(state=entry.name, metrics=entry.metrics, verdict=verdict, cost=_wall(started), facts=facts)
+
+    def _verdict(self, trial: Trial, new: Scored, latency: Latency, now_takes: Latency, agreed: bool) -> Verdict:
+        """`agreed`: it is what stands on another engine, which was found to give the same. Of all else that they agree on a few rows says
+        little."""
+        q, limit, now = self.quality, self.problem.limit, self.incumbent
+        best, anchor = self.stood.best(q.name, q.higher_is_better, limit), None
+        if best.name != now.name:
+            anchor = q.compared(new, self._known(best), not agreed)
+        quality, compared = q.judged(new, self._known(now), trial.alpha), q.compared(new, self._known(now), not agreed)
+        made_up = q.right_or_wrong and not agreed
+        return admit(quality, compared, latency, now_takes, limit, anchor, trial.stage in CHEAPER, made_up)
 
     def _looked(self, action: TryRecipe, outputs: Mapping[str, np.ndarray], started: float) -> Outcome:
         """What it is worth on a part of the rows: a search drops it or looks at more of them."""
@@ -212,17 +228,22 @@ class Answering:
         started, p, now = time.monotonic(), self.problem, self.incumbent
         assert self.aside is not None, "a promise needs rows set aside for it"
         inner = _PREDICTOR.validate_python(now.predictor)
+        fitted, note = now.facts.get("fitted"), ""
+        outputs = self._outputs(inner.models(), now.engine)
+        if now.name == self.stood.entries[0].name and self.before.seen and is_fitted(inner):
+            inner = self._fitted_again(outputs, self.rows.targets)  # it was fitted to the rows set aside too
+            fitted = {"for": self.before.metric, "to": self.rows.words}
+            note = ", without which its numbers were fitted again"
         aside = {m: self._model(m, now.engine).logits(self.aside.texts) for m in inner.models()}
         found = fit_conformal(p.task, inner, aside, self.aside.targets, action.coverage)
-        among_NK = found.candidates(p.task, found.combine(p.task, self._outputs(inner.models(), now.engine)))
-        sizes = among_NK.sum(axis=1)
+        sizes = found.candidates(p.task, found.combine(p.task, outputs)).sum(axis=1)
         facts = {
-            "coverage": action.coverage, "rests_on": found.rows, "withheld": float((sizes != 1).mean()),
-            "candidates": float(sizes.mean()), "recipe": now.facts.get("recipe"),
+            "coverage": action.coverage, "rests_on": found.rows, "withheld": float((sizes != 1).mean()), "candidates": float(sizes.mean()),
+            "fitted_again": bool(note), "recipe": now.facts.get("recipe"), "fitted": fitted,
         }  # fmt: skip
         yield "Noted", {"trial": trial.id, "what": "promised", "facts": facts}
         rule = (
-            f"asked for: on {found.rows} rows set aside; it withholds {facts['withheld']:.1%} of the answers, "
+            f"asked for: on {found.rows} rows set aside{note}; it withholds {facts['withheld']:.1%} of the answers, "
             f"{facts['candidates']:.2f} candidates a row"
         )
         new = Standing(found, now.engine)
@@ -233,22 +254,31 @@ class Answering:
         )  # fmt: skip
 
     def _serving(self, trial: Trial) -> Run:
-        """Texts a second of what stands; the fewest texts together, and the fewest threads, that are within a tenth of the best."""
-        started, now = time.monotonic(), self.incumbent
-        texts, found = self.rows.texts[:TOGETHER], {}
+        """Texts a second of what stands; the fewest texts together, and the fewest threads, that are within a tenth of the best. Of the
+        numbers of threads that keep the limit for a request alone, or else of the one that comes nearest."""
+        started, now, limit = time.monotonic(), self.incumbent, self.problem.limit
+        predictor = _PREDICTOR.validate_python(now.predictor)
+        texts, found, alone_ms = self.rows.texts[:TOGETHER], {}, dict[int, float]()
         for threads in sorted({1, max(1, int(self.machine.get("cores") or 1))}):
-            predictor = _PREDICTOR.validate_python(now.predictor)
             engine = {**now.engine, "threads": threads} if now.engine else {}
             models = {m: self._model(m, engine) for m in predictor.models()}
+            if limit is not None:
+                alone_ms[threads] = getattr(self._alone(predictor, Engine(models, threads)), limit.statistic)
             for batch in BATCHES:
                 runner, begun = Engine(models, threads, batch), time.perf_counter()
                 for at in range(0, len(texts), batch):
                     predict(self.problem.task, predictor, runner, texts[at : at + batch])
                 found[threads, batch] = len(texts) / (time.perf_counter() - begun)
-        best = max(found.values())
-        threads, batch = min(pair for pair, speed in found.items() if speed >= 0.9 * best)
+        allowed = found
+        if limit is not None:
+            most = max(limit.ms, min(alone_ms.values()))
+            allowed = {pair: speed for pair, speed in found.items() if alone_ms[pair[0]] <= most}
+        best = max(allowed.values())
+        threads, batch = min(pair for pair, speed in allowed.items() if speed >= 0.9 * best)
         told = {f"{t} threads, {b} together": round(s, 1) for (t, b), s in found.items()}
         serving = {"threads": threads, "batch": batch, "texts_s": told}
+        if limit is not None:
+            serving["alone_ms"] = {f"{t} threads": round(ms, 3) for t, ms in alone_ms.items()}
         yield "Noted", {"trial": trial.id, "what": "served", "facts": serving}
         return Outcome(cost=_wall(started), facts={"serving": serving})
 
@@ -268,16 +298,30 @@ class Answering:
     def _known(self, entry: Entry) -> Scored:
         """What an entry does on the judged rows; of one that an earlier process tried, made again as it was made then."""
         if entry.name not in self._scored:
-            predictor, p = _PREDICTOR.validate_python(entry.predictor), self.problem
-            outputs, found = self._outputs(predictor.models(), entry.engine), None
-            if entry.name != self.stood.entries[0].name and (recipe := entry.facts.get("recipe")) is not None:
-                found = prepare(
-                    Recipe.parse(recipe), p.task, outputs, self.rows.targets, self.quality.fitted_for, p.seed
-                )
-            self._scored[entry.name] = (
-                found.scored if found is not None else baseline(p.task, predictor, outputs, self.rows.targets)
-            )
+            self._scored[entry.name] = self._judged_again(entry)
         return self._scored[entry.name]
+
+    def _judged_again(self, entry: Entry) -> Scored:
+        if entry.name == self.stood.entries[0].name:
+            return self._as_it_stands()
+        predictor, p = _PREDICTOR.validate_python(entry.predictor), self.problem
+        outputs, found = self._outputs(predictor.models(), entry.engine), None
+        if (recipe := entry.facts.get("recipe")) is not None:
+            found = prepare(Recipe.parse(recipe), p.task, outputs, self.rows.targets, self.quality.fitted_for, p.seed)
+        return found.scored if found is not None else baseline(p.task, predictor, outputs, self.rows.targets)
+
+    def _as_it_stands(self) -> Scored:
+        """What stood before, on the judged rows: as it is, or where it may have been fitted to them out of fold, as all candidates are."""
+        p, targets = self.problem, self.rows.targets
+        outputs, scored = self._outputs(p.default.models(), p.engine), None
+        if self.before.seen and all(np.isfinite(z).all() for z in outputs.values()):
+            scored = cross_fitted(p.task, self._fitted_again, outputs, targets, p.seed)
+        return baseline(p.task, p.default, outputs, targets) if scored is None else scored
+
+    def _fitted_again(self, outputs: Logits, targets: np.ndarray) -> Predictor:
+        """What stood before, its numbers fitted to these rows alone."""
+        p = self.problem
+        return fit_again(p.task, p.default, outputs, targets, self.before.metric, p.seed)
 
     def _entry(
         self, name: str, standing: Standing, scored: Scored, latency: Latency, facts: Mapping[str, Any]
@@ -294,6 +338,11 @@ class Answering:
         engine = Engine(models)
         return lambda text: predict(self.problem.task, standing.predictor, engine, [text])
 
+    def _alone(self, predictor: Predictor, engine: Engine) -> Latency:
+        return one_by_one(
+            lambda text: predict(self.problem.task, predictor, engine, [text]), self._requests(), self._seconds()
+        )
+
     def _model_ms(self, name: str, engine: Mapping[str, Any]) -> float:
         alone = self._answer(Standing(Single(model=name), dict(engine)))
         return one_by_one(alone, self._requests(), self._seconds()).mean
@@ -303,39 +352,6 @@ class Answering:
 
     def _seconds(self) -> float:
         return LATENCY_SHARE * self.problem.budget
-
-
-class Quality:
-    """What answers are judged by: a metric, or what they cost."""
-
-    def __init__(self, problem: AnsweringProblem):
-        self.problem = problem
-        self.name = "cost" if problem.costs is not None else problem.metric
-        self.higher_is_better = problem.costs is None and METRICS[problem.metric].higher_is_better
-        self.fitted_for = problem.task.default_metric if problem.costs is not None else problem.metric
-
-    def measured(self, scored: Scored) -> dict[str, MetricValue]:
-        p = self.problem
-        names = tuple(dict.fromkeys([self.fitted_for, *p.task.metrics]))
-        found = measure(names, p.task, scored, seed=p.seed)
-        if p.costs is not None:
-            costs = cost_N(p.costs, scored.targets, scored.decisions)
-            found = {"cost": MetricValue(float(costs.mean()), stderr_of(costs)), **found}
-        return found
-
-    def judged(self, candidate: Scored, incumbent: Scored, alpha: float) -> tuple[Verdict, Comparison]:
-        """The paired verdict on quality, and the comparison on the metric."""
-        p = self.problem
-        if p.costs is None:
-            found = judge(p.metric, p.task, candidate, incumbent, p.seed, alpha)
-            return found, compare(p.metric, p.task, candidate, incumbent, p.seed)
-        new, old = (cost_N(p.costs, s.targets, s.decisions) for s in (candidate, incumbent))
-        gain, stderr, n = float((old - new).mean()), stderr_of(old - new), len(old)
-        compared = Comparison(
-            metric="cost", candidate=float(new.mean()), incumbent=float(old.mean()), difference=gain, stderr=stderr,
-            p=paired_t(gain, stderr, n), n=n, test="t",
-        )  # fmt: skip
-        return better((compared,), alpha, large_gain(compared)), compared
 
 
 def _encodes(recipe: Recipe) -> bool:

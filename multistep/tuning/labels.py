@@ -19,26 +19,30 @@ from multistep.bundle import Bundle, shortened, write_bundle
 from multistep.controllers.answering import AnsweringProblem
 from multistep.data import Columns, Dataset, read_labelled
 from multistep.data import load as load_data
+from multistep.data.split import normalised
 from multistep.engines import Runtime
 from multistep.evaluate import EncoderText, TextModel
 from multistep.metrics import check_metric
+from multistep.metrics.power import FEWEST_ROWS
 from multistep.policy import Limit, Policy
 from multistep.predictors.costs import read_costs
+from multistep.predictors.fit import is_fitted
 from multistep.report.card import with_section
 from multistep.report.policy import explain_policy
 from multistep.report.progress import Progress
 from multistep.session import check_same_data, controller_of, left, machine_facts, signals
 from multistep.strategy import Trial
 from multistep.tune.actions import Bench
-from multistep.tune.answering import Answering, Rows, Standing
+from multistep.tune.answering import Answering, Before, Rows, Standing
 from multistep.tune.text import TextWorks
 from multistep.tune.workbench import Workbench
-from multistep.tuning.common import FILE, LEAST, TUNED, config_of, driven, opened
+from multistep.tuning.common import FILE, TUNED, config_of, driven, opened
 from multistep.types import Example, Interrupted, Outcome, UserError
 
 LENGTHS = (16, 32, 64, 128)
 LONGER = 0.05  # of the texts that have to be longer than a length for it to be tried
 ASIDE = 1 / 3  # of the rows, for a promise
+OWN = "the run's own calibration half"
 
 
 def tune_labels(
@@ -65,6 +69,13 @@ def tune_labels(
     check_same_data(config.data, dataset.fingerprint, past)
     models = RunModels(Workbench(config, dataset, task, run_dir), past)
     rows, aside = _judged(dataset, models.work, bundle, data, coverage, config.seed)
+    texts, fitted = (*rows.texts, *(aside.texts if aside is not None else ())), _fitted(bundle.info)
+    fits = is_fitted(bundle.predictor) and _before(fitted, dataset, data, texts).seen
+    if aside is not None and fits and len(rows.texts) < FEWEST_ROWS:
+        raise UserError(
+            f"coverage: {len(rows.texts)} rows are left beside the third that is set aside for it, too few (< {FEWEST_ROWS}) to fit again "
+            "what stands, which may have been fitted to all of them. Give more rows with --data."
+        )
     settings = {
         "metric": metric, "limit": None if limit is None else limit.model_dump(mode="json"), "data": rows.words,
         "fingerprint": _fingerprint(rows), "states": models.states, "costs": matrix and [list(row) for row in matrix],
@@ -72,10 +83,11 @@ def tune_labels(
     }  # fmt: skip
     facts = {
         "default": bundle.predictor, "engine": (bundle.info.get("engine") or {}).get("encoder") or {},
-        "machine": machine_facts(models.work.device),
+        "fitted": fitted, "machine": machine_facts(models.work.device),
     }  # fmt: skip
     book, lived, clock = opened(run_dir / FILE, settings, budget, facts)
     started = lived[0]
+    before = _before(started["fitted"], dataset, data, texts)
     problem = AnsweringProblem.parse(
         {
             "task": task.model_dump(), "metric": "cost" if matrix is not None else metric, "models": models.names(rows.texts),
@@ -94,7 +106,7 @@ def tune_labels(
 
             models.work.watch = watch
             works = Answering(
-                models, problem, rows, aside, clock, stop, models.ship_into(run_dir, bundle), started["machine"]
+                models, problem, rows, aside, clock, stop, models.ship_into(run_dir, bundle), started["machine"], before
             )
             script = controller_of(problem, "", book, clock, lived)
             return driven(works, script, book, lived, works.quality.name, progress)
@@ -195,18 +207,18 @@ def _judged(
 ) -> tuple[Rows, Rows | None]:
     """The rows that decide, and those that a promise rests on. Of a file those that are in the run's train or test are left out."""
     examples: list[Example] = list(dataset.calibration)
-    words = "the run's own calibration half"
+    words = OWN
     if data is not None:
         found = read_labelled(data, Columns.parse(bundle.info["columns"], "columns"), work.task.kind)
-        known = {" ".join(e.text.split()) for split in (dataset.train, dataset.test) for e in split}
-        examples = [e for e in found if " ".join(e.text.split()) not in known]
+        known = {normalised(e.text) for split in (dataset.train, dataset.test) for e in split}
+        examples = [e for e in found if normalised(e.text) not in known]
         words = f"{Path(data).name}, neither train nor test"
         if left_out := len(found) - len(examples):
             words += f"; {left_out:,} rows that are there too were left out"
-    if len(examples) < LEAST:
+    if len(examples) < FEWEST_ROWS:
         raise UserError(
-            f"{data or 'calibration half'}: {len(examples)} rows that are neither train nor test. At least {LEAST} are needed to "
-            "judge; give a labelled file with --data."
+            f"{data or 'calibration half'}: {len(examples)} rows that are neither train nor test. "
+            f"At least {FEWEST_ROWS} are needed to judge; give a labelled file with --data."
         )
     order = np.random.default_rng(seed).permutation(len(examples))
     mixed = [examples[i] for i in order]
@@ -216,6 +228,20 @@ def _judged(
         return Rows([e.text for e in part], work.task.encode([e.label for e in part]), words)
 
     return rows(mixed[count:]), rows(mixed[:count]) if count else None
+
+
+def _fitted(info: Mapping[str, Any]) -> dict[str, str]:
+    """What the predictor of a bundle was fitted for and to, in words: by the run itself, or by the tuning whose pick it is."""
+    policy = info.get("policy") or {}
+    picked: Any = next((e for e in policy.get("entries", ()) if e["name"] == policy["pick"]), {})
+    return picked.get("facts", {}).get("fitted") or {"for": info["metric"], "to": OWN}
+
+
+def _before(fitted: Mapping[str, str], dataset: Dataset, data: str | None, texts: Sequence[str]) -> Before:
+    """How what stands came to be. Of rows that another tuning fitted to nothing is known but their file: they may be among any."""
+    own = {normalised(e.text) for e in dataset.calibration}
+    seen = data is None or fitted["to"] != OWN or any(normalised(text) in own for text in texts)
+    return Before(fitted["for"], fitted["to"], seen)
 
 
 def _fingerprint(rows: Rows) -> str:
