@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from multistep import journal
 from multistep.budget import Clock, parse_budget
 from multistep.controllers.decoding import DecodingProblem, tuning
 from multistep.controllers.script import Scripted
@@ -77,6 +78,8 @@ def test_votes_win_where_right_answers_agree(tmp_path: Path, monkeypatch: pytest
         Guesses(), problem, records, "sums", clock, lambda: 0, lambda way, engine, policy: shipped.append(way)  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
     list(tune(works, Scripted(tuning(problem)), Journal(tmp_path / "tuning.jsonl"), []))
+    told = [r["outcome"]["verdict"] for r in journal.read(tmp_path / "tuning.jsonl") if r["kind"] == "Told"]
+    assert all(v["by"]["made_up"] for v in told if v), "answers are right or wrong: a few that agree are no certainty"
     policy = works.policy()
     vote = next(e for e in policy.entries if e.predictor["kind"] == "vote")
     assert vote.metrics["numbers"].value > policy.entry(policy.default).metrics["numbers"].value + 0.1

@@ -27,7 +27,7 @@ def problem(**more: Any) -> DecodingProblem:
     return DecodingProblem(**settings)
 
 
-def drive(p: DecodingProblem, second_s: float = 1.0) -> tuple[list[Trial], list[Skip]]:
+def drive(p: DecodingProblem, second_s: float = 1.0, judged: int = 100) -> tuple[list[Trial], list[Skip]]:
     """Every text costs a second and makes BLEU better by the logarithm of their number; more than 8 are refused."""
     controller, trials, skips, left = Scripted(tuning(p)), [], [], p.budget
     while (ask := controller.ask()) is not None:
@@ -37,7 +37,7 @@ def drive(p: DecodingProblem, second_s: float = 1.0) -> tuple[list[Trial], list[
             continue
         trials.append(ask)
         way = p.default if isinstance(ask.action, Profile) else ask.action.way  # pyright: ignore[reportAttributeAccessIssue]
-        cost, facts = second_s * texts(way), {"ms": 10.0 * texts(way)}
+        cost, facts = second_s * texts(way), {"ms": 10.0 * texts(way), "judged": judged}
         left -= cost
         metrics = {p.metric: MetricValue(30 + texts(way) / 10, 0.1)}
         compared = Comparison(metric=p.metric, candidate=30, incumbent=30, difference=0.1, stderr=0.1, p=0.2, n=100)
@@ -110,6 +110,14 @@ def test_every_controller_searches_ways_to_write(controller: str) -> None:
 def test_no_search_begins_what_it_cannot_pay(controller: str) -> None:
     trials, skips = drive(problem(controller=controller, budget=30.0), second_s=2.0)
     assert skips and sum(2.0 * texts(t.action.way) for t in trials if isinstance(t.action, TryWay)) <= 60
+
+
+@pytest.mark.parametrize("controller", ["staged", *CHOOSERS])
+def test_few_records_decide_nothing(controller: str) -> None:
+    trials, skips = drive(problem(controller=controller), judged=20)
+    assert [type(t.action) for t in trials] == [Profile]
+    assert [s.why for s in skips] == ["all: 20 records are too few to decide on (< 21)"]
+    assert not drive(problem(controller=controller), judged=21)[1]
 
 
 def test_it_replays() -> None:

@@ -257,6 +257,39 @@ def test_a_file_may_judge_but_not_with_rows_of_train_or_test(wild: Path, tmp_pat
         tuned(wild, data=str(path))
 
 
+def test_a_source_of_train_is_left_out_whatever_its_answer(wild: Path, tmp_path: Path) -> None:
+    from multistep.data.records import load_language
+
+    own, path = load_language(_data(wild), task="translate", seed=0), tmp_path / "more.jsonl"
+    new = [*own.calibration, *own.control][:30]
+    rows = [{"source": r.source, "target": r.targets[0]} for r in new]
+    rows += [{"source": r.source.upper(), "target": "another answer"} for r in (*own.train[:5], *own.test[:2])]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    policy = tuned(wild, data=str(path), budget=parse_budget("1s"))
+    assert policy.rows == 30 and policy.data.endswith("; 7 rows that are there too were left out")
+
+
+def test_small_losses_do_not_add_up(wild: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is a little worse than what stands is compared with the best that has stood too."""
+    from multistep.policy import Latency
+    from multistep.tune import decoding as works
+
+    asked: list[tuple[str, str | None]] = []
+    real = works.admit
+
+    def admit(better: Any, compared: Any, new: Latency, old: Latency, limit: Any, best: Any, *rest: Any) -> Any:
+        asked.append((f"{compared.incumbent:.6f}", best and f"{best.incumbent:.6f}"))
+        found = real(better, compared, new, old, limit, best, *rest)
+        return found.with_(accept=len(asked) < 3)  # the first two are taken, whatever they are worth
+
+    monkeypatch.setattr(works, "admit", admit)
+    policy = tuned(wild)
+    values = [f"{e.metrics['chrf'].value:.6f}" for e in policy.entries]
+    best = max(values[:3], key=float)
+    assert asked[0] == (values[0], None) and len(asked) > 2
+    assert all(a == (values[2], None if best == values[2] else best) for a in asked[2:])
+
+
 def test_data_that_changed_are_refused(translated: Path, tmp_path: Path) -> None:
     out, data = tmp_path / "run", tmp_path / "pairs.jsonl"
     shutil.copytree(translated / "run", out)

@@ -15,6 +15,7 @@ from pydantic import Field
 from multistep.controllers.choices import CHOOSERS, Proposals
 from multistep.controllers.script import BasePlan, Does, Skip, Steps
 from multistep.controllers.ways import Family, Space, limits_of, neighbours, suggested
+from multistep.metrics.power import FEWEST_ROWS
 from multistep.metrics.texts import LANGUAGE_METRICS
 from multistep.policy import Limit
 from multistep.predictors.best_of import BestOf
@@ -72,6 +73,7 @@ class _Plan(BasePlan):
         self.sign = 1.0 if LANGUAGE_METRICS[problem.metric].higher_is_better else -1.0
         self.known: dict[str, float | None] = {}  # name -> quality, higher is better; None: refused
         self.seed = problem.seed
+        self.judged = 0  # records
         self._text_s = 0.0  # what stands takes for a trial, as if it followed one text
         self._factor: dict[bool, float] = {}  # what the last draws and what the last others took, of what was thought
 
@@ -80,6 +82,7 @@ class _Plan(BasePlan):
         self.engine, self.way = standing.get("engine") or {}, standing.get("decoding")
         if isinstance(action, Profile):
             self.engines = outcome.facts.get("engines", [])
+            self.judged = int(outcome.facts["judged"])
             self._text_s = outcome.cost.wall_s / _work(self.problem.default)
             self.known[words(self.problem.default)] = self._quality(outcome)
         elif isinstance(action, TryWay):
@@ -200,6 +203,9 @@ def tuning(problem: DecodingProblem) -> Steps:
     """The whole script."""
     plan = _Plan(problem)
     yield from plan.trial("measure", Profile(), "what stands: its metric and the latency of a request")
+    if plan.judged < FEWEST_ROWS:
+        yield Skip(stage="ladder", why=f"all: {plan.judged} records are too few to decide on (< {FEWEST_ROWS})")
+        return
     if problem.controller != "staged":
         yield from CHOOSERS[problem.controller](plan)
         return

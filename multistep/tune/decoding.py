@@ -182,11 +182,15 @@ class LanguagePrediction:
         )  # fmt: skip
 
     def _verdict(self, way: Way, engine: dict[str, Any], latency: Latency, trial: Trial) -> Verdict:
-        metric, seed, now = self.problem.metric, self.problem.seed, self.incumbent
+        metric, seed, limit, now = self.problem.metric, self.problem.seed, self.problem.limit, self.incumbent
         new_NS, old_NS = self._statistics(way, engine), self._statistics(read_way(now.predictor), now.engine)
         better = judge_rows(metric, new_NS, old_NS, seed, trial.alpha)
         compared, saves = compare_rows(metric, new_NS, old_NS, seed), trial.stage in CHEAPER
-        return admit(better, compared, latency, now.latency, self.problem.limit, saves=saves)
+        best, anchor = self.stood.best(metric, LANGUAGE_METRICS[metric].higher_is_better, limit), None
+        if best.name != now.name:
+            anchor = compare_rows(metric, new_NS, self._statistics(read_way(best.predictor), best.engine), seed)
+        made_up = LANGUAGE_METRICS[metric].zero_one and not saves  # an engine was found to write the same
+        return admit(better, compared, latency, now.latency, limit, anchor, saves, made_up)
 
     def _outcome(
         self, way: Way, engine: dict[str, Any], latency: Latency, verdict: Verdict | None, started: float

@@ -18,7 +18,6 @@ from multistep.tune import Works, tune
 from multistep.types import UserError
 
 FILE = "tuning.jsonl"
-LEAST = 20  # rows or records to judge with
 TUNED = "How it predicts"  # the card's section
 
 

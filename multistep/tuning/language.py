@@ -20,9 +20,11 @@ from multistep.bundle import load_bundle
 from multistep.controllers.decoding import DecodingProblem
 from multistep.data.cells import Record
 from multistep.data.records import LanguageData, load_language, read_records
+from multistep.data.split import normalised
 from multistep.engines import Runtime
 from multistep.examples import Examples
 from multistep.language_bundle import LanguageBundle, rewrite_decoding
+from multistep.metrics.power import FEWEST_ROWS
 from multistep.metrics.texts import check_language_metric
 from multistep.policy import Limit, Policy
 from multistep.predictors.decoding import Greedy
@@ -33,7 +35,7 @@ from multistep.session import check_same_data, controller_of, left, machine_fact
 from multistep.tasks.writing import LOSSES, Writing
 from multistep.tune.decoding import LanguagePrediction
 from multistep.tune.workbench import device_for
-from multistep.tuning.common import FILE, LEAST, config_of, driven, opened
+from multistep.tuning.common import FILE, config_of, driven, opened
 from multistep.types import Interrupted, UserError
 from multistep.writing import Neural
 
@@ -181,16 +183,17 @@ def _judged(
         said = f"{Path(data).name}, neither train nor test"
         if len(records) < len(found):
             said += f"; {len(found) - len(records):,} rows that are there too were left out"
-    if len(records) < LEAST:
+    if len(records) < FEWEST_ROWS:
         raise UserError(
-            f"{data or 'calibration half'}: {len(records)} records that are neither train nor test. At least {LEAST} are needed to "
-            "judge; give a file with right answers with --data."
+            f"{data or 'calibration half'}: {len(records)} records that are neither train nor test. "
+            f"At least {FEWEST_ROWS} are needed to judge; give a file with right answers with --data."
         )
     return _some(records, len(records), seed), said
 
 
-def _key(record: Record, task: Writing) -> tuple[str, tuple[str, ...]]:
-    return " ".join(task.reads(record).split()), record.targets[:1]
+def _key(record: Record, task: Writing) -> bytes:
+    """Under which equal sources meet, whatever the answer: the model has seen one."""
+    return normalised(task.reads(record))[0]
 
 
 def _some(records: Sequence[Record], most: int, seed: int) -> list[Record]:
