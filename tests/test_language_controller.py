@@ -318,5 +318,5 @@ def test_dropout_is_searched_where_the_model_has_it(shape: Shape, own: float | N
 
 
 def test_more_budget_gives_back_what_the_run_kept_for_its_end() -> None:
-    first = Scripted(go_on(problem(3000.0))).ask()
+    first = Scripted(go_on(problem(3000.0, "translate"))).ask()
     assert first == Reserve(name="end", amount=0.0)
