@@ -328,25 +328,6 @@ def test_halving_keeps_the_best_end_whatever_becomes_of_its_member() -> None:
     assert list(ends.values())[-1] < max(ends.values()), "what was trained longest is not the best"
 
 
-def test_the_estimator_is_told_of_the_prior_where_the_prior_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    import optuna
-
-    made, create = [], optuna.create_study
-
-    def kept(**settings: Any) -> Any:
-        made.append(create(**settings))
-        return made[-1]
-
-    monkeypatch.setattr(optuna, "create_study", kept)
-    machine = Machine(problem(), best_rate=3 * PRIOR)
-    live("bayes", machine)
-    begun: list[Any] = [t.action for t in machine.trials if t.stage == "bayes" and t.start is None]
-    told = made[0].trials
-    assert len(begun) == len(told) > 2 and value_of(begun[0], "optimizer.lr") == PRIOR
-    for action, trial in zip(begun, told, strict=True):
-        assert trial.params == {path: pytest.approx(value_of(action, path), rel=0.01) for path in trial.params}
-
-
 def test_reactive_stops_when_nothing_helps() -> None:
     machine = Machine(problem(20_000), pace=30)
     asks, _ = live("reactive", machine)

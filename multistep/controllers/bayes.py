@@ -1,13 +1,15 @@
 """bayes: settings that Optuna's tree-structured Parzen estimator proposes from what came of the last; a hopeless one is stopped early.
 
 Every trial trains a third, is judged after a short cool-down, and only goes on, from where it was, when it is not behind the best at
-its third: paired over the examples. The first trial is the prior. What was stopped is told to the estimator with its early score.
+its third: paired over the examples. The first trial is the prior. What was stopped is told to the
+estimator with its early score, what diverged with the worst so far: of a trial that failed it reads nothing.
 Sources: Bergstra et al. 2011 (TPE); Akiba et al. 2019, arXiv 1907.10902 (Optuna).
 Differs from the sources: an early score is one after a cool-down, never that of a training in its middle.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from multistep.controllers.members import (
@@ -38,6 +40,16 @@ def _fits(ground: Ground, trials: int) -> bool:
     return ground.training_updates(FIRST * _share(ground, trials) / (1 + COOL)) >= ground.least_updates
 
 
+def _lost(study: Any, asked: Any, merits: list[float]) -> None:
+    """What diverged is as bad as the worst that was measured; passed over where nothing was yet."""
+    import optuna
+
+    if known := [m for m in merits if math.isfinite(m)]:
+        study.tell(asked, min(known))
+    else:
+        study.tell(asked, state=optuna.trial.TrialState.FAIL)
+
+
 def bayes(ground: Ground) -> Found:
     """The state of the best trial, or None."""
     import optuna
@@ -51,6 +63,7 @@ def bayes(ground: Ground) -> Found:
     space = ground.space()
     study.enqueue_trial(space.nearest(ground.prior()))  # what comes of the prior is told where the prior is
     best: Member | None = None
+    merits: list[float] = []  # that were measured so far
     at_a_third: Member | None = None  # the best early score so far
     for n in range(trials):
         share = _share(ground, trials - n)
@@ -67,8 +80,9 @@ def bayes(ground: Ground) -> Found:
                 ground, [member], FIRST * COOL * stretch, against, commit=True, stake=ON_THE_WAY
             )
         if not member.alive:
-            study.tell(asked, state=optuna.trial.TrialState.FAIL)
+            _lost(study, asked, merits)
             continue
+        merits.append(member.merit)
         asked.report(member.merit, 1)
         hopeless = at_a_third is not None and worse(early, BEHIND)
         if at_a_third is None or member.merit > at_a_third.merit:
@@ -80,7 +94,11 @@ def bayes(ground: Ground) -> Found:
         if hopeless:
             study.tell(asked, state=optuna.trial.TrialState.PRUNED)
             continue
-        study.tell(asked, member.merit)
+        merits.append(member.merit)
+        if member.alive:
+            study.tell(asked, member.merit)
+        else:
+            _lost(study, asked, merits)
         if best is None or member.merit > best.merit:
             best = member
     return (best or at_a_third or Member("none", {})).cooled
