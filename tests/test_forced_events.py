@@ -135,7 +135,7 @@ def test_a_signal_while_texts_go_through_the_encoder(
 
 
 def _spoil(monkeypatch: pytest.MonkeyPatch, at: set[int], factor: float) -> None:
-    """Batches with these numbers come with inputs times `factor` (NaN or huge), counted over the whole process."""
+    """Batches with these numbers have their loss times `factor` (NaN or huge), counted over the whole process."""
     from multistep.objectives import CrossEntropy
 
     loss, calls = CrossEntropy.loss, [0]

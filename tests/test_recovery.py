@@ -19,7 +19,7 @@ from torch import nn
 
 from multistep import api, loader
 from multistep.budget import Budget, Clock, parse_budget
-from multistep.detect import Course, Detector, Norms
+from multistep.detect import SIGMAS, Course, Detector, Norms
 from multistep.evaluate import Rows
 from multistep.loader import ModuleRows, rows_of
 from multistep.optimizers.adamw import AdamW
@@ -193,7 +193,24 @@ class NaNs(Shifted):
 
 class Flipped(Shifted):
     def change(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return 3 * x, (y + 1) % 3
+        return x, (y + 1) % 3
+
+
+def test_labels_that_are_flipped_are_a_spike_before_the_step() -> None:
+    """Nothing but the labels of one batch is changed: a model that has learnt is surprised by them, and is not moved."""
+    rows: Any = rows_of(blobs(320, 0, noise=0.5), "train", "cpu")
+    state = begun(network(), TrainModule(optimizer=AdamW(lr=1e-2), batch_size=32), Budget(amount=120, unit="updates"))
+    losses = [m.loss_nats for m in islice(train(state, rows), 80)]
+    assert len(losses) == 80 and max(losses[-20:]) < 0.1 < min(losses[:3]), "it has converged"
+    limit = max(state.detector.mean + SIGMAS * state.detector.variance**0.5, 2 * state.detector.worst_at_start)
+    before, right = state.snapshot(), rows.load
+    rows.load = lambda few: (lambda x, y: (x, (y + 1) % 3))(*right(few))
+    (measure,) = islice(train(state, rows), 1)
+    rows.load = right
+    assert measure.event == "spike" and measure.loss_nats > limit and len(measure.rows) == 32
+    for name, p in state.trained:
+        assert torch.equal(p, before["tensors"][f"model.{name}"]), f"{name} was moved"
+    assert not any(m.event for m in train(state, rows))
 
 
 @pytest.mark.parametrize("name, rows", [("nonfinite", NaNs), ("spike", Flipped)])
@@ -375,5 +392,5 @@ def test_killed_after_a_divergence_it_goes_on_as_the_straight_run(
         (kept,) = (out / "states").glob("*.live.*")
         assert int(kept.name.rsplit(".", 1)[1]) >= segment._A_RESTART  # of the segment that began again
         again = api.resume(out)
-        assert runs.committed(again) == runs.committed(straight)
+        assert runs.committed(again) == runs.committed(straight) and all(r.ok for r in again.replay())
         runs.same_states(tmp_path / "straight", out)
