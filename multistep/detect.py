@@ -13,11 +13,17 @@ was above ten times their median).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+# What a segment does about it (tune/segment.py); a journal is checked by them.
+MAX_ROLLBACKS = 3  # for bad batches; at one more it stops, or has diverged
+MAX_RESTARTS = 3
+RESTART_LR = 0.1  # of the learning rate that diverged
 SIGMAS = 6.0
 MULTIPLE = 10.0  # of the mean, and of the worst at the start: an exploding norm is above both
 MOVED = 0.1  # an exploding update moves the parameters by more than this share of them
@@ -26,7 +32,6 @@ _FIRST, _RECENT, _EVERY = 5, 20, 10  # losses: that began the segment, that stan
 _LOOKS, _STUCK = 2, 5  # in a row
 _ABSOLUTE, _RELATIVE, _NOISES = 0.5, 0.75, 4.0  # nats, of the first losses, standard errors
 _LONG = 0.3  # nats, of what lasts longer
-RESTART_LR = 0.1  # of the learning rate that diverged: with so much of it a training begins again
 _LEARNT, _BELOW = 0.1, 0.2  # nats, of the first losses: below by more than both was learnt, before it was lost again
 
 
@@ -173,21 +178,19 @@ class Course:
         self.stuck = self.stuck + 1 if stands and (now - level > low_margin or (blown and now >= least)) else 0
         rule = ""
         if stands and now - level > margin:
-            rule = f"{_RECENT} losses in a row stand {now - level:.3g} above the first, more than {margin:.3g}"
+            rule = _above(now, level, margin, "first")
         elif stands and now - self.first[0] > margin_of_first:
             level, stderr = self.first[0], of_first
-            rule = f"{_RECENT} losses in a row stand {now - level:.3g} above the very first, more than {margin_of_first:.3g}"
+            rule = _above(now, level, margin_of_first, "very first")
         elif (
             stands
             and level - self.lowest > max(_LEARNT, _BELOW * abs(level), _NOISES * stderr)
             and now >= level - stderr
         ):
-            rule = f"{_RECENT} losses in a row stand where they began, after they were {level - self.lowest:.3g} below that"
+            rule = _lost(level, self.lowest)
         self.found = self.found + 1 if rule else 0
         if self.stuck >= _STUCK and not rule:
-            high = f"stand {now - least:.3g} above the first, {_STUCK} times"
-            rule = f"after a rise by {self.highest - least:.3g} {_RECENT} losses in a row {high}"
-            level = least
+            rule, level = _stuck(now, least, self.highest), least
         return now, rule, level, stderr
 
     def _before(self) -> list[float]:
@@ -201,12 +204,56 @@ class Course:
         if self.seen < 2:
             return None
         level, now = float(np.mean(self._before())), float(np.mean(self.recent[-3:]))
-        margin = max(1.0, abs(level))
-        if not now - level > margin:
+        if not now - level > _blown(level):
             return None
-        rule = f"the last losses stand {now - level:.3g} above the first ones, more than {margin:.3g}"
-        return {"rule": rule, "first_loss": level, "recent_loss": now, "updates": self.seen}
+        return {"rule": _blew_up(now, level), "first_loss": level, "recent_loss": now, "updates": self.seen}
 
 
 def _far(level: float) -> float:
     return max(1.0, 2 * abs(level))
+
+
+def _blown(level: float) -> float:
+    return max(1.0, abs(level))
+
+
+# ---------------------------------------------------------------------------------------------- the words, and the same from a journal
+
+
+def _above(now: float, level: float, margin: float, which: str) -> str:
+    return f"{_RECENT} losses in a row stand {now - level:.3g} above the {which}, more than {margin:.3g}"
+
+
+def _lost(level: float, lowest: float) -> str:
+    return f"{_RECENT} losses in a row stand where they began, after they were {level - lowest:.3g} below that"
+
+
+def _stuck(now: float, least: float, highest: float) -> str:
+    high = f"stand {now - least:.3g} above the first, {_STUCK} times"
+    return f"after a rise by {highest - least:.3g} {_RECENT} losses in a row {high}"
+
+
+def _blew_up(now: float, level: float) -> str:
+    return f"the last losses stand {now - level:.3g} above the first ones, more than {_blown(level):.3g}"
+
+
+def follows(numbers: Mapping[str, Any]) -> bool:
+    """Whether the rule of a divergence is what its numbers give. Raises KeyError, TypeError, ValueError where they are none. How many good
+    batches lay between bad ones is not among them: that is taken as it is said."""
+    rule = str(numbers["rule"])
+    if "recent_loss" not in numbers:
+        return rule.startswith(f"{MAX_ROLLBACKS + 1} bad batches")
+    now, level = float(numbers["recent_loss"]), float(numbers["first_loss"])
+    if "stderr" not in numbers:
+        return now - level > _blown(level) and rule == _blew_up(now, level)
+    stderr = float(numbers["stderr"])
+    lowest, highest = (float(numbers.get(key, math.nan)) for key in ("lowest_loss", "highest_loss"))
+    margin = max(_ABSOLUTE, _RELATIVE * abs(level), _NOISES * stderr)
+    below = max(_LEARNT, _BELOW * abs(level), _NOISES * stderr)
+    given = {
+        _above(now, level, margin, "first"): now - level > margin,
+        _above(now, level, margin, "very first"): now - level > margin,
+        _lost(level, lowest): level - lowest > below and now >= level - stderr,
+        _stuck(now, level, highest): now >= level,
+    }
+    return given.get(rule, False)

@@ -50,6 +50,16 @@ class Stood:
         kept = [e for e in self.entries if e.name in self.stood and e.latency.within(limit)]
         return max(kept, key=lambda e: sign * e.metrics[metric].value, default=self.entry)
 
+    def states(self) -> tuple[str, ...]:
+        """Of a run: the states that what stands is made of, as they were judged."""
+        if self.incumbent is None:
+            return ()
+        if "state" in self.incumbent:
+            return tuple(self.incumbent[key] for key in ("state", "ngram") if key in self.incumbent)
+        return tuple(
+            self.families[m] for m in _PREDICTOR.validate_python(self.incumbent).models() if m in self.families
+        )
+
 
 After = tuple[Stood, bool]  # what stands, and whether the incumbent is another
 

@@ -55,19 +55,61 @@ def test_the_names_are_the_ten() -> None:
     assert get_args(Name) == NAMES and len(set(NAMES)) == 10
 
 
+DIVERGED = {
+    "diagnosed": "divergence",
+    "failed_lr": 3e-7,
+    "restarts": 3,
+    "rule": "20 losses in a row stand 4 above the first",
+}
+
+
 @pytest.mark.parametrize(
-    ("fields", "expected"),
+    ("fields", "advised"),
     [
-        ({"rollbacks": 2}, False), ({"rollbacks": 3}, True), ({"rollbacks": 4, "stopped": True}, True),
-        ({"diagnosed": "divergence"}, True), ({"diagnosed": "overfitting"}, False),
+        ({"rollbacks": 2}, ""), ({"rollbacks": 3}, "0.0001"), ({"rollbacks": 4, "stopped": True}, "0.0001"),
+        ({"rollbacks": 3, "restarts": 2}, "1e-06"), ({"restarts": 3}, ""),
+        (DIVERGED, "1e-07"), ({**DIVERGED, "failed_lr": 3e-4, "restarts": 0}, "0.0001"), ({"diagnosed": "overfitting"}, ""),
     ],
 )  # fmt: skip
-def test_divergence(fields: dict[str, Any], expected: bool) -> None:
-    said = of_training.divergence([trained(), trained(**fields)], ADVICE)
-    assert found(said, "divergence") == expected
-    if said is not None:
-        assert "optimizer.lr=0.0001" in said.action
+def test_divergence(fields: dict[str, Any], advised: str) -> None:
+    """A third of the rate that failed last is advised: that with which a training began, or began again."""
+    said = of_training.divergence([trained(), trained(served=True, **fields)], ADVICE)
+    assert found(said, "divergence") == bool(advised)
+    assert said is None or said.action.endswith(f"multistep fit x.csv optimizer.lr={advised}")
     assert of_training.divergence([], ADVICE) is None
+
+
+def test_restarts_and_bad_batches_have_words_of_their_own() -> None:
+    def words(**fields: Any) -> str:
+        said = of_training.divergence([trained(served=True, **fields)], ADVICE)
+        assert said is not None and said.numbers["restarts"] == fields.get("restarts", 0)
+        return said.words
+
+    again = words(**DIVERGED)
+    assert "bad batches" not in again and "diverged at learning rate 0.0003, began again 3 times" in again
+    assert "diverged at 3e-07 too: 20 losses in a row stand 4 above the first" in again
+    assert "again" not in words(**{**DIVERGED, "restarts": 0})
+    assert words(rollbacks=3).endswith(
+        "at learning rate 0.0003 went back 3 times for bad batches, with its learning rate halved each time"
+    )
+    assert words(rollbacks=4, stopped=True).endswith("went back 4 times for bad batches, and was stopped")
+    both = words(rollbacks=3, restarts=1)
+    assert "at learning rate 3e-05 went back 3 times" in both and "had diverged at 0.0003 and began again once" in both
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ([{"stage": "race"}], False), ([{"stage": "race"}, {"served": True, "diagnosed": ""}], False),  # a probe of the race
+        ([{"stage": "bayes"}, {"served": True, "diagnosed": ""}], False), ([{"stage": "bayes"}, {"diagnosed": ""}], False),  # a member
+        ([{"stage": "bayes"}, {"stage": "bayes"}], True),  # all of them
+        ([{"stage": "race", "diagnosed": ""}, {}], True),  # the trunk, although a probe went well
+        ([{"served": True}, {"diagnosed": ""}], True), ([{"served": True}, {"served": True, "diagnosed": ""}], True),
+    ],
+)  # fmt: skip
+def test_only_what_is_served_diverges_or_all_that_might_have_been(others: list[dict[str, Any]], expected: bool) -> None:
+    runs = [trained(**{**DIVERGED, **fields}) for fields in others]
+    assert found(of_training.divergence(runs, ADVICE), "divergence") == expected
 
 
 @pytest.mark.parametrize(
@@ -116,6 +158,7 @@ def test_underfitting(seen: tuple[Look, ...], gap: Fit | None, expected: bool) -
     assert found(said, "underfitting") == expected
     if said is not None:
         assert "+60s" in said.action and "optimizer.lr=0.0006" in said.action
+    assert of_training.underfitting([trained(looks=seen, diagnosed="overfitting")], gap, ADVICE) is None
     smoothed = of_training.underfitting([trained(looks=seen, comparable=False)], gap, ADVICE)
     assert found(smoothed, "underfitting") == (expected and gap is not None)
 

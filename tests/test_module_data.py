@@ -25,12 +25,13 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from multistep.budget import Clock, parse_budget
+from multistep.diagnosed import Known, _small_validation, diagnoses
 from multistep.loader import ModuleRows, rows_of
 from multistep.objectives import BinaryCrossEntropy, CrossEntropy
 from multistep.report.progress import Progress
 from multistep.session import show
-from multistep.tune import module
-from multistep.tune.diagnose import Known, _small_validation, advice_of_module, diagnoses
+from multistep.tune import diagnose
+from multistep.tune.diagnose import advice_of_module
 from multistep.tune.module import task_of
 from multistep.types import Comparison, MetricValue, Outcome, UserError, Verdict
 
@@ -175,7 +176,7 @@ def test_what_is_advised_can_be_asked_for(budget: str, twice: str, monkeypatch: 
         return diagnoses(past, known)
 
     advised: list[str] = []
-    monkeypatch.setattr(module, "diagnoses", seen)
+    monkeypatch.setattr(diagnose, "diagnoses", seen)
     run(budget=budget)
     (asked,) = re.findall(r"budget='(.*)'", advised[0])
     assert parse_budget(asked) == parse_budget(twice)
@@ -188,7 +189,8 @@ def test_validation_is_as_large_as_the_loss_that_stands_asks_for() -> None:
     past: Any = [(SimpleNamespace(stage="trunk"), outcome)]
 
     def said(value: float) -> Any:
-        known = Known("loss", MetricValue(value, 0.0), 200, advice_of_module("adamw", "9s"), higher_is_better=False)
+        advice = advice_of_module("adamw", "9s")
+        known = Known(metric="loss", value=MetricValue(value, 0.0), rows=200, advice=advice, higher_is_better=False)
         return _small_validation(past, known)
 
     assert said(1e-4).found == said(1.0).found and said(1e-4).numbers["detectable"] < 1e-4

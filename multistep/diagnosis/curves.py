@@ -23,6 +23,7 @@ POWERS = (0.05, 3.0)
 RESAMPLES = 60
 SURE = 0.95  # one-sided
 TINY = 1e-6  # of the loss: what the solver leaves of nothing
+CLOSE = 0.05  # of the residuals: how near two fits of the same points are
 
 
 class Law(Spec):
@@ -101,14 +102,31 @@ def doubled(t_S: np.ndarray, loss_S: np.ndarray, seed: int = 0, factor: float = 
     t_S, loss_S = np.asarray(t_S, np.float64), np.asarray(loss_S, np.float64)
     if len(t_S) < LEAST_POINTS or not np.isfinite(loss_S).all():
         return None
-    from scipy.special import stdtrit
-
     law, free = fit_law(t_S, loss_S), len(t_S) - 3
     fitted_S = np.array([law.loss(t) for t in t_S])
     residual_S = (loss_S - fitted_S) * (len(t_S) / free) ** 0.5
     rng = np.random.default_rng(seed)
     gains = [fit_law(t_S, fitted_S + rng.choice(residual_S, len(t_S))).gain(factor) for _ in range(RESAMPLES)]
-    return _gain(law, gains, factor, len(t_S), float(stdtrit(free, SURE)))
+    return gain_of(law, float(np.std(gains, ddof=1)), len(t_S), factor)
+
+
+def gain_of(law: Law, stderr: float, points: int, factor: float = 2.0) -> Gain:
+    """The gain of a law that was fitted to so many points, whose standard error is known; Student's t with what is left of them."""
+    from scipy.special import stdtrit
+
+    return _gain(law, stderr, factor, points, float(stdtrit(points - 3, SURE)))
+
+
+def is_fit(law: Law, t_S: np.ndarray, loss_S: np.ndarray) -> bool:
+    """Whether this is the least-squares law of these points. Another machine may end elsewhere where many laws are as good, so they are
+    compared at the points; one that fits them otherwise is another's."""
+    best = fit_law(t_S, loss_S)
+    if law.at != best.at:
+        return False
+    at_S, best_S = (np.array([of.loss(t) for t in t_S]) for of in (law, best))
+    spread = float(np.sqrt(np.mean((np.asarray(loss_S, np.float64) - best_S) ** 2)))
+    far = CLOSE * spread + TINY * float(np.abs(loss_S).max())
+    return bool((np.abs(at_S - best_S) <= far).all())
 
 
 def doubled_rows(rows_S: np.ndarray, error_SN: np.ndarray, seed: int = 0, factor: float = 2.0) -> Gain:
@@ -116,11 +134,11 @@ def doubled_rows(rows_S: np.ndarray, error_SN: np.ndarray, seed: int = 0, factor
     law = fit_law(rows_S, error_SN.mean(1))
     rng, n = np.random.default_rng(seed), error_SN.shape[1]
     gains = [fit_law(rows_S, error_SN[:, rng.integers(n, size=n)].mean(1)).gain(factor) for _ in range(RESAMPLES)]
-    return _gain(law, gains, factor, len(rows_S), 1.645)
+    return _gain(law, float(np.std(gains, ddof=1)), factor, len(rows_S), 1.645)
 
 
-def _gain(law: Law, gains: list[float], factor: float, points: int, width: float) -> Gain:
-    value, stderr = law.gain(factor), float(np.std(gains, ddof=1))
+def _gain(law: Law, stderr: float, factor: float, points: int, width: float) -> Gain:
+    value = law.gain(factor)
     return Gain(
         value=value, stderr=stderr, low=value - width * stderr, now=law.loss(law.at), factor=factor, points=points
     )

@@ -1,6 +1,6 @@
 """Rules about training: they read what trials left in the journal, and how a model does on rows that it was and was not trained on.
 
-    divergence        a training went back three times for bad batches, or was stopped by them
+    divergence        a training of what is served went back three times for bad batches, was stopped by them, or diverged at every rate
     overfitting       at the end train has at most a quarter of validation's errors; or a watch saw validation rise while train fell
     underfitting      train and validation alike bad, and train still falls
     plateau           no gain beyond noise over the second half of the looks
@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from multistep.detect import RESTART_LR
 from multistep.diagnosis.base import Diagnosis, percent, with_error
-from multistep.diagnosis.curves import LEAST_POINTS, doubled, fit_law
+from multistep.diagnosis.curves import LEAST_POINTS, Law, doubled, fit_law, gain_of, is_fit
 from multistep.types import Spec
 
 ROLLBACKS = 3  # of one training: fewer are accidents
@@ -29,16 +30,28 @@ BAD = 0.5  # of a guess's errors
 STILL_FALLING = 0.02  # of the loss, over the last third of the looks
 WORTH = 0.01  # of the loss: a smaller gain is not worth another run
 EARLY = 0.1  # of the progress: looks before it see the warm-up, not the law
+_SAID = ("progress", "updates", "train_loss", "validation_loss", "change_stderr")
 
 
 class Look(Spec):
-    """At validation while a training ran. `change_stderr`: of the difference to the look before, paired over the rows; 0 at the first."""
+    """At validation while a training ran. `change_stderr`: of the difference to the look before, paired over the rows; 0 at the first. Where
+    a watch decides by the rows, with what it decides (`looks.py`; None in older journals): their number, how far the loss fell since the
+    last look that was a gain and the error of that (None: there was none, or it is not finite), and the error of how far it is above the
+    best look."""
 
     progress: float
     updates: int
     train_loss: float
     validation_loss: float
     change_stderr: float = 0.0
+    rows: int | None = None
+    gain: float | None = None
+    gain_stderr: float | None = None
+    rise_stderr: float | None = None
+
+    def said(self) -> dict[str, Any]:
+        """For the numbers of a diagnosis."""
+        return {key: value for key, value in self.model_dump().items() if key in _SAID}
 
 
 class Curve(Spec):
@@ -50,15 +63,20 @@ class Curve(Spec):
 
 
 class Trained(Spec):
-    """A training, as the journal has it. `diagnosed`: what its watch named; `stopped`: by bad batches; `comparable`: its training loss is
-    what validation is measured by, without smoothing or anything added."""
+    """A training, as the journal has it. `diagnosed`: what its watch named; `stopped`: by bad batches; `restarts`: how often it began again
+    with a tenth of the rate, and `rollbacks` since then; `failed_lr`, `rule`: where and how it diverged last; `served`: what is served is made
+    of it; `comparable`: its training loss is what validation is measured by, without smoothing or anything added."""
 
     trial: str
     stage: str
     lr: float
     rollbacks: int = 0
+    restarts: int = 0
     stopped: bool = False
     diagnosed: str = ""
+    failed_lr: float = 0.0
+    rule: str = ""
+    served: bool = False
     comparable: bool = True
     looks: tuple[Look, ...] = ()
     curve: tuple[Curve, ...] = ()
@@ -103,16 +121,34 @@ class Advice(Spec):
 
 
 def divergence(trained: Sequence[Trained], advice: Advice) -> Diagnosis | None:
-    """Of the training that went back most often."""
-    worst = max(trained, key=lambda t: (t.diagnosed == "divergence", t.stopped, t.rollbacks), default=None)
-    if worst is None or not (worst.diagnosed == "divergence" or worst.stopped or worst.rollbacks >= ROLLBACKS):
+    """Of the trainings that what is served is made of, the one that went back most often. Where nothing that was trained is served: of
+    those that might have been, if none of them came through. A probe, or a member that lost, says what its rate does and nothing of
+    what is served."""
+    mine = [t for t in trained if t.served] or [t for t in trained if t.stage != "race"]
+    failed = [t for t in mine if t.diagnosed == "divergence" or t.stopped or t.rollbacks >= ROLLBACKS]
+    if not failed or not (mine[0].served or len(failed) == len(mine)):
         return None
-    how = "and was stopped" if worst.stopped or worst.diagnosed else "with its learning rate halved each time"
-    words = f"{worst.trial} at learning rate {worst.lr:.2g} went back {worst.rollbacks} times for bad batches, {how}"
-    action = f"read the rows of the events above (a broken text?), then train at a third of the rate: {advice.rate(worst.lr / 3)}"
-    return Diagnosis(
-        name="divergence", numbers={"trial": worst.trial, "lr": worst.lr, "rollbacks": worst.rollbacks}, words=words, action=action
-    )  # fmt: skip
+    worst = max(failed, key=lambda t: (t.diagnosed == "divergence", t.stopped, t.rollbacks))
+    again = f"began again {_times(worst.restarts)}, each time with {RESTART_LR:g} of the rate"
+    if worst.diagnosed == "divergence":
+        last, words = worst.failed_lr, f"{worst.trial} diverged at learning rate {worst.failed_lr:.2g}: {worst.rule}"
+        if worst.restarts:
+            words = f"{worst.trial} diverged at learning rate {worst.lr:.2g}, {again}, and diverged at {last:.2g} too: {worst.rule}"
+    else:
+        last = worst.lr * RESTART_LR**worst.restarts
+        how = "and was stopped" if worst.stopped else "with its learning rate halved each time"
+        words = f"{worst.trial} at learning rate {last:.2g} went back {_times(worst.rollbacks)} for bad batches, {how}"
+        if worst.restarts:
+            words += f"; before, it had diverged at {worst.lr:.2g} and {again}"
+    numbers = {
+        "trial": worst.trial, "lr": worst.lr, "last_lr": last, "restarts": worst.restarts, "rollbacks": worst.rollbacks,
+    }  # fmt: skip
+    action = f"read the rows of the events above (a broken text?), then train at a third of the rate that failed last: {advice.rate(last / 3)}"
+    return Diagnosis(name="divergence", numbers=numbers, words=words, action=action)
+
+
+def _times(n: int) -> str:
+    return "once" if n == 1 else f"{n} times"
 
 
 def rise(seen: Sequence[Mapping[str, Any]]) -> str:
@@ -140,7 +176,7 @@ def overfitting(trained: Sequence[Trained], fit: Fit | None, advice: Advice) -> 
         return Diagnosis(name="overfitting", numbers=fit.model_dump(), words=words, action=action)
     risen = next((t for t in trained if t.diagnosed == "overfitting" and t.looks), None)
     if risen is not None:
-        looks = [look.model_dump() for look in risen.looks]
+        looks = [look.said() for look in risen.looks]
         words = f"{risen.trial}: {rise(looks)}"
         return Diagnosis(name="overfitting", numbers={"trial": risen.trial, "looks": looks}, words=words, action=action)
     last = _last(trained)
@@ -149,9 +185,7 @@ def overfitting(trained: Sequence[Trained], fit: Fit | None, advice: Advice) -> 
     look = last.looks[-1]
     if look.train_loss <= KNOWN_BY_HEART * look.validation_loss:
         words = f"{last.trial}: training loss {look.train_loss:.4f}, validation loss {look.validation_loss:.4f} at {look.progress:.0%}"
-        return Diagnosis(
-            name="overfitting", numbers={"trial": last.trial, **look.model_dump()}, words=words, action=action
-        )
+        return Diagnosis(name="overfitting", numbers={"trial": last.trial, **look.said()}, words=words, action=action)
     return None
 
 
@@ -165,7 +199,7 @@ def _by_heart(fit: Fit) -> bool:
 def underfitting(trained: Sequence[Trained], fit: Fit | None, advice: Advice) -> Diagnosis | None:
     """Only where something was trained under looks: else there is nothing that could still fall."""
     last = _last(trained)
-    if last is None or not _falls(last.looks):
+    if last is None or last.diagnosed == "overfitting" or not _falls(last.looks):
         return None
     look = last.looks[-1]
     if fit is not None:
@@ -184,7 +218,7 @@ def underfitting(trained: Sequence[Trained], fit: Fit | None, advice: Advice) ->
             f"{last.trial}: training loss {look.train_loss:.4f} and validation loss {look.validation_loss:.4f} are alike, and both "
             "still fall"
         )
-        numbers = {"trial": last.trial, **look.model_dump()}
+        numbers = {"trial": last.trial, **look.said()}
     action = f"train longer: {advice.more_time}; or faster: {advice.rate(2 * last.lr)}"
     return Diagnosis(name="underfitting", numbers=numbers, words=words, action=action)
 
@@ -235,8 +269,12 @@ def plateau(trained: Sequence[Trained], advice: Advice) -> Diagnosis | None:
     return Diagnosis(name="plateau", numbers=numbers, words=words, action=action)
 
 
-def budget(trained: Sequence[Trained], untrained: str, advice: Advice, seed: int = 0) -> Diagnosis | None:
-    """What twice the training would bring, by the law of the looks. `untrained`: why there was none although there is a model to train."""
+def budget(
+    trained: Sequence[Trained], untrained: str, advice: Advice, seed: int = 0, told: Mapping[str, Any] | None = None
+) -> Diagnosis | None:
+    """What twice the training would bring, by the law of the looks. `untrained`: why there was none although there is a model to train.
+    `told`: numbers that a journal has of it; a law among them that fits these looks is the law, and its error, that of draws, is taken
+    as it is."""
     if untrained and not trained:
         return Diagnosis(
             name="budget too small", numbers={"trained": 0}, words=untrained, action=f"give it more: {advice.more_time}"
@@ -245,10 +283,15 @@ def budget(trained: Sequence[Trained], untrained: str, advice: Advice, seed: int
     if last is None or last.diagnosed == "overfitting":
         return None
     which, updates_S, loss_S = _points(last)
-    found = doubled(updates_S, loss_S, seed) if len(updates_S) >= LEAST_POINTS else None
-    if found is None:
+    if len(updates_S) < LEAST_POINTS or not np.isfinite(loss_S).all():
         return None
-    law = fit_law(updates_S, loss_S)
+    if told is None or "law" not in told:
+        law, found = fit_law(updates_S, loss_S), doubled(updates_S, loss_S, seed)
+    else:
+        law = Law.parse(told["law"])
+        law = law if is_fit(law, updates_S, loss_S) else fit_law(updates_S, loss_S)
+        found = gain_of(law, float(told["stderr"]), len(loss_S))
+    assert found is not None
     numbers = {
         "trial": last.trial, "loss_of": which, "points": len(loss_S), "law": law.model_dump(), "loss": found.now, "gain": found.value,
         "stderr": found.stderr, "low": found.low,

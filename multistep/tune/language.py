@@ -97,8 +97,8 @@ class LanguageWorks:
             case Diagnose():
                 s, p = self.speakers, self.problem
                 return diagnose_writer(
-                    trial, self.past, s.config, s.out, s.data.report, p.metric, higher_is_better(p.metric), self.clock.budget,
-                    has_model=bool(s.facts.get("shape")),
+                    trial, self.past, Stood(self.incumbent, self.best), s.config, s.out, s.data.report, p.metric,
+                    higher_is_better(p.metric), self.clock.budget, has_model=bool(s.facts.get("shape")),
                 )  # fmt: skip
             case ReadTest():
                 return self._test(trial)

@@ -21,6 +21,7 @@ from multistep import metrics, standing, team
 from multistep.allocation import in_halves
 from multistep.budget import Budget, Clock
 from multistep.controllers.module import ModuleProblem
+from multistep.diagnosed import Known
 from multistep.loader import ModuleRows
 from multistep.metrics import Scored
 from multistep.objectives import BinaryCrossEntropy, CrossEntropy, Distill, Huber, MeanAbsoluteError, MeanSquaredError
@@ -31,7 +32,7 @@ from multistep.state import TrainState, read_folder, write_folder
 from multistep.strategy import AsGiven, Average, Diagnose, Profile, ReadTest, TrainModule, Trial
 from multistep.tasks import Classify, Multilabel, Regress, Task
 from multistep.train import train
-from multistep.tune.diagnose import Known, advice_of_module, diagnoses, higher_is_better, told
+from multistep.tune.diagnose import advice_of_module, higher_is_better, told
 from multistep.tune.segment import Record
 from multistep.tune.soup import greedy_soup
 from multistep.tune.training import averaged, run_training
@@ -274,13 +275,14 @@ class ModuleWorks:
         started, p = time.monotonic(), self.problem
         assert self.incumbent is not None
         value = self.measured(self.answers(self.incumbent))[p.metric]
-        found = diagnoses(
-            self.past,
-            Known(p.metric, value, p.rows["validation"], advice_of_module(p.optimizer.kind, str(Budget(amount=2 * p.budget, unit=p.unit))),
-                  higher_is_better=higher_is_better(p.metric), seed=self.seed, halved=False),
+        known = Known(
+            metric=p.metric, value=value, rows=p.rows["validation"],
+            advice=advice_of_module(p.optimizer.kind, str(Budget(amount=2 * p.budget, unit=p.unit))),
+            higher_is_better=higher_is_better(p.metric), seed=self.seed, halved=False,
+            served=Stood(self.standing(), self.families()).states(),
         )  # fmt: skip
-        records, outcome = told(trial, found, {}, started)
-        yield from records
+        said, outcome = told(trial, self.past, known, {}, started)
+        yield from said
         return outcome
 
     def _test(self, trial: Trial) -> Run:

@@ -23,7 +23,7 @@ from typing import Any
 from multistep import processes, team
 from multistep.allocation import out_of_memory, release
 from multistep.budget import Budget, Clock
-from multistep.detect import RESTART_LR, Course
+from multistep.detect import MAX_RESTARTS, MAX_ROLLBACKS, RESTART_LR, Course
 from multistep.state import TrainState, read_folder, remove_folder, write_folder
 from multistep.strategy import Trial
 from multistep.train import TrainData, at_once, is_finite, train
@@ -32,10 +32,8 @@ from multistep.tune.watch import Watch
 from multistep.types import Interrupted, Measure
 
 SNAPSHOT_UPDATES = 25
-MAX_ROLLBACKS = 3
 # With fewer good ones between them too many bad batches are no batch's fault, but the learning rate's.
 CLOSE_UPDATES = 100
-MAX_RESTARTS = 3
 # Of the segment: what diverges later has no time to begin again, and its beginning is not kept in memory.
 RESTART_UNTIL = 0.75
 _LOOKED = "watch."  # before the names of tensors that a watch remembers

@@ -62,7 +62,7 @@ class TextWorks:
             case Refit() as action:
                 return run_refit(bench, trial, action)
             case Diagnose() as action:
-                return run_diagnose(bench, trial, action, self.past)
+                return run_diagnose(bench, trial, action, self.past, Stood(self.standing(), self.families()))
             case ReadTest() as action:
                 return run_test(bench, trial, action)
         raise AssertionError(f"{trial.action.kind} is not for texts")
