@@ -151,7 +151,7 @@ def explain(
 
 @app.command()
 def replay(run_dir: RunArgument, as_json: JsonOption = False) -> None:
-    """Derive every decision of a run again from its journal alone; exit with 1 where one does not follow from its evidence."""
+    """Derive what a run decided and diagnosed again from its journal alone; exit with 1 where something does not follow from its evidence."""
     check_run(run_dir)
     from multistep.replay import check, replay_run
 

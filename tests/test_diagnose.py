@@ -192,19 +192,6 @@ def test_leaking_splits_are_named_with_what_was_done(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- training
 
 
-def test_two_hundred_rows_are_known_by_heart(tmp_path: Path, encoder: Path) -> None:
-    (train, _), (validation, _) = flip(marked(200), 0.3), flip(marked(300, 1), 0.3)
-    data = folder(tmp_path / "d", train=train, validation=validation, test=marked(60, 2))
-    run = runs.run(runs.config(data, tmp_path / "run", encoder, optimizer={"lr": 5e-3}, budget="400 updates"))
-    said = found(run)["overfitting"]
-    assert "by heart" in said["words"] or "while the training loss fell" in said["words"]
-    assert "add rows" in said["action"] and "dropout=0.1" in said["action"]
-    told = next(r["outcome"] for r in runs.of_kind(run, "Told") if r["stage"] == "trunk")
-    looks = told["facts"]["looks"]
-    assert len(looks) >= 3 and [k["updates"] for k in looks] == sorted(k["updates"] for k in looks)
-    assert all(k["validation_loss"] > 0 and k["train_loss"] > 0 for k in looks) and looks[1]["change_stderr"] > 0
-
-
 def test_more_budget_says_again_what_is_the_matter_now(tmp_path: Path, encoder: Path) -> None:
     data = runs.write_rows(tmp_path / "x.csv", 500)
     first = runs.run(runs.config(data, tmp_path / "run", encoder, budget="20 updates"))
@@ -259,8 +246,8 @@ def test_modules_and_writers_are_told_what_the_journal_knows(tmp_path: Path, mon
 
     result = test_modules.run(controller="staged", budget="600 updates", metric="loss")
     names = [r["name"] for r in result.records() if r["kind"] == "Diagnosed" and r.get("at") == "end"]
-    clear = [r["facts"] for r in result.records() if r["kind"] == "Noted" and r["what"] == "not found"]
-    assert {"validation too small", "budget too small", "plateau"} & {*names, *(clear[0] if clear else {})}
+    (clear,) = [r["facts"] for r in result.records() if r["kind"] == "Noted" and r["what"] == "not found"]
+    assert names == ["budget too small"] and set(clear) == {"validation too small"}
     few = test_modules.run(validation=test_modules.blobs(15, 1), budget="12 updates")
     (small,) = [r for r in few.records() if r["kind"] == "Diagnosed" and r["name"] == "validation too small"]
     assert small["action"].startswith(f"give {small['numbers']['needed']:,} validation rows or more:"), (
@@ -272,9 +259,6 @@ def test_modules_and_writers_are_told_what_the_journal_knows(tmp_path: Path, mon
     )
     stages = [r["trial"]["stage"] for r in runs.of_kind(written, "Asked")]
     assert stages[-2:] == ["diagnose", "test"]
-    assert {*found(written), *not_found(written)} & {
-        "underfitting",
-        "plateau",
-        "budget too small",
-        "validation too small",
-    }
+    assert set(found(written)) == {"underfitting", "budget too small", "validation too small"} and not not_found(
+        written
+    )

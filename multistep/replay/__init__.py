@@ -1,12 +1,14 @@
-"""Every decision of a run derived again from its journal alone: no data, no model, no torch.
+"""What a run decided, did about what went wrong and diagnosed, derived again from its journal alone: no data, no model, no torch.
 
-account.py     the records are whole and in order; the clock, the budget, the test
-verdicts.py    every verdict from its evidence, by the rule that made it
-decisions.py   what the controller asks, told what came of it; what stands after each trial
-found.py       what was found
+account.py      the records are whole and in order; the clock, the budget, the test
+verdicts.py     every verdict from its evidence, by the rule that made it
+decisions.py    what the controller asks, told what came of it; what stands after each trial
+trainings.py    what went wrong in trainings and what was done about it; what watches saw
+diagnoses.py    what was said to be the matter at the end
+found.py        what was found
 
-What a journal does not say cannot be derived: the scores of models on data, the draws of a bootstrap or a swap test, how long something
-took. They are taken as they are written, and checked against each other where they are written twice.
+What a journal does not say cannot be derived: the scores of models on data, the draws of a bootstrap or a swap test, whether a batch was
+bad, how long something took. They are taken as they are written, and checked against each other where they are written twice.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 
 from multistep import journal
 from multistep.controllers.begin import is_problem
-from multistep.replay import account, decisions, verdicts
+from multistep.replay import account, decisions, diagnoses, trainings, verdicts
 from multistep.replay.found import Finding, Found, Replayed
 from multistep.types import UserError
 
@@ -39,7 +41,8 @@ def replay(records: Sequence[Mapping[str, Any]], name: str = JOURNALS[0]) -> Rep
     account.test(whole, found)
     if any(map(is_problem, whole)):
         verdicts.check(whole, found)
-        decisions.check(whole, found)
+        trainings.check(whole, found)
+        diagnoses.check(whole, decisions.check(whole, found), found)
     elif any(r["kind"] in ("Asked", "Skipped", "Reserved", "Told") for r in whole):
         found.unknown.append("what the controller was given is not in it")
     return found.replayed(name)

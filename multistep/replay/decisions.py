@@ -18,7 +18,7 @@ Record = Mapping[str, Any]
 _ASKS = ("Asked", "Skipped", "Reserved")
 _SETTLED = ("Committed", "RolledBack")
 # What code for whole journals raises on one that was changed: it reads facts that are gone, or of another type.
-_LOST = (KeyError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError, IndexError, StopIteration)
+LOST = (KeyError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError, IndexError, StopIteration)
 
 
 class Lived(NamedTuple):
@@ -29,16 +29,18 @@ class Lived(NamedTuple):
     stood: Stood
 
 
-def check(records: Sequence[Record], found: Found) -> None:
+def check(records: Sequence[Record], found: Found) -> dict[str, Lived]:
+    """What came of each trial, and what stood after it; nothing where no controller can be made."""
     start = next(r for r in records if is_problem(r))
     try:
         of, controller = begin_again(start, records)
-    except (UserError, *_LOST) as error:
+    except (UserError, *LOST) as error:
         found.wrong(start, "what the controller was given", f"no controller can be made of it: {error}")
-        return
+        return {}
     standings = _stands(records, of, found)
     _asks(records, controller, standings, found)
     _pick(records, standings, found)
+    return standings
 
 
 # ---------------------------------------------------------------------------------------------- what stands
@@ -76,7 +78,7 @@ def _stands(records: Sequence[Record], of: Of, found: Found) -> dict[str, Lived]
             _rivals(record, of, trial, outcome, stood, found)
             try:
                 stood, committed = after(of, stood, trial, outcome)
-            except _LOST as error:
+            except LOST as error:
                 found.wrong(record, f"what came of {trial.id}", f"what stands after it cannot be said: {error!r}")
                 continue
             standings[trial.id], due = Lived(record, outcome, stood), settlement(stood, trial, outcome, committed)
@@ -153,7 +155,7 @@ def _asks(records: Sequence[Record], controller: Controller, standings: Mapping[
     while True:
         try:
             ask = controller.ask()
-        except (UserError, *_LOST) as error:
+        except (UserError, *LOST) as error:
             where = told if told is not None else records[0]
             found.wrong(where, "what came of the last trial", f"the controller cannot go on from it: {error!r}")
             return

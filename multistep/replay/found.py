@@ -9,7 +9,7 @@ from typing import Any
 from multistep.report.words import clip
 from multistep.types import Spec
 
-SORTS = ("asks", "verdicts", "decisions", "amounts left", "test readings")  # of what is derived
+SORTS = ("asks", "verdicts", "decisions", "events", "diagnoses", "amounts left", "test readings")  # of what is derived
 _WIDTH = 180  # of what is said, and of what follows
 
 
@@ -26,13 +26,15 @@ class Finding(Spec):
 
 
 class Replayed(Spec):
-    """`derived`: how many decisions of each sort were derived again; those that do not follow are counted too."""
+    """`derived`: how many decisions of each sort were derived again; those that do not follow are counted too. `unchecked`: what an older
+    version did not write enough of; all else was."""
 
     journal: str
     records: int
     derived: dict[str, int]
     findings: tuple[Finding, ...]
     unknown: tuple[str, ...]
+    unchecked: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -45,7 +47,8 @@ class Replayed(Spec):
             return f"{self.journal}: {n} {'decision does' if n == 1 else 'decisions do'} not follow ({counts})"
         if self.unknown:
             return f"{self.journal}: cannot be replayed: {'; '.join(dict.fromkeys(self.unknown))}"
-        return f"{self.journal}: all follows from its evidence ({counts or 'nothing was decided yet'})"
+        all_of_it = f"{self.journal}: all follows from its evidence ({counts or 'nothing was decided yet'})"
+        return f"{all_of_it}; not checked: {'; '.join(self.unchecked)}" if self.unchecked else all_of_it
 
 
 class Found:
@@ -54,6 +57,7 @@ class Found:
     def __init__(self) -> None:
         self.findings: list[Finding] = []
         self.unknown: list[str] = []
+        self.unchecked: list[str] = []
         self.derived: Counter[str] = Counter(dict.fromkeys(SORTS, 0))
         self._records = 0
 
@@ -69,5 +73,6 @@ class Found:
         findings = tuple(sorted(self.findings, key=lambda f: f.n))
         derived = {sort: n for sort, n in self.derived.items() if n}
         return Replayed(
-            journal=journal, records=self._records, derived=derived, findings=findings, unknown=tuple(self.unknown)
-        )
+            journal=journal, records=self._records, derived=derived, findings=findings, unknown=tuple(self.unknown),
+            unchecked=tuple(dict.fromkeys(self.unchecked)),
+        )  # fmt: skip

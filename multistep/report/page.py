@@ -300,7 +300,10 @@ def _settings(run: Mapping[str, Any]) -> list[Html]:
 
 
 def _replayed(replayed: Replays) -> list[Html]:
-    intro = "Every decision was derived again from the journal alone when this page was made. multistep replay does it again."
+    intro = (
+        "What was decided, done about trainings that went wrong and diagnosed was derived again from the numbers in the journal when this "
+        "page was made. multistep replay does it again."
+    )
     parts = [tag("p", intro, "soft small")]
     for ok, words, findings in replayed:
         parts += [tag("p", words, "ok" if ok else "bad" if ok is False else ""), bullets(findings)]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from multistep import team
-from multistep.diagnosis.training import rise
+from multistep.diagnosis.looks import gap_rises
+from multistep.diagnosis.training import Look, rise
 from multistep.evaluate import Rows, keep_hidden
 from multistep.metrics.power import FEWEST_ROWS
 from multistep.models.base import TextEncoder
@@ -172,14 +173,7 @@ class _GapWatch:
         state.settle(training=False)
         logits_NK = self.bench.work.encoder_logits(state.model, self.control, self.action.bf16)
         self._see(state, losses, team.first_numbers(self._losses(logits_NK)))
-        if len(self.seen) < 3:
-            return None
-        first, second, third = (s["validation_loss"] for s in self.seen[-3:])
-        if (
-            third > second > first
-            and third > 1.05 * first
-            and self.seen[-1]["train_loss"] < self.seen[-3]["train_loss"]
-        ):
+        if gap_rises([Look(**look) for look in self.seen]):
             action = "stronger regularization on a fork, against going on as before"
             said = {"name": "overfitting", "numbers": {"checks": self.seen}, "words": rise(self.seen), "action": action}
             return Found("Diagnosed", said, "diagnosis")

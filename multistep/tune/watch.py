@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from multistep import team
-from multistep.diagnosis.training import rise
+from multistep.diagnosis.looks import may_cut, rises
+from multistep.diagnosis.training import Look, rise
 from multistep.metrics import judge_losses
+from multistep.metrics.measure import stderr_of
 from multistep.schedules import Plateau
 from multistep.state import TrainState, read_folder, remove_folder, write_folder
 from multistep.types import Verdict
@@ -134,6 +136,10 @@ class Looks:
         self._losses["last"] = now_N
         verdict = judge_losses(now_N, self._losses["reference"]) if "reference" in self._losses else None
         gain = verdict is None or verdict.accept
+        compared = verdict.evidence[0] if verdict is not None and verdict.evidence else None
+        self._seen[-1] |= {
+            "rows": len(now_N), "gain": compared and compared.difference, "gain_stderr": compared and compared.stderr,
+        }  # fmt: skip
         if gain:
             self._losses["reference"] = now_N
         self._without_gain = 0 if gain else self._without_gain + 1
@@ -144,7 +150,8 @@ class Looks:
             if self._overfitting or self._patience:
                 snapshot = state.snapshot()
                 write_folder(self._folder, snapshot["meta"], snapshot["tensors"])
-        if self._overfitting and self._rises(now_N):
+        self._seen[-1]["rise_stderr"] = stderr_of(now_N - self._losses["best"])
+        if self._overfitting and rises([Look(**look) for look in self._seen]):
             action = "back to the best state; its learning rate decays to zero and training ends"
             said = {"name": "overfitting", "numbers": self._numbers(), "words": rise(self._seen), "action": action}
             return Found("Diagnosed", said, "diagnosis")
@@ -177,7 +184,7 @@ class Looks:
     def _cut(self, state: TrainState, verdict: Verdict) -> Found | None:
         """Reduce on plateau."""
         p = self._plateau
-        if p is None or self._since_cut < p.patience or p.factor ** (self._cuts + 1) < p.floor * (1 - 1e-9):
+        if p is None or not may_cut(p, self._since_cut, self._cuts):
             return None
         action = f"learning rate times {p.factor:g}: {self._since_cut} looks in a row without a gain ({verdict.rule})"
         self._since_cut, self._cuts = 0, self._cuts + 1
@@ -194,13 +201,6 @@ class Looks:
     def _numbers(self) -> dict[str, Any]:
         best = min(self._seen, key=lambda s: s["validation_loss"])
         return {"best": best, "now": self._seen[-1], "checks": len(self._seen)}
-
-    def _rises(self, now_N: np.ndarray) -> bool:
-        best_N = self._losses["best"]
-        worse_N, last = now_N - best_N, self._seen[-3:]
-        rising = len(last) == 3 and all(s["validation_loss"] > best_N.mean() for s in last)
-        beyond = worse_N.mean() > 2 * worse_N.std(ddof=1) / len(worse_N) ** 0.5 if len(worse_N) > 1 else False
-        return bool(rising and beyond and last[-1]["train_loss"] < last[0]["train_loss"])
 
     def back_to_best(self, state: TrainState) -> dict[str, Any]:
         """Restore the best state; where it was and the learning rate it had, which holds the cuts: they are not carried on."""
