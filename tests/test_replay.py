@@ -24,7 +24,7 @@ from multistep.replay.found import Finding
 from multistep.types import UserError
 
 Records = list[dict[str, Any]]
-DECISIONS = ("Asked", "Skipped", "Reserved", "Told", "Committed", "RolledBack")
+DECISIONS = ("Asked", "Skipped", "Reserved", "Told", "Committed", "RolledBack")  # all else: test_replay_training.py
 LIVED = [
     ("300s", "some/encoder", "staged"), ("5000 updates", "some/encoder", "staged"), ("300s", "none", "staged"),
     ("120s", "lstm", "race"), ("60s", "some/encoder", "fixed"), ("40 updates", "scratch", "staged"), ("2e6 tokens", "lstm", "race"),

@@ -5,23 +5,30 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import runs
 import torch
 from test_diagnose import flip, folder, marked
 from test_modules import blobs, network
 from test_modules import run as optimize
-from test_recovery import Hopeless, Steep
+from test_recovery import Hopeless, Steep, course
+from test_recovery import noisy as losses
 from test_replay import alter, leaves, renumbered
-from test_watch import SETTLED, noisy
+from test_watch import SETTLED, begun, flat, noisy
 
 from multistep import cli, detect
+from multistep.diagnosis.looks import decided
+from multistep.diagnosis.training import Look
 from multistep.replay import Replayed, replay
+from multistep.schedules import Plateau
+from multistep.tune.watch import Looks, checks
 
 Records = list[dict[str, Any]]
 MADE: dict[str, Callable[[], Any]] = {
@@ -275,3 +282,68 @@ def test_an_older_journal_is_unchecked_there_and_no_error(
     assert cli.run(["replay", str(tmp_path)]) == 0 and "; not checked: " in capsys.readouterr().out
     assert cli.run(["replay", str(tmp_path), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["journals"][0]["unchecked"]) == 2
+
+
+# ---------------------------------------------------------------------------------------------- the rules, said and derived
+
+
+def test_the_words_of_a_divergence_follow_from_its_numbers() -> None:
+    n, seen = np.arange(200), set()
+    rising = {
+        "above": np.where(n < 3, 1.3, 4.4), "lost": np.where(n < 60, 2.3 * np.exp(-n / 40), 2.3), "long": np.where(n < 8, 0.38, 0.8),
+        "stuck": np.interp(n, [0, 20, 40, 60], [1.0, 4.0, 4.0, 1.2]),
+    }  # fmt: skip
+    for levels in rising.values():
+        for seed in range(5):
+            if (diverged := course(losses(levels, 0.1, seed))) is None:
+                continue
+            said = json.loads(json.dumps(diverged[1]))
+            assert detect.follows(said), said
+            assert not detect.follows({**said, "recent_loss": said["recent_loss"] - 0.3}), said
+            assert not detect.follows({**said, "rule": said["rule"] + " at once"})
+            seen.add(re.sub(r"[\d.]+", "", said["rule"]))
+    assert len(seen) >= 3, seen
+    blown = detect.Course()
+    for k, loss in enumerate([1.0] * 5 + [9.0] * 3):
+        blown.see(loss, 1.0, k)
+    said = blown.blows_up()
+    assert said is not None and detect.follows(said) and not detect.follows({**said, "recent_loss": 2.5})
+    assert detect.follows({"rule": "4 bad batches with 12 good ones between them"}) and not detect.follows(
+        {"rule": "?"}
+    )
+
+
+def test_what_a_watch_decides_is_derived_from_its_looks(tmp_path: Path) -> None:
+    cut = Plateau(factor=0.3, patience=1, floor=0.05)
+    ways: list[dict[str, Any]] = [
+        {"overfitting": True},
+        {"patience": 2},
+        {"plateau": cut},
+        {"patience": 3, "plateau": cut},
+    ]
+    seen_names = set()
+    for seed in range(8):
+        levels = np.cumsum(np.random.default_rng(seed).normal(0.05, 0.15, 19)) + 3.0
+        for more in ways:
+            names, seen = watched(tmp_path / "best", levels, more)
+            rules = {"overfitting": False, "patience": 0, "plateau": None, **more}
+            assert decided(seen, **rules) == names, (seed, more)
+            if any(names):
+                first = next(n for n, name in enumerate(names) if name)
+                assert decided([k.with_(gain=None, rise_stderr=None) for k in seen], **rules)[first] is None
+            seen_names |= set(names)
+    assert seen_names == {"", "overfitting", "no improvement", "plateau"}
+
+
+def watched(folder: Path, levels: np.ndarray, more: dict[str, Any]) -> tuple[list[str], list[Look]]:
+    """What a watch finds at each look when validation has these levels, while train falls; and its looks, from JSON."""
+    given = iter(flat(level, seed=k) for k, level in enumerate(levels))
+    state, watch = begun(folder), Looks(folder, lambda _: next(given), checks(), **more)
+    names: list[str] = []
+    for update in range(5, 100, 5):
+        state.segment.updates = state.counters.update = update
+        found = watch.look(state, [1.0 / update])
+        names.append("" if found is None else found.fields.get("name") or found.fields["event"])
+        if found is not None and found.ends:
+            break
+    return names, [Look(**look) for look in json.loads(json.dumps(watch.looks()))]
