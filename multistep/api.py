@@ -74,7 +74,7 @@ class Run:
             return self.bundle.evaluate(source)
         task = self.bundle.task
         columns = data.Columns.parse(self.bundle.info["columns"], "columns")
-        examples = data.read_labelled(source, columns, task.kind)
+        examples = data.read_labelled(source, columns, task.kind, task.labels)
         targets = task.encode([e.label for e in examples])
         scored = Scored(targets, *self.bundle.scored([e.text for e in examples]))
         names = tuple(dict.fromkeys([self.bundle.info["metric"], *task.metrics]))

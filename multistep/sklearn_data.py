@@ -14,6 +14,7 @@ from sklearn.utils import check_array, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 
 from multistep.data.dataset import MIN_ROWS
+from multistep.data.labels import to_labels
 from multistep.types import UserError
 
 
@@ -111,8 +112,8 @@ def check_enough(texts: Sequence[str], labels: Labels, name: str) -> None:
 
 
 def class_names_of(classes: np.ndarray) -> list[str]:
-    """A name for each class that a file keeps as it is: the label itself where that will do."""
-    names = [str(label) for label in classes.tolist()]
-    if all(n and n == whole(n).strip() for n in names) and len(set(names)) == len(names):
+    """A name for each class that a file keeps as it is: what a file makes of the label where that will do."""
+    names = to_labels([str(label) for label in classes.tolist()], "classify", "y")
+    if all(n is not None and n == whole(n) for n in names) and len(set(names)) == len(names):
         return names
     return [f"class {k}" for k in range(len(names))]

@@ -131,13 +131,13 @@ def test_permission_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = pytest.importorskip("huggingface_hub")
-    pytest.importorskip("datasets")
+    hub, datasets = pytest.importorskip("huggingface_hub"), pytest.importorskip("datasets")
 
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("Name or service\nnot known")
 
     monkeypatch.setattr(hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # and nothing was fetched before
     with pytest.raises(UserError) as caught:
         load("org/name")
     _check(caught.value, ("org/name: no such file or folder here", "Name or service not known", "network"))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from multistep.data.columns import find_columns
-from multistep.data.labels import infer_task, to_labels
+from multistep.data.labels import Spelling, infer_task, to_labels
 
 WORDS = ["a fine day", "a poor film", "so so", "quite good, really"]
 
@@ -68,6 +68,10 @@ def test_named_columns_win_and_are_joined() -> None:
         ([["a"], [], ["a", "b"]] * 5, "multilabel"),
         (["['a', 'b']", '["b"]', "[]"] * 5, "multilabel"),
         (["a|b", "c"] * 5, "classify"),  # only lists are certain; a separator must be asked for
+        (["1", "1.0", "0", "0.0"] * 10, "classify"),
+        (["0", "1"] * 10 + ["nan"] * 20, "classify"),
+        ([0, 1] * 10 + [float("nan") for _ in range(20)], "classify"),
+        ([str(i / 7) for i in range(30)] + ["NaN"], "regress"),
     ],
 )
 def test_task(cells: list[Any], task: str) -> None:
@@ -87,6 +91,14 @@ def test_task(cells: list[Any], task: str) -> None:
         ([[2, 1, 1], []], "multilabel", [("1", "2"), ()]),
         (["[{[1]}]", "[{{1}}]|a"], "multilabel", [("[{[1]}]",), ("[{{1}}]", "a")]),  # what Python cannot make is a text
         (["1.5", " 2 ", "", "-3e2"], "regress", [1.5, 2.0, None, -300.0]),
+        (["1", "1.0", " 0.0 ", "-0", "+1.", "1e0", "0.50", ".5"], "classify", ["1", "1", "0", "0", "1", "1", "0.5", "0.5"]),
+        (["12345678901234567890", "12345678901234567891.0"], "classify", ["12345678901234567890", "12345678901234567891"]),
+        (["01", "1", "1.0"], "classify", ["01", "1", "1.0"]),  # codes, as those of the post are
+        (["1.0", "2.0", "beta"], "classify", ["1.0", "2.0", "beta"]),
+        (["1", "nan", "-NaN", "0"], "classify", ["1", None, None, "0"]),
+        ([1, "nan", 0], "classify", ["1", None, "0"]),
+        (["nan", "pita"], "classify", ["nan", "pita"]),  # breads
+        (["1.5", "nan", "2"], "regress", [1.5, None, 2.0]),
     ],
 )  # fmt: skip
 def test_labels(cells: list[Any], task: Any, labels: list[Any] | None) -> None:
@@ -95,3 +107,26 @@ def test_labels(cells: list[Any], task: Any, labels: list[Any] | None) -> None:
             to_labels(cells, task, "x.csv")
     else:
         assert to_labels(cells, task, "x.csv") == labels
+
+
+@pytest.mark.parametrize(
+    ("train", "later", "labels"),
+    [
+        (["0", "1.0"], ["1", "0.0", "nan"], ["1", "0", None]),
+        ([0, 1.0], ["1.0", "00"], ["1", "00"]),  # unlike any number of train: it will be said
+        (["01", "02"], ["1", "02"], ["1", "02"]),
+        (["v1", "1.0"], ["1.0", "nan"], ["1.0", "nan"]),
+    ],
+)
+def test_later_files_are_read_as_train_was(train: list[Any], later: list[Any], labels: list[Any]) -> None:
+    """By the columns of one run, and by what its model knows."""
+    assert to_labels(later, "classify", "x.csv", Spelling.of(train)) == labels
+    names = sorted(set(to_labels(train, "classify", "x.csv")))
+    assert to_labels(later, "classify", "x.csv", Spelling.of_model("classify", names)) == labels
+
+
+def test_a_model_that_tells_1_and_1_0_apart_still_does() -> None:
+    """Made before they were one."""
+    assert Spelling.of_model("classify", ("0", "1", "1.0")) == (True, False)
+    assert Spelling.of_model("classify", ("0", "1", "nan")) == (False, False)
+    assert Spelling.of_model("regress", ()) == (True, False)

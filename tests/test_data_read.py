@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from multistep.data import read_labelled, read_rows, read_texts
+from multistep.data import load, read_labelled, read_rows, read_texts
 from multistep.data.columns import Columns
+from multistep.data.records import read_records
+from multistep.data.shapes import Layout
+from multistep.types import UserError
 
 ROWS = [
     {"text": 'plain, with "quotes"', "label": "a"},
@@ -128,3 +131,75 @@ def test_read_labelled_keeps_every_row(tmp_path: Path) -> None:
         assert [e.label for e in read_labelled(source, COLUMNS, "classify")] == ["1", "2"]
     (tmp_path / "train.csv").write_text("text,label\na,1\n")
     assert [e.label for e in read_labelled(tmp_path, COLUMNS, "regress")] == [1.0, 2.0]
+
+
+def test_labels_are_one_by_their_value_in_all_files(tmp_path: Path) -> None:
+    def lines(labels: str) -> str:
+        return "text,label\n" + "".join(f"a text {labels} {i},{label}\n" for i, label in enumerate(labels.split() * 20))
+
+    for name, labels in {"train.csv": "1.0 0 nan", "dev.csv": "1 0.0", "test.csv": "1.00 0"}.items():
+        (tmp_path / name).write_text(lines(labels), encoding="utf-8")
+    found = load(tmp_path)
+    assert found.labels == ("0", "1") and len(found.train) == 40
+    assert {e.label for e in (*found.control, *found.calibration, *found.test)} == {"0", "1"}
+    assert {e.label for e in read_labelled(tmp_path / "test.csv", COLUMNS, "classify", found.labels)} == {"0", "1"}
+    with pytest.raises(UserError, match=r"20 rows have no 'label' \(row 3, 6, 9 \.\.\.\)"):
+        read_labelled(tmp_path / "train.csv", COLUMNS, "classify", found.labels)
+
+
+def test_what_is_to_be_evaluated_needs_no_train(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"text": "a", "label": "1"}, {"text": "b", "label": "2"}]
+    for name, split in (("files", "test"), ("broken", "test"), ("none", "dev")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{split}.csv").write_text("text,label\na,1\nb,2\n", encoding="utf-8")
+    (tmp_path / "broken" / "train.csv").write_bytes(b"\xff")  # it is not read
+    made = datasets.Dataset.from_list(rows)
+    made.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"test": made}).save_to_disk(str(tmp_path / "splits"))
+    datasets.DatasetDict({"train": made}).save_to_disk(str(tmp_path / "train"))
+    layout = Layout(task="translate", form="pair", source=("text",), target="label")
+    for name in ("files", "broken", "one", "splits"):
+        assert [e.label for e in read_labelled(tmp_path / name, COLUMNS, "classify")] == ["1", "2"], name
+        assert [r.targets for r in read_records(tmp_path / name, layout)] == [("1",), ("2",)], name
+    for name in ("none", "train"):
+        with pytest.raises(UserError, match="no test split there"):
+            read_labelled(tmp_path / name, COLUMNS, "classify")
+        with pytest.raises(UserError, match="no test split there"):
+            read_records(tmp_path / name, layout)
+
+
+@pytest.mark.parametrize("label", [["0", "1"], [0, 7], [0.0, 1.0], [-2, 1], [True, False]], ids=str)
+def test_parquet_whose_notes_are_older_than_its_columns(tmp_path: Path, label: list[object]) -> None:
+    """A column that was taken away, and one that is no longer what was noted of it."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    note = {"_type": "ClassLabel", "names": ["a", "b"]}
+    features = {"gone": note, "label": note, "text": {"_type": "Value"}, "odd": {"_type": "ClassLabel", "names": 3}}
+    table = pyarrow.table({"text": ["x", "y"], "label": label, "odd": [0, 1]})
+    noted = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    parquet.write_table(noted, tmp_path / "x.parquet")
+    wanted = [{"text": t, "label": one, "odd": i} for i, (t, one) in enumerate(zip("xy", label, strict=True))]
+    assert read_rows(tmp_path / "x.parquet") == {"all": wanted}
+
+
+@pytest.mark.parametrize("way", ["offline", "out of reach", "there"])
+def test_a_data_set_of_the_hub_that_was_fetched_before(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
+    asked: list[str] = []
+    fetched = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
+
+    def question(*_: object, **__: object) -> None:
+        asked.append("question")
+        if way != "there":
+            raise hub.errors.OfflineModeIsEnabled("Cannot reach the hub")
+
+    def load_dataset(name: str) -> object:
+        asked.append(f"{name}, offline: {datasets.config.HF_HUB_OFFLINE}")
+        return fetched
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", way == "offline")
+    monkeypatch.setattr(hub.HfApi, "dataset_info", question)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_rows("org/name") == {"train": ROWS}
+    assert asked == [*(["question"] if way != "offline" else []), f"org/name, offline: {way != 'there'}"]
+    assert datasets.config.HF_HUB_OFFLINE is (way == "offline")

@@ -34,7 +34,8 @@ def fitted() -> TextClassifier:
     [
         np.array(["b", "a"]), np.array(["b", "a"], dtype=object), np.array([" a", "a"]), np.array(["", "a"]),
         np.array([3, -1]), np.array([0, 1], dtype=np.int8), np.array([True, False]), np.array([2.0, 1.0]),
-        np.array(["nan", "None"]), np.array(["[1]", '"'], dtype=object), np.array(["b\ud83d", "b?"]),
+        np.array(["nan", "None"]), np.array(["nan", "1"]),
+        np.array(["1", "1.0"]), np.array(["01", "1"]), np.array(["[1]", '"'], dtype=object), np.array(["b\ud83d", "b?"]),
     ],
 )  # fmt: skip
 def test_labels_come_back_as_they_are(classes: np.ndarray) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from multistep.data import columns as columns_
 from multistep.data import read
 from multistep.data.columns import Columns
-from multistep.data.labels import brief, cell_kind, check_task, infer_task, to_labels
+from multistep.data.labels import Spelling, brief, cell_kind, check_task, infer_task, to_labels
 from multistep.data.report import DataReport, make_report
 from multistep.data.split import Item, make_splits, normalised
 from multistep.types import Example, TaskKind, UserError
@@ -61,13 +61,15 @@ def load(
             columns_.check_columns(rows, columns, where[split])
     cells = {split: [row.get(columns.label) for row in rows] for split, rows in tables.items()}
     kind, task_why = infer_task(cells[main], where[main]) if task == "auto" else (_as_kind(task), "as asked")
+    spelling = Spelling.of(cells[main])
 
     items: dict[str, list[Item]] = {}
     empty: list[Item] = []
     dropped: dict[str, list[Item]] = {NO_TEXT: [], NO_LABEL: []}
     for split, rows in tables.items():
         items[split] = []
-        for item in _items(rows, to_labels(cells[split], kind, where[split]), columns, split, where[split]):
+        found = to_labels(cells[split], kind, where[split], spelling)
+        for item in _items(rows, found, columns, split, where[split]):
             if not item.words:
                 empty.append(item)
             if item.label is None:
@@ -96,23 +98,24 @@ def load(
     return Dataset(train, control, calibration, held, kind, labels, columns, report, fingerprint, given, rows)
 
 
-def read_labelled(source: str | Path, columns: Columns, task_kind: TaskKind) -> list[Example]:
-    """Every row of a file (or of the test split of a folder), for evaluation: none is left out, so all need a label."""
-    path = Path(source)
-    if read.exists(path) and not path.is_dir():
-        rows, where = read.read_file(path), str(source)
-    else:
-        tables = read.read_rows(source)
-        if "test" not in tables:
-            raise UserError(f"{source}: no test split there. Name a file.")
-        rows, where = tables["test"], f"{source} (test)"
+def read_labelled(
+    source: str | Path, columns: Columns, task_kind: TaskKind, labels: Sequence[str] = ()
+) -> list[Example]:
+    """Every row of a file (or of the test split of a folder), for evaluation: none is left out, so all need a label. `labels`: those
+    that the model knows."""
+    tables = read.read_rows(source, only="test")
+    split = "test" if "test" in tables else read.WHOLE
+    if split not in tables:
+        raise UserError(f"{source}: no test split there. Name a file.")
+    rows, where = tables[split], str(source) if split == read.WHOLE else f"{source} (test)"
     columns_.check_columns(rows, columns, where)
-    labels = to_labels([row.get(columns.label) for row in rows], task_kind, where)
-    missing = [number for number, label in enumerate(labels, 1) if label is None]
+    spelling = Spelling.of_model(task_kind, labels)
+    found = to_labels([row.get(columns.label) for row in rows], task_kind, where, spelling)
+    missing = [number for number, label in enumerate(found, 1) if label is None]
     if missing:
         first = ", ".join(map(str, missing[:3])) + (" ..." if len(missing) > 3 else "")
         raise UserError(f"{where}: {len(missing)} rows have no {columns.label!r} (row {first}). Fill or remove them.")
-    return _examples(_items(rows, labels, columns, "test", where))
+    return _examples(_items(rows, found, columns, "test", where))
 
 
 def read_texts(source: str | Path, columns: Columns | None = None) -> list[str]:

@@ -7,7 +7,8 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from decimal import Decimal
+from typing import Any, Literal, NamedTuple, Self
 
 from multistep.types import TaskKind, UserError, nearest
 
@@ -16,6 +17,7 @@ CellKind = Literal["missing", "text", "number", "truth", "list", "other"]
 _FEW_WHOLE = 20  # so many different whole numbers are classes whatever they are
 _FEW_BROKEN = 10  # so many different numbers with a fraction are classes (half stars)
 _HUGE = 1e30  # squares of larger targets leave the range of float32 and soon of float64
+_NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _WORDS = {"text": "a text", "number": "a number", "truth": "true or false", "list": "a list", "other": "an object"}
 
 
@@ -41,6 +43,46 @@ def as_number(value: Any) -> float | None:
         return None
 
 
+class Spelling(NamedTuple):
+    """How the texts of a label column are read: train says it, and later files are read alike."""
+
+    numbers: bool  # all labels are numbers: the text "nan" is a gap
+    by_value: bool  # and none is written as codes are (007): 1 and 1.0 are one label
+
+    @classmethod
+    def of(cls, cells: Sequence[Any]) -> Self:
+        filled = [c for c in cells if cell_kind(c) != "missing" and not _is_nan(c)]
+        numbers = bool(filled) and all(as_number(c) is not None for c in filled)
+        return cls(numbers, numbers and all(value_name(c) is not None for c in filled if isinstance(c, str)))
+
+    @classmethod
+    def of_model(cls, task: TaskKind, labels: Sequence[str]) -> Self:
+        """Of the files that a model with these labels is judged on."""
+        if task == "regress":
+            return cls(numbers=True, by_value=False)
+        numbers = bool(labels) and all(as_number(label) is not None and not _is_nan(label) for label in labels)
+        return cls(numbers, numbers and all(value_name(label) == label for label in labels))
+
+    def without_gaps(self, cells: Sequence[Any]) -> list[Any]:
+        return [None if self.numbers and isinstance(c, str) and _is_nan(c) else c for c in cells]
+
+
+def value_name(text: str) -> str | None:
+    """The one spelling of a number, "1" for "1.0"; None of what is no number, or written as a code is (007)."""
+    text = text.strip()
+    if not _NUMBER.fullmatch(text) or math.isinf(value := float(text)):
+        return None
+    if not value.is_integer():
+        return str(value)
+    exact = Decimal(text)  # more digits than a float has
+    return str(int(exact)) if exact == int(exact) else str(int(value))
+
+
+def _is_nan(cell: Any) -> bool:
+    number = as_number(cell)
+    return number is not None and math.isnan(number)
+
+
 def check_task(task: str) -> None:
     if task != "auto" and task not in TASKS:
         raise UserError(f"task: unknown {task!r}.{nearest(task, ['auto', *TASKS])}")
@@ -48,8 +90,9 @@ def check_task(task: str) -> None:
 
 def infer_task(cells: Sequence[Any], where: str) -> tuple[TaskKind, str]:
     """The task that a label column asks for, and why in words."""
+    cells = Spelling.of(cells).without_gaps(cells)
     check_one_kind(cells, where)
-    filled = [c for c in cells if cell_kind(c) != "missing"]
+    filled = [c for c in cells if cell_kind(c) != "missing" and not (isinstance(c, float) and math.isnan(c))]
     if not filled:
         raise UserError(f"{where}: no label in any row. Name the label column with --label.")
     if all(isinstance(c, list | tuple) or _looks_like_list(c) for c in filled):
@@ -90,13 +133,16 @@ def check_one_kind(cells: Sequence[Any], where: str) -> None:
         )
 
 
-def to_labels(cells: Sequence[Any], task: TaskKind, where: str) -> list[Any]:
-    """Cells to labels of examples: str, sorted tuple of str, or float; None where the label is missing."""
+def to_labels(cells: Sequence[Any], task: TaskKind, where: str, spelling: Spelling | None = None) -> list[Any]:
+    """Cells to labels of examples: str, sorted tuple of str, or float; None where the label is missing. `spelling`: that of train."""
+    spelling = Spelling.of(cells) if spelling is None else spelling
+    cells = spelling.without_gaps(cells)
     check_one_kind(cells, where)
     if task == "regress":
         return _to_numbers(cells, where)
-    convert = _to_class if task == "classify" else _to_classes
-    return [convert(cell, row, where) for row, cell in enumerate(cells, 1)]
+    if task == "multilabel":
+        return [_to_classes(cell, row, where) for row, cell in enumerate(cells, 1)]
+    return [_to_class(cell, row, where, spelling) for row, cell in enumerate(cells, 1)]
 
 
 def _to_numbers(cells: Sequence[Any], where: str) -> list[float | None]:
@@ -121,14 +167,15 @@ def _to_numbers(cells: Sequence[Any], where: str) -> list[float | None]:
     return numbers
 
 
-def _to_class(cell: Any, row: int, where: str) -> str | None:
+def _to_class(cell: Any, row: int, where: str, spelling: Spelling) -> str | None:
     if cell_kind(cell) == "missing" or (isinstance(cell, float) and math.isnan(cell)):
         return None
     if isinstance(cell, list | tuple):
         if len(cell) != 1:
             raise UserError(f"{where}: row {row}: label {brief(cell)} is a list. Use --task multilabel.")
-        return _name(cell[0], row, where)
-    return _name(cell, row, where)
+        cell = cell[0]
+    name = _name(cell, row, where)
+    return (value_name(name) or name) if spelling.by_value else name
 
 
 def _to_classes(cell: Any, row: int, where: str) -> tuple[str, ...] | None:

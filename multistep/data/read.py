@@ -15,36 +15,33 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from multistep.data.saved import SPLITS, WHOLE, Row, one_line, parquet, read_hub, read_saved
 from multistep.types import UserError
 
-Row = dict[str, Any]
-
 FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
-WHOLE = "all"  # the name of the only split of a single file
 # what a row may call its conversation
 MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "turns")
 # what an object may call the rows that it holds beside other things; a list by another name belongs to a row
 _WRAPPERS = ("data", "dataset", "entries", "examples", "instances", "items", "records", "rows", "samples")
-_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation",
-           "val": "validation", "test": "test"}  # fmt: skip
-_SPLIT_FILE = re.compile(rf"({'|'.join(_SPLITS)})(-\d+-of-\d+)?(?:-v\d[\d.]*)?")  # shards; versions (train-v2.0)
+_SPLIT_FILE = re.compile(rf"({'|'.join(SPLITS)})(-\d+-of-\d+)?(?:-v\d[\d.]*)?")  # shards; versions (train-v2.0)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # characters in one CSV field; the standard library's own limit (131,072) is below real documents
 _FIELD_LIMIT = 1 << 24
 _READS = "Readable: " + ", ".join(FORMATS) + " (each also .gz)"
 
 
-def read_rows(source: str | Path) -> dict[str, list[Row]]:
-    """Rows by split: {"all": rows} for a single file, else those of "train", "validation", "test" that exist."""
+def read_rows(source: str | Path, only: str = "") -> dict[str, list[Row]]:
+    """Rows by split: {"all": rows} for a single file or table, else those of "train", "validation", "test" that exist. `only`: the one
+    split that is read; there need be no train then, nor that split itself."""
     path = Path(source)
     if exists(path):
-        return _read_folder(path) if path.is_dir() else {WHOLE: read_file(path)}
+        return _read_folder(path, only) if path.is_dir() else {WHOLE: read_file(path)}
     if file_format(path) is None and _HUB_NAME.fullmatch(str(source)):
-        return _read_hub(str(source))
+        return read_hub(str(source), only)
     raise missing_file(path)
 
 
@@ -55,7 +52,7 @@ def read_file(path: Path) -> list[Row]:
         raise UserError(f"{path}: unknown kind of file. {_READS}.")
     data = _bytes(path)
     if kind == ".parquet":
-        rows = _parquet(data, path)
+        rows = parquet(data, path)
     elif kind in (".csv", ".tsv"):
         rows = _table(decode(data, path), path, "," if kind == ".csv" else "\t")
     else:
@@ -93,7 +90,7 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
         match = kind and _SPLIT_FILE.fullmatch(path.name.lower().removesuffix(".gz").removesuffix(kind))
         if not match:
             continue
-        split = _SPLITS[match[1]]
+        split = SPLITS[match[1]]
         if split in whole or (split in found and not match[2]):
             first = whole.get(split, found[split][0])
             raise UserError(
@@ -108,7 +105,7 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
 def split_named(name: str) -> str | None:
     """The split that a file name without its ending stands for: "dev" is validation."""
     match = _SPLIT_FILE.fullmatch(name.lower())
-    return _SPLITS[match[1]] if match else None
+    return SPLITS[match[1]] if match else None
 
 
 def file_format(path: Path) -> str | None:
@@ -253,7 +250,7 @@ def _json(text: str, path: Path, lines: bool) -> list[Row]:
         try:
             rows = _whole_characters(json.loads(text), text)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not valid JSON ({_one_line(error)}). Mend the file there.") from None
+            raise UserError(f"{path}: not valid JSON ({one_line(error)}). Mend the file there.") from None
         for number, row in enumerate(rows, 1):
             _check_object(row, path, f"element {number}")
         return rows
@@ -267,7 +264,7 @@ def _json(text: str, path: Path, lines: bool) -> list[Row]:
             row = _whole_characters(json.loads(line), line)
         except (ValueError, RecursionError) as error:
             mend = "Every line must be one whole JSON object" if lines else "Give a JSON array or one object a line"
-            raise UserError(f"{path}: line {number}: not valid JSON ({_one_line(error)}). {mend}.") from None
+            raise UserError(f"{path}: line {number}: not valid JSON ({one_line(error)}). {mend}.") from None
         _check_object(row, path, f"line {number}")
         rows.append(row)
     return rows
@@ -305,97 +302,17 @@ def _whole_characters(value: Any, source: str) -> Any:
     return json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+# ---------------------------------------------------------------------------------------------- folders
 
 
-# ---------------------------------------------------------------------------------------------- Parquet, datasets, hub
-
-
-def _parquet(data: bytes, path: Path) -> list[Row]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: reading Parquet needs pyarrow. Install it: pip install pyarrow.") from None
-    try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
-        rows = table.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged or not Parquet ({_one_line(error)}). Fetch or write it again.") from None
-    return _named(rows, _class_names(table.schema.metadata or {}))
-
-
-def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
-    """Column -> names of its whole-number classes, as `datasets` notes them in the schema it writes."""
-    try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
-        return {c: f["names"] for c, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
-    except (KeyError, ValueError, TypeError, AttributeError):
-        return {}
-
-
-def _named(rows: list[Row], names: Mapping[str, list[str]]) -> list[Row]:
-    """Whole-number classes to their names; -1 is how `datasets` writes "no label"."""
-    for column, classes in names.items():
-        for row in rows:
-            index = row[column]
-            row[column] = None if index is None or index < 0 else classes[index]
-    return rows
-
-
-def _read_folder(folder: Path) -> dict[str, list[Row]]:
+def _read_folder(folder: Path, only: str) -> dict[str, list[Row]]:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _read_saved(folder)
+        return read_saved(folder, only)
     files = split_files(folder)
-    if "train" not in files:
+    if only:
+        files = {split: paths for split, paths in files.items() if split == only}
+    elif "train" not in files:
         names = sorted(p.name for p in folder.iterdir() if file_format(p))
         seen = f"found {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" if names else "found no data file"
         raise UserError(f"{folder}: no train file ({seen}). Name one train.csv (or {', '.join(FORMATS[1:])}, .gz).")
     return {split: [row for path in paths for row in read_file(path)] for split, paths in files.items()}
-
-
-def _datasets(source: object) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{source}: reading this needs `datasets`. Install it: pip install datasets.") from None
-    return datasets
-
-
-def _read_saved(folder: Path) -> dict[str, list[Row]]:
-    datasets = _datasets(folder)
-    try:
-        saved = datasets.load_from_disk(str(folder))
-    except Exception as error:
-        raise UserError(f"{folder}: not a whole `datasets` folder ({_one_line(error)}). Save it again.") from None
-    return _from_datasets(saved, folder)
-
-
-def _read_hub(name: str) -> dict[str, list[Row]]:
-    datasets = _datasets(name)
-    import huggingface_hub  # comes with datasets
-
-    mend = "Check the name and the network, or give a file"
-    try:  # first one quick question: load_dataset would retry for half a minute
-        huggingface_hub.HfApi().dataset_info(name, timeout=10)
-        loaded = datasets.load_dataset(name)
-    except Exception as error:
-        raise UserError(
-            f"{name}: no such file or folder here, and the hub did not give it ({_one_line(error)}). {mend}."
-        ) from None
-    return _from_datasets(loaded, name)
-
-
-def _from_datasets(loaded: Any, source: object) -> dict[str, list[Row]]:
-    datasets = _datasets(source)
-    parts = loaded if isinstance(loaded, datasets.DatasetDict) else {WHOLE: loaded}
-    splits: dict[str, list[Row]] = {}
-    for name, part in parts.items():
-        split = WHOLE if name == WHOLE else _SPLITS.get(name.lower())
-        if split is not None and len(part):
-            names = {c: f.names for c, f in part.features.items() if isinstance(f, datasets.ClassLabel)}
-            splits[split] = _named(part.to_list(), names)
-    if "train" not in splits and WHOLE not in splits:
-        raise UserError(f"{source}: no rows in a train split (splits: {', '.join(parts)}). Save one named train.")
-    return splits

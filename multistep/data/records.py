@@ -117,7 +117,7 @@ def load_language(
 
 def read_records(source: str | Path, layout: Layout) -> list[Record]:
     """Every row of a file (or of the test split of a folder), for evaluation: none is left out, so all need an answer."""
-    found = tables.read_tables(source, layout.source).rows
+    found = tables.read_tables(source, layout.source, only="test").rows
     rows = found.get("test", found.get(read.WHOLE))
     if rows is None:
         raise UserError(f"{source}: no test split there. Name a file.")

@@ -29,16 +29,16 @@ class Tables(NamedTuple):
     plain: str = ""
 
 
-def read_tables(source: str | Path, text: Sequence[str] = ()) -> Tables:
-    """Rows by split. Unlike for labels a folder need not hold a train file: records.py finds one then."""
+def read_tables(source: str | Path, text: Sequence[str] = (), only: str = "") -> Tables:
+    """Rows by split. Unlike for labels a folder need not hold a train file: records.py finds one then. `only`: as `read_rows` has it."""
     path = Path(source)
     if read.exists(path):
-        return _folder(path, text) if path.is_dir() else _file(path)
+        return _folder(path, text, only) if path.is_dir() else _file(path)
     if match := _BRACES.fullmatch(str(source)):
         names = (match["a"].strip(), match["b"].strip())
         files = [Path(f"{match['head']}{name}{match['tail']}") for name in names]
         return Tables({read.WHOLE: aligned(files, names)})
-    return Tables({split: _flat(rows, source) for split, rows in read.read_rows(source).items()})
+    return Tables({split: _flat(rows, source) for split, rows in read.read_rows(source, only).items()})
 
 
 def is_plain(path: Path) -> bool:
@@ -57,11 +57,12 @@ def _file(path: Path) -> Tables:
     return Tables({read.WHOLE: [{"text": piece} for piece in pieces]}, how)
 
 
-def _folder(folder: Path, text: Sequence[str]) -> Tables:
+def _folder(folder: Path, text: Sequence[str], only: str) -> Tables:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return Tables({split: _flat(rows, folder) for split, rows in read.read_rows(folder).items()})
+        return Tables({split: _flat(rows, folder) for split, rows in read.read_rows(folder, only).items()})
     if files := read.split_files(folder):
-        return Tables({split: [row for p in paths for row in read_one(p)] for split, paths in files.items()})
+        wanted = {split: paths for split, paths in files.items() if not only or split == only}
+        return Tables({split: [row for p in paths for row in read_one(p)] for split, paths in wanted.items()})
     plain = {s: p for p in sorted(folder.iterdir()) if is_plain(p) and (s := read.split_named(_stem(p)[0]))}
     if plain:
         parts = {split: cut(read.read_plain(path)) for split, path in plain.items()}
@@ -69,7 +70,7 @@ def _folder(folder: Path, text: Sequence[str]) -> Tables:
         return Tables(rows, parts.get("train", next(iter(parts.values())))[1])
     if sides := _sides(folder, text):
         return Tables({split: aligned([paths[n] for n in paths], tuple(paths)) for split, paths in sides.items()})
-    return Tables(read.read_rows(folder))  # which says what is missing
+    return Tables(read.read_rows(folder, only))  # which says what is missing
 
 
 def _stem(path: Path) -> tuple[str, str]:

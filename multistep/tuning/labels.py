@@ -209,7 +209,7 @@ def _judged(
     examples: list[Example] = list(dataset.calibration)
     words = OWN
     if data is not None:
-        found = read_labelled(data, Columns.parse(bundle.info["columns"], "columns"), work.task.kind)
+        found = read_labelled(data, Columns.parse(bundle.info["columns"], "columns"), work.task.kind, work.task.labels)
         known = {normalised(e.text) for split in (dataset.train, dataset.test) for e in split}
         examples = [e for e in found if normalised(e.text) not in known]
         words = f"{Path(data).name}, neither train nor test"
