@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import json
+import logging
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +26,8 @@ from serving import INFO, chat_bundle, label_bundle, numbers, serve_folder, serv
 from multistep import serve
 from multistep.bundle import load_bundle
 from multistep.serve import app as serve_app
+from multistep.serve.numbers import Numbers
+from multistep.serve.queue import Batcher
 from multistep.types import Prediction, UserError
 
 
@@ -339,3 +344,56 @@ def test_a_warning_where_others_can_reach_it_without_a_token(
         caplog.clear()
         assert server.serve(labels, host, 0, None, None, token)
         assert ("no token" in caplog.text) is warned, (host, token)
+
+
+def test_a_client_that_hangs_up_while_it_sends_has_left() -> None:
+    """499, and nothing is broken: no traceback in the log."""
+    app = serve.create_app(lambda texts: [Prediction(t) for t in texts], INFO)
+    head = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n"
+    broken: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: broken.append(record.getMessage())  # pyright: ignore[reportAttributeAccessIssue]
+    logging.getLogger("uvicorn.error").addHandler(handler)
+    try:
+        with served(app) as address:
+            host, port = address.removeprefix("http://").split(":")
+            for path in (b"/predict", b"/v1/completions"):
+                with socket.create_connection((host, int(port))) as connection:
+                    connection.sendall(head % path + b'{"text": "half')
+                counted = f"multistep_requests_total{{route={path.decode()},status=499}}"
+                until = time.monotonic() + 10
+                while counted not in (found := numbers(address)) and time.monotonic() < until:
+                    time.sleep(0.02)
+                assert found.get(counted) == 1
+            assert httpx.post(f"{address}/predict", json={"text": "x"}).status_code == 200
+            assert not [name for name in numbers(address) if "status=5" in name]
+    finally:
+        logging.getLogger("uvicorn.error").removeHandler(handler)
+    assert not broken
+
+
+def test_a_request_that_fails_alone_after_its_client_left_fails_nobody_else() -> None:
+    """Two are answered together and fail; the first is asked alone, leaves meanwhile, and fails again."""
+    alone, go = threading.Event(), threading.Event()
+
+    def work(texts: list[str]) -> list[str]:
+        if len(texts) == 1 and texts != ["bad"]:
+            return texts
+        if len(texts) == 1:
+            alone.set()
+            go.wait(10)
+        raise ValueError("bad")
+
+    async def both() -> list[str]:
+        batcher = Batcher[str, str](work, 8, 8, Numbers())
+        first, second = (asyncio.create_task(batcher.ask([text], 60)) for text in ("bad", "good"))
+        await asyncio.to_thread(alone.wait, 10)
+        first.cancel()
+        await asyncio.wait([first])
+        go.set()
+        try:
+            return [*await asyncio.wait_for(second, 10), *await asyncio.wait_for(batcher.ask(["next"], 60), 10)]
+        finally:
+            batcher.close()
+
+    assert asyncio.run(both()) == ["good", "next"]

@@ -84,6 +84,8 @@ def holds(token: str, headers: Mapping[str, str]) -> bool:
 
 async def read_body(request: Request, seconds: float = BODY_S) -> bytes:
     """The body, read no further than the limit and no longer than `seconds`. Raises Refused."""
+    from starlette.requests import ClientDisconnect
+
     said = request.headers.get("content-length", "")
     too_large = Refused(413, f"the body is larger than {MAX_BODY_BYTES} bytes; send fewer or shorter texts.")
     if said.isascii() and said.isdigit() and (len(said) > 12 or int(said) > MAX_BODY_BYTES):
@@ -98,6 +100,8 @@ async def read_body(request: Request, seconds: float = BODY_S) -> bytes:
                 parts.append(chunk)
     except TimeoutError:
         raise Refused(408, f"the body did not arrive within {seconds:g} s; send it at once.") from None
+    except ClientDisconnect:
+        raise Refused(499, "the client left.") from None
     return b"".join(parts)
 
 

@@ -166,7 +166,8 @@ class Batcher(Generic[T, R]):
                 except Exception as own:
                     error = own
             self._forget(job)
-            job.future.set_exception(error)
+            if not job.future.done():  # its client may have left while it was asked alone
+                job.future.set_exception(error)
 
     def _give(self, job: _Job[T, R], answers: Sequence[R]) -> None:
         job.answers += answers
