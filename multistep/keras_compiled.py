@@ -29,6 +29,7 @@ _LOSSES = {  # Keras's name -> our kind; its short names are resolved by Keras
 }
 _LINKS: Mapping[str, Link] = {"binary_cross_entropy": "sigmoid", "cross_entropy": "softmax"}
 _OF_OUTPUTS = ("mse", "mae", "huber")  # read the model's outputs as they are: a final sigmoid is trained through
+WRAPPERS = ("r_drop", "fgm", "penalized")  # by kind, as multistep.objectives has them: that imports torch
 ACTIVATIONS: Mapping[Link, Any] = {"sigmoid": keras.activations.sigmoid, "softmax": keras.activations.softmax}
 _NOT_CARRIED = ("clipvalue", "use_ema", "gradient_accumulation_steps", "amsgrad")
 _DECOUPLED = ("adamw", "nadam", "lion", "sgd")  # decay as Keras does; in the others it goes through the gradient
@@ -51,11 +52,8 @@ class Updates(NamedTuple):
 def goal_of(model: Any, objective: Any) -> Goal:
     """The objective of the compiled loss, or the one given. Raises UserError on a loss that has no counterpart."""
     if objective is not None:
-        found: dict[str, Any] = {"kind": objective} if isinstance(objective, str) else _dump(objective)
-        core = found
-        while isinstance(core.get("inner"), Mapping):
-            core = core["inner"]
-        if core.get("kind") in _OF_OUTPUTS:
+        found: dict[str, Any] = _of_kind(objective)
+        if _core(found) in _OF_OUTPUTS:
             return Goal(found, "identity", False)
         last = last_layer(model)
         ends = last.activation if isinstance(last, keras.layers.Dense | keras.layers.Activation) else None
@@ -99,14 +97,23 @@ def last_layer(model: Any) -> Any:
     return None if isinstance(model, keras.Model) else model
 
 
-def _dump(given: Any) -> dict[str, Any]:
+def _of_kind(given: Any) -> dict[str, Any]:
+    if isinstance(given, str):
+        return {"kind": given}
     return given.model_dump() if isinstance(given, Spec) else dict(given)
+
+
+def _core(objective: Mapping[str, Any]) -> Any:
+    """The kind of what is inside of all wrappers; one that does not say wraps cross-entropy."""
+    while objective.get("kind") in WRAPPERS:
+        objective = _of_kind(objective.get("inner") or "cross_entropy")
+    return objective.get("kind")
 
 
 def updates_of(model: Any, optimizer: Any) -> Updates:
     """The compiled optimizer, its learning rate (of now, where it has a schedule) taken as given; or the one given."""
     if optimizer is not None:
-        return Updates({"kind": optimizer} if isinstance(optimizer, str) else _dump(optimizer), _CLIP)
+        return Updates(_of_kind(optimizer), _CLIP)
     own = model.optimizer if model.compiled else None
     if own is None:
         return Updates({"kind": "auto"}, _CLIP)
@@ -166,7 +173,7 @@ def targets_of(y: Any, goal: Goal, name: str) -> np.ndarray:
     found = np.asarray(y)
     if found.dtype.kind not in "biuf":
         raise UserError(f"{name}: targets are {found.dtype}, not numbers. Give classes as 0, 1, 2, ...")
-    if goal.objective["kind"] != "cross_entropy":
+    if _core(goal.objective) != "cross_entropy":
         return found.astype(np.float32)
     if goal.one_hot:
         if found.ndim != 2 or not (np.isin(found, (0, 1)).all() and (found.sum(1) == 1).all()):

@@ -19,12 +19,14 @@ import keras
 import torch
 
 import multistep
+from multistep import objectives
+from multistep.objectives import CrossEntropy, Penalized
 from multistep.types import Interrupted, UserError
 
 if keras.backend.backend() != "torch":
     pytest.skip("these tests run Keras on torch: KERAS_BACKEND says otherwise", allow_module_level=True)
 
-from multistep.keras_compiled import goal_of, updates_of
+from multistep.keras_compiled import WRAPPERS, goal_of, targets_of, updates_of
 from multistep.keras_module import KerasModule, as_function
 from multistep.models.recurrence import has_bf16
 
@@ -203,6 +205,40 @@ def test_losses_in_our_words(loss: Any, kind: dict[str, Any], link: str) -> None
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     model.compile("adam", loss)
     assert goal_of(model, None)[:2] == (kind, link)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"kind": "penalized", "inner": {"kind": "cross_entropy"}},
+        {"kind": "penalized", "inner": CrossEntropy(label_smoothing=0.1)},
+        {"kind": "r_drop", "inner": {"kind": "penalized"}},
+        "r_drop",
+        Penalized(l2=0.01),
+    ],
+    ids=str,
+)
+def test_wrappers_around_cross_entropy_read_classes(objective: Any) -> None:
+    model = keras.Sequential(
+        [keras.layers.Dense(8), keras.layers.Dropout(0.1), keras.layers.Dense(3, activation="softmax")]
+    )
+    model.compile("adam", "sparse_categorical_crossentropy")
+    x = np.random.default_rng(0).normal(0, 1, (200, 3)).astype("float32")
+    result = multistep.keras.optimize(model, x, x.argmax(1), objective=objective, budget="8 epochs", verbose=0)
+    assert np.isfinite(result.best.value) and "accuracy" in result.validation
+
+
+def test_what_wraps_is_told_by_its_core() -> None:
+    assert {m.model_fields["kind"].default for m in objectives.WRAPPERS} == set(WRAPPERS)
+    y = np.array([0.0, 1.0, 2.0])
+    for objective, kind in (
+        ("fgm", "i"),
+        ({"kind": "fgm", "inner": "mse"}, "f"),
+        ({"kind": "penalized", "inner": {"kind": "huber"}}, "f"),
+    ):
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, activation="sigmoid")])
+        goal = goal_of(model, objective)
+        assert targets_of(y, goal, "y").dtype.kind == kind and goal.link == ("sigmoid" if kind == "i" else "identity")
 
 
 @pytest.mark.parametrize(
