@@ -296,3 +296,72 @@ def test_an_objective_that_does_not_fit_is_refused_before_anything_is_written(
     with pytest.raises(UserError, match=words):
         runs.run(runs.config(rows, tmp_path / "run", encoder, objective=objective))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("model", ["encoder", "auto"])
+def test_more_tokens_than_the_encoder_has_positions_are_refused(
+    encoder: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it goes on; from scratch there are 512."""
+    from multistep.tune import workbench
+
+    monkeypatch.setattr(workbench, "default_encoders", lambda: iter([]))
+    rows = runs.write_rows(tmp_path / "rows.csv", rows=120)
+    given, name, most = (
+        (str(encoder), "encoder", 64) if model == "encoder" else ("auto", "the encoder from scratch", 512)
+    )
+    cfg = runs.config(rows, tmp_path / "run", given, budget="40 updates", max_length=most + 1)
+    line = f"max_length: {most + 1} tokens, but {name} has {most} positions"
+    for attempt in (lambda: runs.run(cfg), lambda: api.resume(tmp_path / "run")):
+        with pytest.raises(UserError, match=line) as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+    assert api.load(tmp_path / "run").predict(["alpha up"])[0].value, "the linear model stands"
+
+
+@pytest.mark.parametrize(("model", "length"), [("none", 1024), ("lstm", 1024), ("encoder", 64), ("encoder", None)])
+def test_texts_are_read_as_far_as_there_are_positions(
+    encoder: Path, tmp_path: Path, model: str, length: int | None
+) -> None:
+    lines: list[list[object]] = [
+        [f"{'up' if i % 2 else 'down'} " + " ".join(runs.WORDS * 40) + f" {i}", "ab"[i % 2]] for i in range(60)
+    ]
+    path = write(tmp_path / "long.csv", ["text", "label"], lines)
+    given = str(encoder) if model == "encoder" else model
+    more = {} if length is None else {"max_length": length}
+    done = runs.run(runs.config(path, tmp_path / "run", given, budget="40 updates", **more))
+    assert runs.of_kind(done, "TestRead")
+    lengths = {t["trial"]["action"].get("max_length") for t in runs.of_kind(done, "Asked")} - {None}
+    assert lengths == {"none": set(), "lstm": {1024}, "encoder": {64}}[model]
+
+
+def test_positions_are_those_of_the_table(encoder: Path) -> None:
+    from transformers import DebertaV2Config, DebertaV2Model, RobertaConfig, RobertaModel
+
+    from multistep.models.encoder import Encoder, load_backbone
+    from multistep.models.lstm import new_lstm
+
+    size = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    roberta = RobertaModel(RobertaConfig(**size, max_position_embeddings=66, pad_token_id=1))
+    relative = DebertaV2Model(
+        DebertaV2Config(
+            **size,
+            max_position_embeddings=66,
+            position_biased_input=False,
+            relative_attention=True,
+            pos_att_type="p2c|c2p",
+        )
+    )
+    assert Encoder(load_backbone(str(encoder)), 2).positions == 64
+    assert Encoder(roberta, 2).positions == 64, "two are those of padding"
+    assert Encoder(relative, 2).positions is None and new_lstm(50, 0, 8, 2, seed=0).positions is None
+    ids = torch.full((1, 64), 7)
+    roberta(input_ids=ids, attention_mask=torch.ones_like(ids))
+    with pytest.raises((IndexError, RuntimeError)):
+        roberta(input_ids=torch.full((1, 65), 7), attention_mask=torch.ones(1, 65))

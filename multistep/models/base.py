@@ -35,6 +35,11 @@ class TextEncoder(nn.Module, ABC):
     def features(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Features [B,D] from token ids [B,T] and the mask of the real ones, which come first in every row."""
 
+    @property
+    def positions(self) -> int | None:
+        """How many tokens of a row it can read; None where nothing bounds it."""
+        return None
+
     def layers(self) -> Sequence[nn.Module]:
         """The layers that the forward pass can be cut between, in their order; none where it cannot be cut."""
         return []

@@ -43,6 +43,15 @@ class Encoder(TextEncoder):
     def pad_id(self) -> int:
         return int(self.config.pad_token_id or 0)
 
+    @property
+    def positions(self) -> int | None:
+        """By its table of positions; one that turns or compares positions has none. The table's rows up to that of padding are not used."""
+        named = [m for name, m in self.backbone.named_modules() if name.split(".")[-1] == "position_embeddings"]
+        table = next((m for m in named if isinstance(m, nn.Embedding)), None)
+        if table is None:
+            return None
+        return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+
     def layers(self) -> Sequence[nn.Module]:
         return list(self.backbone.encoder.layer) if self.config.model_type in LAYERED else []
 

@@ -35,8 +35,9 @@ def run_profile(bench: Bench, trial: Trial, action: Profile) -> Run:
         work.start_from_scratch()
     if work.has_encoder:
         assert work.tokenizer is not None
+        reads = _reads(work)
         sample = work.texts["train"][:: max(1, rows["train"] // 1000)]
-        lengths = np.array([len(i) for i in encode_ids(work.tokenizer, sample, LENGTHS[-1])[0]])
+        lengths = np.array([len(i) for i in encode_ids(work.tokenizer, sample, reads)[0]])
         per_character = {n: float(np.minimum(lengths, n).sum()) / max(1, len(lengths)) for n in LENGTHS}
         facts |= {
             "encoder": work.scratch or str(work.source),
@@ -44,7 +45,7 @@ def run_profile(bench: Bench, trial: Trial, action: Profile) -> Run:
             "p95_tokens": float(np.percentile(lengths, 95)),
             "n_layers": work.encoder().n_layers,
             "hidden": work.base().width,
-            **_throughput(bench, lengths),
+            **_throughput(bench, lengths, min(_PROFILE_LENGTH, reads)),
         }
         if (together := team.speed()) > 1:
             facts["processes"] = together
@@ -53,6 +54,12 @@ def run_profile(bench: Bench, trial: Trial, action: Profile) -> Run:
         yield "Noted", {"trial": trial.id, "what": "optimizer", "facts": facts["optimizer"]}
     yield "Noted", {"trial": trial.id, "what": "profiled", "facts": facts}
     return Outcome(facts=facts, cost=Cost(wall_s=time.monotonic() - started))
+
+
+def _reads(work: Workbench) -> int:
+    """The longest truncation that the encoder has positions for. Raises UserError where it was asked for more than those."""
+    positions = work.base().positions
+    return LENGTHS[-1] if positions is None else max((n for n in LENGTHS if n <= positions), default=positions)
 
 
 def _optimizer(work: Workbench) -> dict[str, Any]:
@@ -72,17 +79,17 @@ def _optimizer(work: Workbench) -> dict[str, Any]:
     return {"settings": {k: v for k, v in chosen.model_dump().items() if v is not None}, "rule": rule}
 
 
-def _throughput(bench: Bench, lengths: np.ndarray) -> dict[str, Any]:
+def _throughput(bench: Bench, lengths: np.ndarray, longest: int) -> dict[str, Any]:
     """Tokens a second of the forward pass, in fp32 and bf16 where that may be used, on a batch of typical length."""
     work, wanted = bench.work, bench.work.config.precision
     assert work.tokenizer is not None
     if not bench.timed() and wanted == "auto":  # a measurement would make the run depend on the machine's mood
         return {"precision": "bf16" if work.device == "cuda" else "fp32", "forward_tokens_s": 0.0}
-    typical = max(1, int(np.median(np.minimum(lengths, _PROFILE_LENGTH))))
+    typical = max(1, int(np.median(np.minimum(lengths, longest))))
     texts, model = sorted(work.texts["train"][:4000], key=len), work.encoder()
     count = min(len(texts), max(1, model.encode_tokens // typical))
     middle = texts[max(0, (len(texts) - count) // 2) :][:count]
-    ids, _ = encode_ids(work.tokenizer, middle, _PROFILE_LENGTH)
+    ids, _ = encode_ids(work.tokenizer, middle, longest)
     rows = Rows(ids, work.pad_id, work.device)
     few = rows.subset(np.arange(min(8, count)))
     speed: dict[str, float] = {}

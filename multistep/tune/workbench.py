@@ -132,7 +132,18 @@ class Workbench:
                     else:
                         backbone = new_backbone(size, 0, SCRATCH_WIDTH, SCRATCH_LAYERS, 512, seed)
                         self._base = Encoder(backbone, n_outputs)
+            self._check_length(self._base)
         return self._base
+
+    def _check_length(self, encoder: TextEncoder) -> None:
+        """Raises UserError where texts are to be cut at more tokens than the encoder can read."""
+        wanted, most = self.config.max_length, encoder.positions
+        if wanted is not None and most is not None and wanted > most:
+            name = self.base_model or "the encoder from scratch"
+            raise UserError(
+                f"max_length: {wanted} tokens, but {name} has {most} positions. Give {most} or less, or a model without such a limit "
+                "(model=lstm)."
+            )
 
     def reseeded(self, seed: int) -> Workbench:
         """The same data and tokens; what is random in the weights is drawn anew from `seed`."""
