@@ -134,6 +134,7 @@ class Run:
 
     def resume(self, budget: str | float | None = None) -> Run:
         """Go on where the run stopped; `budget` "+5m" adds time."""
+        self._bundle = None
         return resume(self.out, budget)
 
 
@@ -148,20 +149,24 @@ def fit(
     text: str | Sequence[str] = (),
     label: str | None = None,
     model: str | None = None,
+    adapter: str | None = None,
     controller: str | None = None,
+    until: str | None = None,
     overrides: Sequence[str] = (),
     quiet: bool = True,
 ) -> Run:
     """Make a validated model from labelled texts, or for a task whose answer is a text, within a budget.
 
     `source`: a CSV, TSV, JSONL (also .gz) or Parquet file, a folder of splits, a `datasets` folder, a hub name, or a .yaml
-    configuration. `overrides`: "key=value" strings such as "optimizer.lr=1e-4". Raises UserError with one line on bad input.
+    configuration. `adapter`: "lora", beside a model that writes; `until`: a score at which training ends, "f1=0.93". `overrides`: "key=value"
+    strings such as "optimizer.lr=1e-4". Raises UserError with one line on bad input.
     """
     from multistep.config import resolve
 
     options = {
         "task": task, "metric": metric, "budget": budget, "seed": seed, "out": None if out is None else str(out),
-        "text": (text,) if isinstance(text, str) else tuple(text), "label": label, "model": model, "controller": controller,
+        "text": (text,) if isinstance(text, str) else tuple(text), "label": label, "model": model, "adapter": adapter,
+        "controller": controller, "until": until,
     }  # fmt: skip
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:

@@ -365,3 +365,22 @@ def test_positions_are_those_of_the_table(encoder: Path) -> None:
     roberta(input_ids=ids, attention_mask=torch.ones_like(ids))
     with pytest.raises((IndexError, RuntimeError)):
         roberta(input_ids=torch.full((1, 65), 7), attention_mask=torch.ones(1, 65))
+
+
+def test_a_run_that_went_on_answers_with_its_new_model(rows: Path, tmp_path: Path) -> None:
+    done = runs.run(runs.config(rows, tmp_path / "run", "none", budget="40 updates"))
+    old = done.bundle
+    assert done.bundle is old, "loaded once"
+    done.resume("+20 updates")
+    assert done.bundle is not old and done.predict(["alpha up"])[0].value in runs.LABELS
+
+
+def test_fit_takes_the_options_of_the_command_line(rows: Path, tmp_path: Path) -> None:
+    import inspect
+
+    options = set(inspect.signature(cli.fit).parameters) - {"source", "overrides", "quiet", "as_json"}
+    assert options == set(inspect.signature(api.fit).parameters) - {"source", "overrides", "quiet"}
+    done = api.fit(rows, model="none", until="accuracy=0.2", budget="40 updates", out=tmp_path / "run")
+    assert runs.of_kind(done, "Started")[0]["config"]["until"] == "accuracy=0.2"
+    with pytest.raises(UserError, match="adapter: read by tasks that write"):
+        api.fit(rows, model="none", adapter="lora", out=tmp_path / "other")
