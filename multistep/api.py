@@ -15,9 +15,10 @@ from typing import Any
 from multistep import data, journal, report, team
 from multistep.budget import Budget, Clock
 from multistep.bundle import Bundle, find_bundle, load_bundle
-from multistep.config import FitConfig
+from multistep.config import FitConfig, save_config
 from multistep.explained import write_page
 from multistep.export import Exported, export
+from multistep.files import check_new, working_in
 from multistep.journal import Unwritten
 from multistep.labels import assist_labels, fit_labels, resume_labels
 from multistep.language import assist_language, fit_language, is_language, resume_language
@@ -207,9 +208,13 @@ def _assist(told: dict[str, Any]) -> None:
 
 def _fit(config: FitConfig, progress: Progress, started: float | None) -> Run:
     out = Path(str(config.out))
-    if (out / "journal.jsonl").exists():
-        raise UserError(f"{out}: there is a run already. Go on with: multistep resume {out}, or choose another --out.")
-    return Run((fit_language if is_language(config.task) else fit_labels)(config, progress, started))
+    with working_in(out, make=True):
+        if (out / "journal.jsonl").exists():
+            raise UserError(
+                f"{out}: there is a run already. Go on with: multistep resume {out}, or choose another --out."
+            )
+        check_new(out)
+        return Run((fit_language if is_language(config.task) else fit_labels)(config, progress, started))
 
 
 def resume(run_dir: str | Path, budget: str | float | None = None, progress: Progress | None = None) -> Run:
@@ -219,6 +224,11 @@ def resume(run_dir: str | Path, budget: str | float | None = None, progress: Pro
 
 
 def _resume(out: Path, budget: str | float | None, progress: Progress | None) -> Run:
+    with working_in(out):
+        return _go_on(out, budget, progress)
+
+
+def _go_on(out: Path, budget: str | float | None, progress: Progress | None) -> Run:
     past = journal.read(out / "journal.jsonl")
     started = next((r for r in past if r["kind"] == "Started"), None)
     if started is None:
@@ -230,6 +240,8 @@ def _resume(out: Path, budget: str | float | None, progress: Progress | None) ->
         total = more_of(total, str(budget).strip())
     if past[-1]["kind"] == "Finished" and not extended:
         return Run(out)
+    if not (out / "config.yaml").exists():  # killed when the journal had just begun
+        save_config(config, out / "config.yaml")
     sweep(out)
     sweep(out / "states")
     team.sweep(out / "states")

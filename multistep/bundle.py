@@ -24,12 +24,13 @@ from tokenizers import Tokenizer
 from multistep import __version__
 from multistep.engines import OnnxText, Runtime, prepare
 from multistep.evaluate import EncoderText, Engine, TextModel
+from multistep.files import read_info
 from multistep.language_bundle import LanguageBundle, load_language_bundle
 from multistep.models.linear import Linear
 from multistep.models.saved import load_model, save_model
 from multistep.predictors import Asked, Predictor, predict
 from multistep.state import replace_folder
-from multistep.subwords import encode_ids, save_tokenizer
+from multistep.subwords import encode_ids, read_tokenizer, save_tokenizer
 from multistep.tasks import Task
 from multistep.types import Prediction, Spec, UserError
 
@@ -94,7 +95,7 @@ def write_bundle(
             (temporary / "README.md").write_text(card, encoding="utf-8")
         if runs_on is not None:
             shutil.copytree(runs_on, temporary / "engines" / runs_on.name)
-        (temporary / "multistep.json").write_text(json.dumps(info, indent=1, ensure_ascii=False))
+        (temporary / "multistep.json").write_text(json.dumps(info, indent=1, ensure_ascii=False), encoding="utf-8")
         replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -116,7 +117,7 @@ def load_bundle(path: Path, device: str = "cpu") -> Bundle | LanguageBundle:
     """Load a bundle for prediction on `device`. Raises UserError when it is missing, damaged or of a newer format."""
     folder = find_bundle(path)
     try:
-        info = json.loads((folder / "multistep.json").read_text())
+        info = read_info(folder)
         if info["format"] > FORMAT:
             raise UserError(f"{folder}: made by a newer multistep (format {info['format']}). Update multistep.")
         if info.get("language"):
@@ -132,7 +133,7 @@ def load_bundle(path: Path, device: str = "cpu") -> Bundle | LanguageBundle:
                 runtime = chosen.encoder.with_(threads=chosen.encoder.threads or chosen.threads)
                 encoder = prepare(encoder, runtime, folder, make=False)
             models |= {m: _reading(encoder, folder, m) for m in info["models"] if m.startswith("encoder")}
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:  # the last two: JSON of another shape
         if isinstance(error, UserError):
             raise
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
@@ -143,7 +144,7 @@ def load_bundle(path: Path, device: str = "cpu") -> Bundle | LanguageBundle:
 def _reading(encoder: EncoderText | OnnxText, folder: Path, name: str) -> TextModel:
     """The encoder, of "encoder@32" reading 32 tokens of a text."""
     length = name.partition("@")[2]
-    return shortened(encoder, Tokenizer.from_file(str(folder / "tokenizer.json")), int(length)) if length else encoder
+    return shortened(encoder, read_tokenizer(folder / "tokenizer.json"), int(length)) if length else encoder
 
 
 def shortened(encoder: TextModel, tokenizer: Tokenizer, tokens: int) -> TextModel:
@@ -154,7 +155,7 @@ def shortened(encoder: TextModel, tokenizer: Tokenizer, tokens: int) -> TextMode
 
 def load_encoder_text(folder: Path, settings: Mapping[str, Any], device: str) -> EncoderText:
     """The encoder of a bundle on torch, whatever engine was chosen; `settings`: "encoder" of its multistep.json."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
     max_length = int(settings["max_length"])
 
     def tokenize(texts: Sequence[str]) -> list[np.ndarray]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from multistep.files import reading
 from multistep.types import UserError
 
 
@@ -29,7 +30,8 @@ class Codec:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+            with reading(Path("tokenizer.json")):
+                tokenizer = AutoTokenizer.from_pretrained(str(folder))
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
             raise UserError(f"model: {str(folder)!r} has no tokenizer that can be loaded ({reason}).") from None

@@ -190,17 +190,21 @@ def resolve(source: str, options: Mapping[str, Any], overrides: Sequence[str]) -
 
 
 def _stem(source: str) -> str:
-    """The data's name without its folder and endings."""
-    name = Path(source.rstrip("/")).name
+    """The data's name without its folder and endings; of "." and ".." that of the folder they are."""
+    name = Path(source).name
+    if name in ("", ".."):
+        name = Path(source).resolve().name
     for suffix in (".gz", ".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt"):
         name = name.removesuffix(suffix)
-    return name or "run"
+    return name if name.strip(".") else "run"
 
 
 def save_config(config: FitConfig, path: Path) -> None:
     import yaml
 
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    path.write_text(
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -158,9 +158,9 @@ def _elsewhere(
         for split, parts in splits.items():
             np.savez(folder / f"{split}.npz", *parts)
         asked = {"link": link, "settings": settings, "out": str(out.absolute())}
-        (folder / "asked.json").write_text(json.dumps(asked))
+        (folder / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
         _run(folder)
-        answer = json.loads((folder / "answer.json").read_text())
+        answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
         with np.load(folder / "weights.npz", allow_pickle=False) as weights:
             model.set_weights([weights[f"arr_{n}"] for n in range(len(weights.files))])
     return {**answer, "validation": {k: MetricValue(*v) for k, v in answer["validation"].items()}}
@@ -182,7 +182,7 @@ def _run(folder: Path) -> None:
         code = worker.wait()
     failed = folder / "error.json"
     if failed.exists():
-        error = json.loads(failed.read_text())
+        error = json.loads(failed.read_text(encoding="utf-8"))
         if error["signal"]:
             raise Interrupted(error["signal"])
         raise UserError(error["text"])

@@ -37,7 +37,7 @@ def _train(folder: Path) -> None:
     from multistep.keras import _here
     from multistep.types import UserError
 
-    asked = json.loads((folder / "asked.json").read_text())
+    asked = json.loads((folder / "asked.json").read_text(encoding="utf-8"))
     try:
         model: Any = keras.saving.load_model(str(folder / "model.keras"), compile=False)
     except (TypeError, ValueError) as error:
@@ -47,7 +47,7 @@ def _train(folder: Path) -> None:
         ) from None
     found = _here(model, _splits(folder), asked["link"], asked["settings"], Path(asked["out"]))
     np.savez(folder / "weights.npz", *model.get_weights())
-    (folder / "answer.json").write_text(json.dumps(found))
+    (folder / "answer.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 def _splits(folder: Path) -> dict[str, list[np.ndarray]]:
@@ -61,7 +61,7 @@ def _splits(folder: Path) -> dict[str, list[np.ndarray]]:
 
 
 def _fail(folder: Path, text: str, number: int, code: int) -> int:
-    (folder / "error.json").write_text(json.dumps({"text": text, "signal": number}))
+    (folder / "error.json").write_text(json.dumps({"text": text, "signal": number}), encoding="utf-8")
     return code
 
 

@@ -42,13 +42,13 @@ def fit_labels(config: FitConfig, progress: Progress, started: float | None = No
     for line in dataset.report.lines():
         progress.note(line)
     work = Workbench(config, dataset, task, out)
-    (out / "states").mkdir(parents=True, exist_ok=True)
-    save_config(config, out / "config.yaml")
-    book = Journal(out / "journal.jsonl")
+    book = Journal(out / "journal.jsonl")  # first: what is there without one is not a run's
     book.append(
         "Started", clock=clock.save(), config=config, budget=clock.budget, metric=metric, versions=versions(),
         machine=machine_facts(work.device),
     )  # fmt: skip
+    save_config(config, out / "config.yaml")
+    (out / "states").mkdir(exist_ok=True)
     book.append("Data", clock=clock.save(), report=dataset.report, fingerprint=dataset.fingerprint)
     return _drive(work, clock, metric, book, [], progress)
 

@@ -54,13 +54,13 @@ def fit_language(config: FitConfig, progress: Progress, started: float | None = 
     run = _Run(config, out)
     for line in run.data.report.lines():
         progress.note(line)
-    (out / "states").mkdir(parents=True, exist_ok=True)
-    save_config(config, out / "config.yaml")
-    book = Journal(out / "journal.jsonl")
+    book = Journal(out / "journal.jsonl")  # first: what is there without one is not a run's
     book.append(
         "Started", clock=clock.save(), config=config, budget=clock.budget, metric=run.metric, versions=versions(),
         machine=machine_facts(run.speakers.device),
     )  # fmt: skip
+    save_config(config, out / "config.yaml")
+    (out / "states").mkdir(exist_ok=True)
     book.append("Data", clock=clock.save(), report=run.data.report, fingerprint=run.data.fingerprint)
     return run.drive(clock, book, [], progress)
 

@@ -136,7 +136,7 @@ def write_language_bundle(
                 save_span_encoder(speaker.model, temporary)
                 save_tokenizer(speaker.tokenizer, temporary, speaker.context)
                 info["spans"] = {"context": speaker.context, "longest": speaker.longest, "least": speaker.least}
-        (temporary / "multistep.json").write_text(json.dumps(info, indent=1, ensure_ascii=False))
+        (temporary / "multistep.json").write_text(json.dumps(info, indent=1, ensure_ascii=False), encoding="utf-8")
         replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

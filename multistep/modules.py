@@ -10,6 +10,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from multistep.controllers.choose import Facts, choose, is_convex, is_regression
 from multistep.controllers.module import MODULE_CONTROLLERS, ModuleProblem
 from multistep.controllers.script import Target
 from multistep.explained import write_page
+from multistep.files import check_new, working_in
 from multistep.journal import Journal, Unwritten
 from multistep.loader import ModuleRows, Split, rows_of
 from multistep.metrics import METRICS, check_metric
@@ -159,9 +161,11 @@ def optimize(
         "rows": {k: v.count if k == "train" else len(v) for k, v in rows.items()},
         "budget": total.amount, "unit": total.unit, "choice": choice,
     })  # fmt: skip
-    with team.gathered(), Progress(quiet=quiet or not team.leads()) as progress, signals() as stop:
+    with team.gathered(), Progress(quiet=quiet or not team.leads()) as progress, signals() as stop, ExitStack() as held:
         temporary = tempfile.TemporaryDirectory(prefix="multistep-") if out is None and team.leads() else None
         folder = Path(team.first(Path(temporary.name if temporary is not None else str(out)).resolve()))
+        if team.leads():
+            held.enter_context(working_in(folder, make=True))
         clock = Clock(total, started=started)
         asked = {"problem": problem, "controller": controller, "seed": seed, "model": type(module).__name__}
         found_here = _fingerprint(module, rows)
@@ -214,7 +218,7 @@ def _open(
     path = folder / "journal.jsonl"
     problem: ModuleProblem = asked["problem"]
     if not path.exists():
-        (folder / "states").mkdir(parents=True, exist_ok=True)
+        check_new(folder)
         book = Journal(path)
         versions = {"multistep": __version__, "torch": torch.__version__}
         budget = parse_budget(clock.budget)
@@ -227,6 +231,7 @@ def _open(
             versions=versions,
             machine=machine_facts(device),
         )
+        (folder / "states").mkdir(exist_ok=True)
         data = book.append("Data", clock=clock.save(), report={"rows": problem.rows}, fingerprint=fingerprint)
         return book, [first, data]
     sweep(folder / "states")

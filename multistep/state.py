@@ -314,7 +314,7 @@ def write_folder(folder: Path, meta: Mapping[str, Any], tensors: Mapping[str, Te
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # a killed process of the same number may have left it
         temporary.mkdir(parents=True)
-        (temporary / "state.json").write_text(json.dumps(meta))
+        (temporary / "state.json").write_text(json.dumps(meta), encoding="utf-8")
         unshared = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         try:
             save_file(unshared, temporary / "tensors.safetensors")
@@ -328,7 +328,7 @@ def write_folder(folder: Path, meta: Mapping[str, Any], tensors: Mapping[str, Te
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What `write_folder` wrote. Raises UserError when it is not there."""
     try:
-        return json.loads((folder / "state.json").read_text()), load_file(folder / "tensors.safetensors")
+        return json.loads((folder / "state.json").read_bytes()), load_file(folder / "tensors.safetensors")
     except FileNotFoundError:
         raise UserError(f"state {folder.name!r} is missing from {folder.parent}. Start the run again.") from None
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from multistep.files import reading
 from multistep.text import unspaced_share
 from multistep.types import UserError
 
@@ -23,23 +24,34 @@ _CUT_CHARACTERS = 12  # characters a token that are looked at: far more than any
 def load_tokenizer(name: str) -> Tokenizer:
     """The fast tokenizer of a local folder or of a hub name. Raises UserError when there is none."""
     path = Path(name) / "tokenizer.json"
-    if path.exists():
-        tokenizer = Tokenizer.from_file(str(path))
-    else:
-        from transformers import AutoTokenizer
-
-        try:
-            loaded = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-            raise UserError(
-                f"model: {name!r} has no tokenizer that can be loaded ({reason}). Add tokenizer.json."
-            ) from None
-        tokenizer = getattr(loaded, "backend_tokenizer", None)
-        if not isinstance(tokenizer, Tokenizer):
-            raise UserError(f"model: {name!r} has no fast tokenizer (tokenizer.json). Choose another encoder.")
+    try:
+        tokenizer = read_tokenizer(path) if path.exists() else _of_transformers(name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise UserError(
+            f"model: {name!r} has no tokenizer that can be loaded ({reason}). Add tokenizer.json."
+        ) from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    return tokenizer
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Of a tokenizer.json. Raises ValueError where it is damaged."""
+    with reading(path):
+        return Tokenizer.from_file(str(path))
+
+
+def _of_transformers(name: str) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    with reading(Path("tokenizer.json")):
+        loaded = AutoTokenizer.from_pretrained(name)
+    tokenizer = getattr(loaded, "backend_tokenizer", None)
+    if not isinstance(tokenizer, Tokenizer):
+        raise UserError(f"model: {name!r} has no fast tokenizer (tokenizer.json). Choose another encoder.")
     return tokenizer
 
 
@@ -213,4 +225,4 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
         if plain.token_to_id(token) is not None
     }
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, **special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from pydantic import BaseModel
 
+from multistep.files import read_info
 from multistep.launch import assists
 from multistep.types import Interrupted, MetricValue, Prediction, UserError
 
@@ -97,12 +98,8 @@ def is_language(run_dir: Path) -> bool:
 
 
 def _info(run_dir: Path) -> dict[str, Any]:
-    model = run_dir / "model" / "multistep.json"
-    path = model if model.is_file() else run_dir / "multistep.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path}: the bundle is damaged. Make it again with: multistep fit.") from None
+    model = run_dir / "model"
+    return read_info(model if (model / "multistep.json").is_file() else run_dir)
 
 
 def lines_in(asking: bool) -> Iterator[str]:

@@ -20,6 +20,7 @@ from pydantic import Field
 from safetensors.numpy import load_file, save_file
 from scipy import sparse
 
+from multistep.files import reading
 from multistep.types import Spec, UserError
 
 _CHUNK_CHARACTERS = 4_000_000  # what is held as code points at once
@@ -283,11 +284,14 @@ class Vectorizer:
     @staticmethod
     def load(folder: Path) -> Vectorizer:
         """What `save` wrote."""
-        shape = json.loads((folder / "ngrams.json").read_text(encoding="utf-8"))
-        arrays = load_file(folder / "ngrams.safetensors")
-        orders: dict[str, int] = shape["orders"]
-        blocks = {n: Block(tuple(arrays[f"keys.{n}.{i}"] for i in range(1, k + 1))) for n, k in orders.items()}
-        return Vectorizer(NgramFeatures.parse(shape["settings"]), blocks, {n: arrays[f"idf.{n}"] for n in orders})
+        with reading(folder / "ngrams.json"):
+            shape = json.loads((folder / "ngrams.json").read_text(encoding="utf-8"))
+            settings, orders = NgramFeatures.parse(shape["settings"]), dict(shape["orders"])
+        with reading(folder / "ngrams.safetensors"):
+            arrays = load_file(folder / "ngrams.safetensors")
+            blocks = {n: Block(tuple(arrays[f"keys.{n}.{i}"] for i in range(1, k + 1))) for n, k in orders.items()}
+            idf = {n: arrays[f"idf.{n}"] for n in orders}
+        return Vectorizer(settings, blocks, idf)
 
 
 def _stream(unit: str, texts: Sequence[str]) -> Stream:

@@ -146,11 +146,27 @@ def test_a_missing_file_a_folder_and_bytes(tmp_path: Path) -> None:
         ("folder/", "runs/folder"),
         ("org/name", "runs/name"),
         ("v1.2.parquet", "runs/v1.2"),
+        ("...csv", "runs/run"),
+        (".csv", "runs/run"),
     ],
 )
 def test_where_the_run_goes(source: str, out: str) -> None:
     assert resolve(source, {}, []).out == out
     assert resolve(source, {"out": "there"}, []).out == "there"
+
+
+def test_a_folder_by_dots_has_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`runs/..` would be the current folder."""
+    (tmp_path / "reviews" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "reviews" / "inner")
+    for source, out in (
+        (".", "runs/inner"),
+        ("..", "runs/reviews"),
+        ("../", "runs/reviews"),
+        ("x/..", "runs/inner"),
+        ("/", "runs/run"),
+    ):
+        assert resolve(source, {}, []).out == out, source
 
 
 def test_data_may_lie_beside_its_configuration(tmp_path: Path) -> None:

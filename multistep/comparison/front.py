@@ -386,7 +386,7 @@ def _result(metric: str, found: Row) -> str:
 def _cpu() -> str:
     lines: Iterator[str] = iter(())
     if Path("/proc/cpuinfo").exists():
-        lines = iter(Path("/proc/cpuinfo").read_text().splitlines())
+        lines = iter(Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines())
     return next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
     )

@@ -211,7 +211,7 @@ def token_lines(pad: int, whole: str) -> str:
     """Python that makes ids and mask of texts, of this whole-number type: for the READMEs of files that read such."""
     return f"""folder, texts = ".", ["a text", "another one"]
 tokenizer = Tokenizer.from_file(f"{{folder}}/tokenizer.json")
-tokenizer.enable_truncation(json.load(open(f"{{folder}}/labels.json"))["max_length"])
+tokenizer.enable_truncation(json.load(open(f"{{folder}}/labels.json", encoding="utf-8"))["max_length"])
 tokenizer.enable_padding(pad_id={pad})
 rows = tokenizer.encode_batch(texts)
 ids, mask = (np.array([getattr(r, name) for r in rows], np.{whole}) for name in ("ids", "attention_mask"))"""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from multistep.files import reading
 from multistep.models.base import TextEncoder, zero_head
 from multistep.types import UserError
 
@@ -178,7 +179,10 @@ def load_encoder(folder: Path) -> Encoder:
     """What `save_encoder` wrote."""
     from safetensors.torch import load_file
 
-    head = load_file(folder / "head.safetensors")
-    model = Encoder(load_backbone(str(folder)), head["weight"].shape[0])
-    model.head.load_state_dict(head)
+    with reading(folder / "head.safetensors"):
+        head = load_file(folder / "head.safetensors")
+        n_outputs = head["weight"].shape[0]
+    model = Encoder(load_backbone(str(folder)), n_outputs)
+    with reading(folder / "head.safetensors"):
+        model.head.load_state_dict(head)
     return model.eval()

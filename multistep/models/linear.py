@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from scipy import sparse
 from torch import Tensor
 
+from multistep.files import reading
 from multistep.models.head import mean_loss, pose, unpose
 from multistep.objectives.convex import ConvexProblem, Sparse
 from multistep.optimizers.newton_cg import NewtonCG
@@ -50,8 +51,10 @@ class Linear:
     @staticmethod
     def load(folder: Path) -> Linear:
         """What `save` wrote."""
-        arrays = load_file(folder / "linear.safetensors")
-        return Linear(arrays["weights"], arrays["bias"], Vectorizer.load(folder))
+        with reading(folder / "linear.safetensors"):
+            arrays = load_file(folder / "linear.safetensors")
+            weights_DK, bias_K = arrays["weights"], arrays["bias"]
+        return Linear(weights_DK, bias_K, Vectorizer.load(folder))
 
 
 def candidates(task_kind: TaskKind, n_outputs: int, facts: TextFacts) -> list[NgramFeatures]:

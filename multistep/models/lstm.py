@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from multistep.files import reading
 from multistep.models.base import TextEncoder, zero_head
 from multistep.models.recurrence import lstm
 from multistep.types import Spec
@@ -93,7 +94,7 @@ def save_lstm(model: Lstm, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(model.shape.model_dump(), indent=1))
+    (folder / "config.json").write_text(json.dumps(model.shape.model_dump(), indent=1), encoding="utf-8")
     body = {n: p.contiguous() for n, p in model.state_dict().items() if not n.startswith("head.")}
     save_file(body, folder / "model.safetensors", metadata={"format": "pt"})
     save_file({n: p.contiguous() for n, p in model.head.state_dict().items()}, folder / "head.safetensors")
@@ -101,15 +102,18 @@ def save_lstm(model: Lstm, folder: Path) -> None:
 
 def load_lstm(folder: Path) -> Lstm:
     """What `save_lstm` wrote. Raises ValueError when it is damaged."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    shape = LstmShape(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    try:
+    with reading(folder / "config.json"):
+        shape = LstmShape(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    with reading(folder / "head.safetensors"):
         head = load_file(folder / "head.safetensors")
+        n_outputs = len(head["weight"])
+    with reading(folder / "model.safetensors"):
         body = load_file(folder / "model.safetensors")
-        model = Lstm(shape, len(head["weight"]))
+    model = Lstm(shape, n_outputs)
+    try:
         model.load_state_dict({**body, **{f"head.{n}": p for n, p in head.items()}})
-    except (SafetensorError, RuntimeError) as error:
+    except RuntimeError as error:
         raise ValueError(f"{folder}: not the weights of this config.json ({str(error).splitlines()[0]})") from None
     return model.eval()

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from multistep.files import reading
+
 ORDER = 7  # bytes of context and one
 SYMBOLS = 256
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
@@ -108,7 +110,8 @@ class NGram:
 
     @classmethod
     def load(cls, folder: Path) -> NGram:
-        return cls(load_file(folder / "ngram.safetensors"))
+        with reading(folder / "ngram.safetensors"):
+            return cls(load_file(folder / "ngram.safetensors"))
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:

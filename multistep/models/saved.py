@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from multistep.files import reading
 from multistep.models.base import TextEncoder
 from multistep.models.encoder import Encoder, load_encoder, save_encoder
 from multistep.models.lstm import LSTM, Lstm, load_lstm, save_lstm
@@ -22,5 +23,6 @@ def save_model(model: TextEncoder, folder: Path) -> None:
 
 def load_model(folder: Path) -> TextEncoder:
     """What `save_model` wrote, ready to predict."""
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    with reading(folder / "config.json"):
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     return load_lstm(folder) if kind == LSTM else load_encoder(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from multistep.data.cells import Record
+from multistep.files import reading
 from multistep.types import Prediction
 
 FILE = "writer.json"
@@ -29,4 +30,5 @@ def save_data(folder: Path, kind: str, data: dict[str, Any]) -> None:
 
 
 def load_data(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / FILE).read_text(encoding="utf-8"))
+    with reading(folder / FILE):
+        return json.loads((folder / FILE).read_text(encoding="utf-8"))

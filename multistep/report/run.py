@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from multistep.files import read_info
 from multistep.report.explain import explain
 from multistep.report.policy import explain_policy, explain_tuning
 from multistep.report.summary import summary
@@ -36,7 +36,6 @@ def summary_of_run(run_dir: Path) -> dict[str, Any]:
 def policy_of(run_dir: Path) -> dict[str, Any] | None:
     """The policy in the run's bundle, or in the bundle itself."""
     for folder in (run_dir / "model", run_dir):
-        path = folder / "multistep.json"
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8")).get("policy")
+        if (folder / "multistep.json").exists():
+            return read_info(folder).get("policy")
     return None

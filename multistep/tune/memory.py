@@ -19,7 +19,7 @@ def device_memory(device: str) -> float:
     except (AttributeError, ValueError, OSError):  # not on every system
         total = float("inf")
     try:
-        limit = _LIMIT.read_text().strip()
+        limit = _LIMIT.read_text(encoding="utf-8").strip()
     except OSError:
         limit = ""
     return min(total, float(limit)) if limit.isdigit() else total

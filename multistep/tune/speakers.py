@@ -332,4 +332,4 @@ def _tokenizer_config(folder: Path) -> None:
     }  # fmt: skip
     if '"<unk>"' in (folder / "tokenizer.json").read_text(encoding="utf-8"):
         config["unk_token"] = "<unk>"
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")

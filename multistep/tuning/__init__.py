@@ -12,6 +12,7 @@ from pathlib import Path
 from multistep.budget import parse_budget
 from multistep.bundle import Bundle, load_bundle
 from multistep.controllers.choices import CHOOSERS
+from multistep.files import working_in
 from multistep.policy import Limit, Policy
 from multistep.report.progress import Progress
 from multistep.tuning.labels import tune_labels
@@ -38,8 +39,8 @@ def tune_run(
         raise UserError(f"coverage: {coverage:g} is no probability to promise. Give one such as 0.95.")
     if controller not in ("staged", *CHOOSERS):
         raise UserError(f"controller: {controller!r} is not known.{nearest(controller, ['staged', *CHOOSERS])}")
-    bundle = load_bundle(out)
-    with progress or Progress(quiet=True) as shown:
+    with working_in(out), progress or Progress(quiet=True) as shown:
+        bundle = load_bundle(out)
         if isinstance(bundle, Bundle):
             read = None if costs is None else Path(costs)
             return tune_labels(out, bundle, metric, limit, given, data, read, coverage, shown, controller)
