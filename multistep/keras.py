@@ -116,8 +116,11 @@ def optimize(
     held = 0 if validation_data is not None else max(2, round(n * VALIDATION_SHARE))
     temporary = tempfile.TemporaryDirectory(prefix="multistep-") if out is None else None
     folder = Path(temporary.name if temporary is not None else str(out))
+    objective = (
+        goal.objective if len(goal.objective) > 1 else goal.objective["kind"]
+    )  # by its name alone nothing of it is given
     settings: dict[str, Any] = {
-        "objective": goal.objective, "optimizer": updates.optimizer, "clip": updates.clip, "metric": metric,
+        "objective": objective, "optimizer": updates.optimizer, "clip": updates.clip, "metric": metric,
         "budget": _budget(budget, n - held, batch_size), "batch_size": batch_size, "schedule": schedule,
         "controller": controller, "patience": patience, "precision": precision, "seed": seed, "looks": "epoch", "quiet": not verbose,
     }  # fmt: skip

@@ -26,7 +26,8 @@ from multistep import __version__, journal, report, team
 from multistep.budget import Budget, Clock, parse_budget
 from multistep.config import OptimizerConfig
 from multistep.controllers.choose import Facts, choose, is_convex, is_regression
-from multistep.controllers.module import MODULE_CONTROLLERS, ModuleProblem
+from multistep.controllers.module import MODULE_CONTROLLERS
+from multistep.controllers.module_plan import ModuleProblem
 from multistep.controllers.script import Target
 from multistep.explained import write_page
 from multistep.files import check_new, working_in
@@ -50,6 +51,7 @@ from multistep.tune.module import ModuleWorks, task_of
 from multistep.types import MetricValue, Spec, UserError, nearest
 
 VALIDATION_SHARE = 0.1  # of train, held out where no validation data is given
+MOST_DROPOUT = 0.5  # of what is searched (strategy.Training.dropout)
 
 
 @dataclass
@@ -153,9 +155,10 @@ def optimize(
     problem = ModuleProblem.parse({
         "seed": seed, "own_batches": rows["train"].drawn, "higher_is_better": higher,
         "target": _target(until, metric, task),
-        "objective": goal, "metric": metric, "optimizer": config, "regime": chosen,
+        "objective": goal, "objective_given": not isinstance(objective, str), "metric": metric, "optimizer": config, "regime": chosen,
         "schedule": None if schedule is None else spec_of(schedule, SCHEDULES, "schedule"),
         "batch_size": problem_batch, "micro_batch": micro_batch, "clip": clip, "dropout": dropout, "bf16": bf16,
+        "own_dropout": _own_dropout(module),
         "patience": patience, "looks": looks, "clip_z": clip_z, "layer_decay": layer_decay, "freeze": frozen,
         "soup": soup, "batch_growth": batch_growth,
         "rows": {k: v.count if k == "train" else len(v) for k, v in rows.items()},
@@ -307,6 +310,13 @@ def _random(layer: nn.Module) -> bool:
     if isinstance(layer, _DropoutNd):
         return layer.p > 0
     return isinstance(layer, _BatchNorm) or (isinstance(layer, nn.RNNBase) and layer.dropout > 0)
+
+
+def _own_dropout(module: nn.Module) -> float | None:
+    """The one probability of all its dropout layers, from which a search may move it; None where there is none, where they differ, since one
+    number for all would undo that, and where it is more than is searched."""
+    found = {layer.p for layer in module.modules() if isinstance(layer, nn.Dropout)}
+    return found.pop() if len(found) == 1 and max(found) <= MOST_DROPOUT else None
 
 
 def spec_of(given: Any, members: Any, where: str) -> Any:

@@ -4,7 +4,8 @@ when it is replayed. No torch.
     labels            an accepted way to predict takes the incumbent's place; else the best state of a family does, when it is better than
                       what stands, or takes its place among several models that answer together; one that is only better than its own
                       family is kept for a blend
-    module, language  what is accepted takes the incumbent's place; a language run also keeps from where training goes on
+    module, language  what is accepted takes the incumbent's place, of a module also the best state that a look went back to; a language run
+                      keeps from where training goes on, too
     answers, ways     of tuning: what is admitted takes the place of what stands, and every way that was measured is kept
 """
 
@@ -99,6 +100,11 @@ def _better(outcome: Outcome) -> bool:
     return "family_verdict" not in outcome.facts or Verdict(**outcome.facts["family_verdict"]).accept
 
 
+def diverged(outcome: Outcome) -> bool:
+    """Whether a training is back where it began, since it diverged at every rate that was tried."""
+    return outcome.facts.get("diagnosis", {}).get("name") == "divergence"
+
+
 def eligible(of: Of, trial: Trial, outcome: Outcome) -> bool:
     """Whether what a trial left may take the incumbent's place, were it better: what these rules, a controller's account of the gains it
     found and the target of a run have in common. Of tuning, admission is all in the verdict."""
@@ -109,8 +115,8 @@ def eligible(of: Of, trial: Trial, outcome: Outcome) -> bool:
         case "labels":
             whole = outcome.ok and trial.commit and "diagnosis" not in facts and outcome.state is not None
             return whole and facts.get("family") is not None and _better(outcome)
-        case "module":
-            return outcome.ok and trial.commit and outcome.state is not None
+        case "module":  # the best state that a look went back to is whole; what diverged is back where it began
+            return outcome.ok and trial.commit and outcome.state is not None and not diverged(outcome)
         case "language":
             early = facts.get("stopped", {}).get("event") == "no improvement"  # it is judged after its cool-down
             return outcome.ok and trial.commit and "diagnosis" not in facts and not early and "standing" in facts

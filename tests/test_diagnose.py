@@ -173,6 +173,25 @@ def test_twenty_validation_rows_do_not_decide(tmp_path: Path, encoder: Path) -> 
     assert "looks" not in told["facts"], "a rise on ten rows means nothing"
 
 
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({"patience": 3, "schedule": {"kind": "constant"}}, "patience=3 stops nothing"),
+        ({"schedule": {"kind": "plateau", "patience": 1}}, "the plateau cuts no rate"),
+    ],
+)
+def test_ten_validation_rows_stop_no_training_and_cut_no_rate(
+    tmp_path: Path, encoder: Path, more: dict[str, Any], words: str
+) -> None:
+    data = folder(tmp_path / "d", train=marked(300), validation=marked(20, 1), test=marked(60, 2))
+    run = runs.run(runs.config(data, tmp_path / "run", encoder, **more))
+    assert not [r for r in runs.of_kind(run, "Event") if r["event"] in ("no improvement", "plateau")]
+    rules = {r["facts"]["rule"] for r in runs.of_kind(run, "Noted") if r["what"] == "looks"}
+    assert len(rules) == 1 and words in min(rules) and min(rules) in run.explain()
+    told = next(r["outcome"] for r in runs.of_kind(run, "Told") if r["stage"] == "trunk")
+    assert told["facts"]["progress"] == 1.0 and not {"stopped", "looks"} & set(told["facts"])
+
+
 def test_leaking_splits_are_named_with_what_was_done(tmp_path: Path) -> None:
     train = marked(200)
     copied = [list(row) for row in train[:4]]

@@ -315,6 +315,11 @@ def test_what_diverges_at_any_rate_ends_with_a_diagnosis_and_the_incumbent_stays
     told = next(r["outcome"] for r in result.records() if r["kind"] == "Told" and r["stage"] == "trunk")
     assert told["facts"]["diagnosis"]["name"] == "divergence" and told["facts"]["restarts"] == segment.MAX_RESTARTS
     assert result.model.calls == 0 and "divergence" in result.explain()
+    (why,) = [r["why"] for r in result.records() if r["kind"] == "Skipped" and r["stage"] == "cool-down"]
+    assert why.startswith("the training diverged, at learning rate 1e-06 too") and why in result.explain()
+    assert "average" not in {r["trial"]["stage"] for r in result.records() if r["kind"] == "Asked"}, (
+        "of what was not trained"
+    )
     for mine, theirs in zip(result.model.parameters(), Hopeless().parameters(), strict=True):
         assert torch.equal(mine, theirs)
 

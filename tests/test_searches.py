@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from multistep.controllers import Scripted, Skip, Target, Wait
+from multistep.controllers import Reserve, Scripted, Skip, Target, Wait
 from multistep.controllers.members import Member
 from multistep.controllers.module import MODULE_CONTROLLERS, ModuleProblem
 from multistep.controllers.reactive import moved
@@ -50,6 +50,7 @@ class Machine:
     update_s: float = 0.0
     judge_s: float = 0.0
     spent: float = 0.0
+    reserved: dict[str, float] = field(default_factory=dict)
     trained: dict[str, tuple[float, float]] = field(default_factory=dict)  # state -> updates, score
     incumbent: str | None = None
     trials: list[Trial] = field(default_factory=list)
@@ -100,7 +101,7 @@ class Machine:
 
     @property
     def remaining(self) -> float:
-        return max(0.0, self.problem.budget - self.spent)
+        return max(0.0, self.problem.budget - self.spent - sum(self.reserved.values()))
 
     def verdict(self, score: float, rival: str, alpha: float) -> Verdict:
         gain, stderr = score - self.trained[rival][1], 0.01
@@ -127,6 +128,8 @@ def live(name: str, machine: Machine, seed: int | None = None) -> tuple[list[Any
             script.tell(trial, told[trial.id])
             continue
         asks.append(ask)
+        if isinstance(ask, Reserve):
+            machine.reserved[ask.name] = ask.amount
         if isinstance(ask, Trial):
             outstanding.append(ask)
 

@@ -200,7 +200,10 @@ def test_texts_stop_early_and_cut_on_a_plateau_and_resume(
     from multistep import api
 
     monkeypatch.setattr(segment, "SNAPSHOT_UPDATES", 5)
-    rows, encoder = runs.write_rows(tmp_path / "rows.csv", noise=0.3), runs.tiny_encoder(tmp_path / "encoder")
+    encoder = runs.tiny_encoder(tmp_path / "encoder")
+    rows = runs.write_rows(
+        tmp_path / "rows.csv", rows=440, noise=0.3
+    )  # 22 of them are control: on fewer no look decides
     settings = {"controller": "staged", "schedule": {"kind": "constant"}, "budget": "200 updates", **more}
     straight = runs.run(runs.config(rows, tmp_path / "straight", encoder, **settings))
     said = [e for e in runs.of_kind(straight, "Event") if e["event"] in ("no improvement", "plateau")]

@@ -2,13 +2,15 @@
 
     rungs R, 2^R members;  in every rung each member that is left has budget / (R * members left)
 
-The prior is the first member. Ranked after equal cool-downs; of equals the one that was asked first stays, which is the prior.
+The prior is the first member. Ranked after equal cool-downs; of equals the one that was asked first stays, which is the prior. Where the
+rows that judge are too few to tell settings apart (power.FEWEST_ROWS) all are equals: what is better by much is committed all the same.
 Sources: Jamieson and Talwalkar 2016, arXiv 1502.07943 (successive halving); Li et al. 2020, arXiv 1810.05934 (ASHA).
 Differs from the sources: members are paused and thaw, nothing restarts; what is compared has decayed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
@@ -54,10 +56,15 @@ def halving(ground: Ground) -> Found:
             break
         stake = 1.0 if rung + 1 == count else ON_THE_WAY
         yield from cooled(ground, members, COOL * stretch, None, commit=True, stake=stake)
-        members = sorted((m for m in members if m.alive), key=lambda m: -m.merit)
+        members = ranked(ground, [m for m in members if m.alive])
         if not members:
             break
-        found = best_of([*members, *([best] if best is not None else [])])
+        found = members[0] if ground.few_rows else best_of([*members, *([best] if best is not None else [])])
         best = found and replace(found)  # as it is now: what a later rung makes of that member may be worse
         members = members[: max(1, len(members) // 2)]
     return None if best is None else best.cooled
+
+
+def ranked(ground: Ground, members: Sequence[Member]) -> list[Member]:
+    """The best first; in the order in which they were proposed where the rows are too few to say more."""
+    return list(members) if ground.few_rows else sorted(members, key=lambda m: -m.merit)

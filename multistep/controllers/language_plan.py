@@ -11,6 +11,7 @@ from multistep.controllers.space import Point, Space, settled, space_of, value_o
 from multistep.controllers.wealth import Purse
 from multistep.metrics.power import FEWEST_ROWS, least_wins
 from multistep.metrics.texts import LANGUAGE_METRICS
+from multistep.metrics.verdicts import large
 from multistep.objectives import NextToken, Seq2Seq, Span
 from multistep.optimizers.base import Rate, Regime
 from multistep.schedules import Schedule
@@ -98,6 +99,11 @@ class Plan(BasePlan):
     @property
     def seed(self) -> int:
         return self.problem.config.seed
+
+    @property
+    def few_rows(self) -> bool:
+        """Of what is read off many tokens of a text, few texts are enough."""
+        return self.problem.rows["control"] < FEWEST_ROWS and large(self.problem.metric, 1.0) > 0
 
     def overhead(self) -> float:
         return 1.1 * self.facts["judge_s"] if self.timed else 0.0

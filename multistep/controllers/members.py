@@ -15,6 +15,7 @@ from multistep.controllers.script import Does, Skip, Step
 from multistep.controllers.space import Point, Space, said
 from multistep.metrics import verdicts
 from multistep.schedules import Constant, Linear, Schedule
+from multistep.standing import diverged
 from multistep.strategy import Action, Training, Trial
 from multistep.types import Gain, Outcome, Verdict
 
@@ -43,6 +44,11 @@ class Ground(Protocol):
     @property
     def begins(self) -> str | None:
         """The state at which every training begins; None: the model as it is given."""
+        ...
+
+    @property
+    def few_rows(self) -> bool:
+        """Whether the rows that judge are too few to tell settings apart."""
         ...
 
     def spare(self) -> float:
@@ -149,12 +155,13 @@ def enough(ground: Ground, amount: float) -> Does[bool]:
 
 
 def alone(ground: Ground) -> Found:
-    """Where there is no time for several: one training with the prior, decaying to zero."""
+    """Where there is no time for several: one training with the prior, decaying to zero. None: it was not begun, or diverged at any rate."""
     share = ground.spare() - ground.overhead()
     if not (yield from enough(ground, share)):
         return None
     why = "one training with the prior: there is no time for several"
-    return (yield from ground.trial("trunk", ground.at({}, Linear()), why, start=ground.begins, share=share)).state
+    told = yield from ground.trial("trunk", ground.at({}, Linear()), why, start=ground.begins, share=share)
+    return None if diverged(told) else told.state
 
 
 def says_something(ground: Ground, share: float) -> bool:

@@ -14,6 +14,7 @@ from multistep.config import OptimizerConfig
 from multistep.controllers.script import BasePlan, Problem
 from multistep.controllers.space import Point, Space, settled, space_of
 from multistep.controllers.wealth import Purse
+from multistep.metrics.power import FEWEST_ROWS
 from multistep.objectives import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, Objective
 from multistep.optimizers import AdamW
 from multistep.predictors import Predictor
@@ -97,6 +98,10 @@ class Plan(BasePlan):
     @property
     def seed(self) -> int:
         return self.problem.config.seed
+
+    @property
+    def few_rows(self) -> bool:
+        return self.problem.rows["control"] < FEWEST_ROWS
 
     def spare(self) -> float:
         return max(0.0, self.remaining - (2 * self.encode_s(self.problem.rows["control"]) + 2.0 if self.timed else 0.0))

@@ -35,7 +35,9 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "trials": trials,
         "best": _best(trials),
         "stages": _stages(trials),
-        "chosen": [r for r in _all(records, "Noted") if r.get("what") in ("optimizer", "input", "size", "cut")],
+        "chosen": [
+            r for r in _all(records, "Noted") if r.get("what") in ("optimizer", "input", "size", "cut", "looks")
+        ],
         "skipped": _all(records, "Skipped"),
         "reserved": _all(records, "Reserved"),
         "diagnosed": _diagnosed(records),

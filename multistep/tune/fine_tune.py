@@ -13,7 +13,6 @@ from multistep import team
 from multistep.diagnosis.looks import gap_rises
 from multistep.diagnosis.training import Look, rise
 from multistep.evaluate import Rows, keep_hidden
-from multistep.metrics.power import FEWEST_ROWS
 from multistep.models.base import TextEncoder
 from multistep.schedules import Plateau
 from multistep.state import TrainState
@@ -21,7 +20,7 @@ from multistep.strategy import FineTune, Trial
 from multistep.tune.actions import Bench, Run, decided
 from multistep.tune.augmented import AugmentedRows
 from multistep.tune.training import run_training
-from multistep.tune.watch import Found, Looks, checks, look_of
+from multistep.tune.watch import Acts, Found, Looks, acts_of, checks, look_of
 
 GAP_CHECKS = (0.3, 0.45, 0.6, 0.75)  # progress at which train and validation loss are compared
 GAP_ROWS = 400  # of the control split, for these checks
@@ -35,7 +34,11 @@ def run_fine_tune(bench: Bench, trial: Trial, action: FineTune) -> Run:
     data = training_rows(bench, action, model, trial.start)
     state = TrainState(model)
     state.counters.seed = work.config.seed
-    watch = _looks(bench, trial, action) or _gap_watch(bench, trial, action)
+    plateau = action.schedule if isinstance(action.schedule, Plateau) else None
+    acts, said = acts_of(len(work.texts["control"]), Acts(trial.watch_gap, trial.patience, plateau))
+    if said:
+        yield "Noted", {"trial": trial.id, "what": "looks", "facts": {"rule": said}}
+    watch = _looks(bench, trial, action, acts) or (_GapWatch(bench, action) if acts.overfitting else None)
     if action.objective.reads_tables() and action.trains == "top" and action.layers < state.model.n_layers:
         rule = f"{action.objective.kind} moves the outputs of the embeddings: every pass starts from token ids, none from cached states"
         yield "Noted", {"trial": trial.id, "what": "input", "facts": {"rule": rule}}
@@ -101,10 +104,9 @@ def _keep_control_logits(bench: Bench, state: str, model: TextEncoder) -> None:
 # ---------------------------------------------------------------------------------------------- the gap
 
 
-def _looks(bench: Bench, trial: Trial, action: FineTune) -> Looks | None:
+def _looks(bench: Bench, trial: Trial, action: FineTune, acts: Acts) -> Looks | None:
     """Early stopping and the plateau, where they were asked for: in place of the watch over the gap."""
-    plateau = action.schedule if isinstance(action.schedule, Plateau) else None
-    if not (trial.patience or plateau):
+    if not (acts.patience or acts.plateau):
         return None
     rows = bench.work.rows("control", action.max_length)
     few = np.arange(min(len(rows.ids), LOOK_ROWS))
@@ -120,13 +122,7 @@ def _looks(bench: Bench, trial: Trial, action: FineTune) -> Looks | None:
         bench.work.encoder_logits(bench.work.encoder(), control, action.bf16)
         look_s = time.monotonic() - begun
     folder = bench.work.out / "states" / f"{trial.id}.best"
-    return Looks(folder, validate, checks(trial.share, look_s), patience=trial.patience, plateau=plateau)
-
-
-def _gap_watch(bench: Bench, trial: Trial, action: FineTune) -> _GapWatch | None:
-    """None where the rows are too few for a rise to mean anything."""
-    enough = len(bench.work.texts["control"]) >= FEWEST_ROWS
-    return _GapWatch(bench, action) if trial.watch_gap and enough else None
+    return Looks(folder, validate, checks(trial.share, look_s), patience=acts.patience, plateau=acts.plateau)
 
 
 class _GapWatch:

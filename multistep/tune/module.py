@@ -36,7 +36,7 @@ from multistep.tune.diagnose import advice_of_module, higher_is_better, told
 from multistep.tune.segment import Record
 from multistep.tune.soup import greedy_soup
 from multistep.tune.training import averaged, run_training
-from multistep.tune.watch import Looks, checks
+from multistep.tune.watch import Acts, Looks, acts_of, checks
 from multistep.types import Cost, MetricValue, Outcome, UserError, Verdict
 
 JUDGE_BATCH = 256  # examples at once while judging
@@ -220,24 +220,27 @@ class ModuleWorks:
         state = TrainState(self.module(trial.start))
         state.counters.seed = self.seed
         states = self.out / "states"
+        plateau = action.schedule if isinstance(action.schedule, Plateau) else None
+        acts, said = acts_of(len(self.rows["validation"]), Acts(trial.watch_gap, trial.patience, plateau))
+        if said:
+            yield "Noted", {"trial": trial.id, "what": "looks", "facts": {"rule": said}}
         facts, spent = yield from run_training(
-            trial, action, state, self.rows["train"], self._watch(trial, action), states, self.clock, self.stop,
+            trial, action, state, self.rows["train"], self._watch(trial, acts), states, self.clock, self.stop,
             {"family": "module"}, micro_batch=self.micro_batch,
         )  # fmt: skip
         self._answers[trial.id] = self.judge(state.model, self.rows["validation"])
         return self._decided(trial, facts, started, **spent)
 
-    def _watch(self, trial: Trial, action: TrainModule) -> Looks | None:
-        plateau = action.schedule if isinstance(action.schedule, Plateau) else None
+    def _watch(self, trial: Trial, acts: Acts) -> Looks | None:
         epochs = self.problem.looks == "epoch" and trial.stage == "trunk"
-        if not (trial.watch_gap or trial.patience or plateau or epochs):
+        if not (any(acts) or epochs):
             return None
         at = checks(trial.share, self.judge_s) if self.problem.unit == "seconds" else checks()
         an_epoch = self.rows["train"].order(self.problem.batch_size, self.seed).per_epoch
         return Looks(
             self.out / "states" / f"{trial.id}.best",
             lambda state: self.judge(state.model, self.rows["validation"]).losses_N,
-            at, overfitting=trial.watch_gap, patience=trial.patience, plateau=plateau, every=an_epoch if epochs else 0,
+            at, **acts._asdict(), every=an_epoch if epochs else 0,
         )  # fmt: skip
 
     def _average(self, trial: Trial, action: Average) -> Run:

@@ -6,7 +6,8 @@
     no improvement   `patience` looks in a row without a gain (early stopping): back to the best state, the segment ends
 
 A gain is measured over the examples, paired with the last look that was one (t-test, p <= 0.1), so that neither noise nor many small
-steps are mistaken for the other. All that is remembered travels with the segment's snapshots: a resumed run decides as the straight one.
+steps are mistaken for the other; where the rows are too few to tell them apart, looks decide nothing (`acts_of`). All that is remembered
+travels with the segment's snapshots: a resumed run decides as the straight one.
 Sources: Prechelt 1998, "Early stopping - but when?"; the plateau: see schedules/plateau.py. Shapes: N validation examples.
 """
 
@@ -25,6 +26,7 @@ from multistep.diagnosis.looks import may_cut, rises
 from multistep.diagnosis.training import Look, rise
 from multistep.metrics import judge_losses
 from multistep.metrics.measure import stderr_of
+from multistep.metrics.power import FEWEST_ROWS
 from multistep.schedules import Plateau
 from multistep.state import TrainState, read_folder, remove_folder, write_folder
 from multistep.types import Verdict
@@ -85,6 +87,23 @@ def checks(share: float = 0.0, look_s: float = 0.0) -> list[float]:
     """The progress at each look; fewer where `look_s` seconds each would be more than a tenth of the `share` seconds."""
     count = min(CHECKS, max(LEAST_CHECKS, int(CHECK_SHARE * share / max(1e-9, look_s)))) if look_s else CHECKS
     return [(n + 1) / (count + 1) for n in range(count)]
+
+
+class Acts(NamedTuple):
+    """What looks may do to a training: end it where it overfits, or after so many without a gain; cut its rate on a plateau."""
+
+    overfitting: bool
+    patience: int
+    plateau: Plateau | None
+
+
+def acts_of(rows: int, asked: Acts) -> tuple[Acts, str]:
+    """What looks at so many rows may do of what was asked for; and why not all of it, where they are too few ("": all)."""
+    if rows >= FEWEST_ROWS or not any(asked):
+        return asked, ""
+    words = ("overfitting is not looked for", f"patience={asked.patience} stops nothing", "the plateau cuts no rate")
+    said = ", ".join(word for act, word in zip(asked, words, strict=True) if act)
+    return Acts(False, 0, None), f"{rows} validation rows (< {FEWEST_ROWS}) cannot tell a gain from chance: {said}"
 
 
 class Looks:
