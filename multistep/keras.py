@@ -96,7 +96,8 @@ def optimize(
     tenth of the rows is held out. `objective`, `optimizer`: in place of the compiled ones; `optimizer="adamw"` lets the run look
     for the learning rate, the compiled one is taken as given. `metric`: decides between states, "loss" or one that fits.
     `precision`: "fp32", "bf16" (the factors of an LSTM's products in training; state, sums and judging stay float32) or "auto".
-    `verbose`: a line an epoch on standard error. `out`: a folder for the journal; a run that was stopped there goes on.
+    `verbose`: a line an epoch on standard error. `out`: a folder for the journal; a run that was stopped there goes on, and so does a
+    finished one with a larger budget.
     Raises UserError on bad input, Interrupted after SIGINT or SIGTERM with everything saved.
     """
     if precision not in PRECISIONS:

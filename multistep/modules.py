@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from multistep import __version__, journal, report, team
+from multistep import journal, report, team
 from multistep.budget import Budget, Clock, parse_budget
 from multistep.config import OptimizerConfig
 from multistep.controllers.choose import Facts, choose, is_convex, is_regression
@@ -30,18 +29,18 @@ from multistep.controllers.module import MODULE_CONTROLLERS
 from multistep.controllers.module_plan import ModuleProblem
 from multistep.controllers.script import Target
 from multistep.explained import write_page
-from multistep.files import check_new, working_in
+from multistep.files import working_in
 from multistep.journal import Journal, Unwritten
 from multistep.loader import ModuleRows, Split, rows_of
 from multistep.metrics import METRICS, check_metric
+from multistep.module_run import first_budget, given_more, open_run
 from multistep.objectives import OBJECTIVES, Objective
 from multistep.optimizers.base import REGIMES, Regime
 from multistep.optimizers.muon import hidden_matrices
 from multistep.replay import Replayed, replay_run
 from multistep.report.progress import Progress
 from multistep.schedules import SCHEDULES
-from multistep.session import budget_so_far, clock_then, controller_of, machine_facts, resumed, show, signals
-from multistep.state import sweep
+from multistep.session import controller_of, show, signals
 from multistep.strategy import frozen_ids
 from multistep.target import read_target
 from multistep.tasks import Task
@@ -125,9 +124,10 @@ def optimize(
     `batch_growth`: shares of a training at which the batch doubles. `soup`: also try the mean of the probes and the trunk.
     `patience`: looks at validation in a row without a gain that end the training (0: off).
     `controller`: see `multistep list controllers`; `until`: a score at which training ends, "accuracy=0.93", reached with its error.
-    `out`: a folder for journal, states and weights; a run that was stopped there goes on. In several processes (torchrun) all call this
-    with the same data and settings, the module of each on its own device; they train together, and the first one decides and writes:
-    without `out` its journal lasts as long as its result. Raises UserError on bad input.
+    `out`: a folder for journal, states and weights; a run that was stopped there goes on, and so does a finished one that is called with a
+    larger budget, from its best state. In several processes (torchrun) all call this with the same data and settings, the module of each on
+    its own device; they train together, and the first one decides and writes: without `out` its journal lasts as long as its result.
+    Raises UserError on bad input.
     """
     started = time.monotonic()
     device = device_of(module)
@@ -140,9 +140,10 @@ def optimize(
         raise UserError(f"regime: {regime!r} is not known.{nearest(regime, REGIMES)}")
     chosen: Regime = next(r for r in REGIMES if r == regime)
     total = parse_budget(budget)
+    first = first_budget(out, total)
     frozen = _frozen(module, freeze)
     outputs = first_outputs(module, rows["validation"])
-    facts = _facts(module, goal, rows["train"], chosen, total, device, frozen)
+    facts = _facts(module, goal, rows["train"], chosen, first, device, frozen)
     facts = facts.with_(gradual=layer_decay != 1.0 or bool(clip_z) or bool(batch_growth))
     config, choice = choose(optimizer_of(optimizer), facts)
     if config.member.closure and not rows["train"].drawn and choice.startswith("auto"):
@@ -162,7 +163,7 @@ def optimize(
         "patience": patience, "looks": looks, "clip_z": clip_z, "layer_decay": layer_decay, "freeze": frozen,
         "soup": soup, "batch_growth": batch_growth,
         "rows": {k: v.count if k == "train" else len(v) for k, v in rows.items()},
-        "budget": total.amount, "unit": total.unit, "choice": choice,
+        "budget": first.amount, "unit": first.unit, "choice": choice,
     })  # fmt: skip
     with team.gathered(), Progress(quiet=quiet or not team.leads()) as progress, signals() as stop, ExitStack() as held:
         temporary = tempfile.TemporaryDirectory(prefix="multistep-") if out is None and team.leads() else None
@@ -172,16 +173,25 @@ def optimize(
         clock = Clock(total, started=started)
         asked = {"problem": problem, "controller": controller, "seed": seed, "model": type(module).__name__}
         found_here = _fingerprint(module, rows)
-        team.same([asked, found_here, rows["train"].order(problem_batch, seed).at(0).tolist()], "settings or data")
-        book, past = _open(folder, asked, found_here, metric, clock, device) if team.leads() else (Unwritten(), [])
-        past = team.first(past)
-        works = ModuleWorks(module, rows, problem, clock, stop, folder, task, seed)
-        works.adopt_given()
-        steps = controller_of(problem, controller, book, clock, past)
-        for record in tune(works, steps, book, past):
-            show(progress, record, clock, metric)
-        if past[-1]["kind"] != "Finished":
-            book.append("Finished", clock=clock.save(), wall_s=clock.wall_s)
+        team.same(
+            [asked, total, found_here, rows["train"].order(problem_batch, seed).at(0).tolist()], "settings or data"
+        )
+        book: Journal = Unwritten()
+        past: list[dict[str, Any]] = []
+        if team.leads():
+            book, past = open_run(folder, asked, found_here, metric, clock, total, device)
+        while True:  # once; where the run has more budget now, it first comes to its end with what it had
+            past = team.first(past)
+            works = ModuleWorks(module, rows, problem, clock, stop, folder, task, seed)
+            works.adopt_given()
+            steps = controller_of(problem, controller, book, clock, past)
+            for record in tune(works, steps, book, past):
+                show(progress, record, clock, metric)
+            if past[-1]["kind"] != "Finished":
+                book.append("Finished", clock=clock.save(), wall_s=clock.wall_s)
+            if not team.first(clock.budget != total):
+                break
+            past = given_more(folder, book, clock, total) if team.leads() else []
         book.close()
         assert works.incumbent is not None
         module.load_state_dict(works.module(works.incumbent).state_dict())
@@ -212,47 +222,6 @@ def _fingerprint(module: nn.Module, rows: Mapping[str, ModuleRows]) -> str:
         for piece in part.content():
             digest.update(piece)
     return digest.hexdigest()
-
-
-def _open(
-    folder: Path, asked: dict[str, Any], fingerprint: str, metric: str, clock: Clock, device: str
-) -> tuple[Journal, list[dict[str, Any]]]:
-    """The journal and its records so far: begun here, or that of a run which was stopped and now goes on."""
-    path = folder / "journal.jsonl"
-    problem: ModuleProblem = asked["problem"]
-    if not path.exists():
-        check_new(folder)
-        book = Journal(path)
-        versions = {"multistep": __version__, "torch": torch.__version__}
-        budget = parse_budget(clock.budget)
-        first = book.append(
-            "Started",
-            clock=clock.save(),
-            config=asked,
-            budget=budget,
-            metric=metric,
-            versions=versions,
-            machine=machine_facts(device),
-        )
-        (folder / "states").mkdir(exist_ok=True)
-        data = book.append("Data", clock=clock.save(), report={"rows": problem.rows}, fingerprint=fingerprint)
-        return book, [first, data]
-    sweep(folder / "states")
-    team.sweep(folder / "states")
-    past = journal.read(path)
-    then = next((r["config"] for r in past if r["kind"] == "Started"), None)
-    now = TypeAdapter(dict[str, Any]).dump_python(asked, mode="json")
-    if then != now:
-        raise UserError(f"{folder}: there is another run already (its settings differ). Choose another out=.")
-    with_what = next((r["fingerprint"] for r in past if r["kind"] == "Data"), "")
-    if with_what not in ("", fingerprint):
-        raise UserError(f"{folder}: the run there has other data or another module. Choose another out=.")
-    clock.budget = budget_so_far(next(r for r in past if r["kind"] == "Started"), past)
-    clock.restore(clock_then(past))
-    book = Journal(path)
-    if past[-1]["kind"] != "Finished":
-        past.append(resumed(book, clock, extended=False))
-    return book, past
 
 
 # ---------------------------------------------------------------------------------------------- choices

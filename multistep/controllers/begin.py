@@ -16,7 +16,9 @@ from multistep.controllers.answering import AnsweringProblem, answering
 from multistep.controllers.decoding import DecodingProblem, tuning
 from multistep.controllers.language import LANGUAGE_CONTROLLERS, go_on
 from multistep.controllers.language_plan import LanguageProblem
-from multistep.controllers.module import MODULE_CONTROLLERS, ModuleProblem
+from multistep.controllers.module import MODULE_CONTROLLERS
+from multistep.controllers.module import go_on as go_on_module
+from multistep.controllers.module_plan import ModuleProblem
 from multistep.controllers.more import more
 from multistep.controllers.phases import Phases
 from multistep.controllers.script import Ask, Controller, Problem, Reserve, Scripted, Skip
@@ -41,7 +43,10 @@ def begin(problem: AnyProblem, name: str, past: Sequence[Mapping[str, Any]]) -> 
             steps, total = _named(LANGUAGE_CONTROLLERS, name)(problem), Budget(amount=problem.budget, unit=problem.unit)
             return Phases(steps, lambda amount, left: go_on(problem.with_(budget=amount), left.purse), total, past)
         case ModuleProblem():
-            return Scripted(_named(MODULE_CONTROLLERS, name)(problem))
+            steps, total = _named(MODULE_CONTROLLERS, name)(problem), Budget(amount=problem.budget, unit=problem.unit)
+            return Phases(
+                steps, lambda amount, purse: go_on_module(problem.with_(budget=amount), name, purse), total, past
+            )
         case AnsweringProblem():
             return Scripted(answering(problem))
         case DecodingProblem():

@@ -2,7 +2,7 @@
 
 fixed: one run with the given settings. race: learning rates first, then the winner. staged: the race, a trunk that is watched for
 overfitting, a cool-down from its best state where it overfits, averages. The searches (searches.py) stand where race and trunk do.
-What comes after training is set aside before it.
+What comes after training is set aside before it. A finished run that is given more budget goes on from its best state.
 Probes are compared only after their learning rate has decayed to zero (short-horizon bias: Wu et al. 2018).
 """
 
@@ -20,7 +20,7 @@ from multistep.controllers.wealth import Purse
 from multistep.metrics.power import FEWEST_ROWS
 from multistep.schedules import Linear
 from multistep.standing import diverged
-from multistep.strategy import AsGiven, Average, Diagnose, Profile, ReadTest
+from multistep.strategy import AsGiven, Average, Diagnose, Profile, ReadTest, TrainModule
 from multistep.types import Outcome
 
 STEP = 3.0  # between the learning rates of the race: a module from elsewhere may want a rate far from the prior
@@ -130,9 +130,9 @@ def _race_and_trunk(plan: Plan) -> Found:
     return (yield from _trunk(plan, rate, share, why))
 
 
-def _trunk(plan: Plan, rate: float | None, share: float, why: str) -> Found:
+def _trunk(plan: Plan, rate: float | None, share: float, why: str, start: str | None = None) -> Found:
     """A training that is watched, and a cool-down from its best state where it overfits or stands still. None: it diverged at any rate."""
-    told = yield from plan.trial("trunk", plan.strategy(rate), why, share=share, watch=True)
+    told = yield from plan.trial("trunk", plan.strategy(rate), why, start=start, share=share, watch=True)
     if diverged(told):
         why = f"the training diverged, at learning rate {told.facts['best_lr']:.2g} too: it is back where it began, "
         yield Skip(stage="cool-down", why=f"{why}so there is nothing to cool down or to average")
@@ -205,6 +205,36 @@ def _from_given(plan: Plan, name: str) -> Steps:
         yield from _averages(plan, state)
     if whole and plan.problem.soup:
         yield from _soup(plan)
+
+
+def go_on(problem: ModuleProblem, name: str, purse: Purse | None = None) -> Does[Purse]:
+    """A finished run is given more budget: from its best state on, with the settings that made it; what stands stays unless it is beaten.
+    `name`: of the run's controller, which tries what it would have tried where nothing that was trained stands. `purse`: what the run has
+    left of its wealth."""
+    plan = Plan(problem, purse)
+    yield from plan.until(_gone_on(plan, name))
+    yield from _finish(plan)
+    return plan.purse
+
+
+def _gone_on(plan: Plan, name: str) -> Steps:
+    told = yield from _profile(plan)
+    if told.facts.get("made_by") is None:
+        yield from _from_given(plan, name)
+        return
+    plan.base, start = TrainModule.parse(told.facts["made_by"]), told.families["module"]
+    yield from _set_aside(plan, whole=True)
+    share = plan.spare()
+    if plan.target is not None:
+        state = yield from legs(plan, {}, start)
+    elif (yield from _enough(plan, share)):
+        why = f"on from {start} with the settings that made it, lr {plan.base.optimizer.lr:.2g}, about {plan.updates(share):.0f} updates"
+        state = yield from _trunk(plan, None, share, why, start)
+    else:
+        state = None
+    yield from plan.reserve("average", 0.0)
+    if state is not None:
+        yield from _averages(plan, state)
 
 
 # How each of them trains, and whether averages, and a soup where one was asked for, come after it.

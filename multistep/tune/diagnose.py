@@ -50,9 +50,9 @@ def advice_of(config: FitConfig, out: str, budget: Budget) -> Advice:
 
 
 def advice_of_module(optimizer: str, budget: str) -> Advice:
-    """For `optimize`: its own arguments. `budget`: twice what there was."""
+    """For `optimize`: its own arguments. `budget`: twice what there was; in the same folder the run goes on with it."""
     return Advice(
-        more_time=f"optimize(..., budget={budget!r})", regularized="optimize(..., dropout=0.1)",
+        more_time=f"optimize(..., budget={budget!r}) with the same out= goes on from here", regularized="optimize(..., dropout=0.1)",
         at_rate=f'optimize(..., optimizer={{"kind": "{optimizer}", "lr": LR}})', other_model="optimize(other_module, ...)",
     )  # fmt: skip
 

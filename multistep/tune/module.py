@@ -205,8 +205,20 @@ class ModuleWorks:
             self.judge(state.model, few)
             a_row = (time.monotonic() - begun) / len(few)
             facts |= {"judge_s": a_row * p.rows["validation"], "test_s": a_row * p.rows.get("test", 0)}
+        if self.incumbent is not None:  # of a run that is given more
+            facts["made_by"] = self._made_by(self.incumbent)
         yield "Noted", {"trial": trial.id, "what": "profiled", "facts": facts}
         return Outcome(facts=facts, cost=Cost(wall_s=time.monotonic() - started))
+
+    def _made_by(self, state: str | None) -> dict[str, Any] | None:
+        """The strategy of the training that left a state, or what it is an average of; None: it is as it was given."""
+        tried = {trial.id: (trial, outcome) for trial, outcome in self.past}
+        while state is not None and state in tried:
+            trial, outcome = tried[state]
+            if isinstance(trial.action, TrainModule):
+                return trial.action.model_dump(mode="json")
+            state = trial.start or next(iter(outcome.facts.get("members", ())), None)  # the best of a soup
+        return None
 
     def _as_given(self, trial: Trial) -> Run:
         started = time.monotonic()
@@ -280,7 +292,7 @@ class ModuleWorks:
         value = self.measured(self.answers(self.incumbent))[p.metric]
         known = Known(
             metric=p.metric, value=value, rows=p.rows["validation"],
-            advice=advice_of_module(p.optimizer.kind, str(Budget(amount=2 * p.budget, unit=p.unit))),
+            advice=advice_of_module(p.optimizer.kind, str(Budget(amount=2 * self.clock.budget.amount, unit=p.unit))),
             higher_is_better=higher_is_better(p.metric), seed=self.seed, halved=False,
             served=Stood(self.standing(), self.families()).states(),
         )  # fmt: skip
