@@ -166,8 +166,7 @@ def language(stood: Stood, trial: Trial, outcome: Outcome) -> After:
     if not outcome.ok or "standing" not in facts:
         return stood, False
     standing, family, families = facts["standing"], facts["family"], dict(stood.families)
-    diverged = facts.get("diagnosis", {}).get("name") == "divergence"  # it is back where it began
-    if trial.stage == "trunk" and not diverged:
+    if trial.stage == "trunk" and not diverged(outcome):
         families["trunk"] = standing["state"]  # from where more budget goes on
     if family == "ngram":
         families["ngram"] = standing["state"]

@@ -165,3 +165,40 @@ def test_more_budget_after_a_blend_is_judged_in_its_place(tmp_path: Path) -> Non
     assert told[1]["outcome"]["facts"].get("in_place", False) == several
     assert run.replay() is not None
     assert np.isfinite(told[1]["outcome"]["metrics"]["accuracy"][0])
+
+
+# ---------------------------------------------------------------------------------------------- what comes after a trunk
+
+
+class Ends(Machine):
+    """Its trunk ends so, half way."""
+
+    facts: dict[str, Any]
+
+    def run(self, trial: Trial) -> Outcome:
+        outcome = super().run(trial)
+        if trial.stage != "trunk":
+            return outcome
+        self.spent -= 0.5 * trial.share
+        return outcome.with_(facts={**outcome.facts, **self.facts}, remaining=self.remaining())
+
+
+def test_what_diverged_at_every_rate_is_not_averaged() -> None:
+    first = problem(5000, "updates")
+    machine = Ends(problem=first)
+    machine.facts = {"diagnosis": {"name": "divergence"}, "best_lr": 3e-7, "best_progress": 0.0}
+    story = Story(machine, first, more=100)
+    assert story.of(0, "trunk") and not story.of(0, "average") and not story.of(0, "cool-down")
+    assert "diverged" in next(s.why for s in story.skips[0] if s.stage == "average")
+
+
+@pytest.mark.parametrize("event", ["no improvement", "bad batches"])
+def test_a_trunk_that_stopped_early_decays_from_its_best_state(event: str) -> None:
+    first = problem(5000, "updates")
+    machine = Ends(problem=first)
+    machine.facts = {"stopped": {"event": event}, "best_lr": 1e-4, "best_progress": 0.4}
+    story = Story(machine, first, more=100)
+    (trunk,), (cooled,) = story.of(0, "trunk"), story.of(0, "cool-down")
+    assert cooled.start == trunk.id and rate(cooled) == 1e-4 and isinstance(cooled.action, FineTune)
+    assert cooled.action.schedule.kind == "linear" and cooled.share == pytest.approx(0.15 * 0.4 * trunk.share, rel=1e-3)
+    assert [t.start for t in story.of(0, "average")] == [cooled.id, cooled.id]

@@ -390,10 +390,9 @@ def test_killed_after_a_divergence_it_goes_on_as_the_straight_run(
             return load(self, few)
 
         out = tmp_path / f"run{call}"
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(Rows, "load", dying)
-            with pytest.raises(Killed):
-                runs.run(runs.config(rows, out, encoder, **settings))
+            runs.run(runs.config(rows, out, encoder, **settings))
         (kept,) = (out / "states").glob("*.live.*")
         assert int(kept.name.rsplit(".", 1)[1]) >= segment._A_RESTART  # of the segment that began again
         again = api.resume(out)

@@ -45,7 +45,7 @@ def begin(problem: AnyProblem, name: str, past: Sequence[Mapping[str, Any]]) -> 
         case ModuleProblem():
             steps, total = _named(MODULE_CONTROLLERS, name)(problem), Budget(amount=problem.budget, unit=problem.unit)
             return Phases(
-                steps, lambda amount, purse: go_on_module(problem.with_(budget=amount), name, purse), total, past
+                steps, lambda amount, left: go_on_module(problem.with_(budget=amount), name, left.purse), total, past
             )
         case AnsweringProblem():
             return Scripted(answering(problem))

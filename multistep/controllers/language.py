@@ -23,6 +23,7 @@ from multistep.controllers.trunk import LEAST_UPDATES, averages
 from multistep.controllers.wealth import Purse
 from multistep.predictors.decoding import Beam
 from multistep.schedules import Constant, Linear
+from multistep.standing import diverged
 from multistep.strategy import AsGiven, Decode, Diagnose, FitWriter, Mix, Profile, ReadTest, Recount, TrainWriter
 from multistep.tasks.writing import LOSSES
 from multistep.types import Outcome
@@ -144,7 +145,7 @@ def _after(plan: Plan, told: Outcome, action: TrainWriter, share: float, why: st
     """What follows a trunk; the state of the end. `share`: of the trunk and what follows; `why`: of the cool-down that one has coming which
     stayed at its rate. None where it diverged: it is where it began then, and there is nothing to cool down from or to average."""
     facts = told.facts
-    if facts.get("diagnosis", {}).get("name") == "divergence":
+    if diverged(told):
         yield Skip(stage="cool-down", why="the training diverged, and stands where it began: no cool-down, no averages")
         return None
     if "diagnosis" in facts or "stopped" in facts:

@@ -11,6 +11,7 @@ from multistep.controllers.plan import MOST_EPOCHS, Plan
 from multistep.controllers.script import Does, Skip, Step, Steps, beats, left_out
 from multistep.metrics.power import FEWEST_ROWS
 from multistep.schedules import Linear, Plateau
+from multistep.standing import diverged
 from multistep.strategy import Action, Average, FineTune
 from multistep.types import Outcome, Verdict
 
@@ -99,7 +100,10 @@ def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
     told = yield from plan.trial("trunk", action, why, start=start, share=share, watch=True)
     if "stopped" in told.facts:
         return (yield from _cool_down(plan, action, told, share))
-    if told.facts.get("diagnosis", {}).get("name") != "overfitting":
+    if diverged(told):
+        yield Skip(stage="average", why="the training diverged, and stands where it began")
+        return None
+    if "diagnosis" not in told.facts:
         return told.state
     rest = share * (1 - told.facts["progress"])
     return (yield from _fork(plan, action, told, min(rest, 0.48 * (plan.remaining - end_s(plan, 2)))))
