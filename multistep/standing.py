@@ -105,6 +105,11 @@ def diverged(outcome: Outcome) -> bool:
     return outcome.facts.get("diagnosis", {}).get("name") == "divergence"
 
 
+def early(outcome: Outcome) -> bool:
+    """Whether a training did not come to its end, so that its rate has not decayed: it says nothing of what it was tried for."""
+    return bool({"diagnosis", "stopped"} & set(outcome.facts))
+
+
 def eligible(of: Of, trial: Trial, outcome: Outcome) -> bool:
     """Whether what a trial left may take the incumbent's place, were it better: what these rules, a controller's account of the gains it
     found and the target of a run have in common. Of tuning, admission is all in the verdict."""

@@ -204,6 +204,11 @@ class Shape(Spec):
     context: int = 512  # tokens at most at once
     lora: Lora | None = None  # trains an adapter beside the frozen weights
 
+    @property
+    def family(self) -> str:
+        """Under what its best state is kept."""
+        return "spans" if self.reads == "spans" else "model"
+
 
 class TrainWriter(Training):
     """Gradient training of a model that writes or that finds answers: all its weights, or its adapter."""

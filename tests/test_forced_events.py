@@ -24,6 +24,7 @@ from multistep import api, journal
 from multistep.data.dataset import load
 from multistep.evaluate import Rows
 from multistep.journal import Journal
+from multistep.state import read_folder
 from multistep.tune import fine_tune, segment, training
 from multistep.types import Interrupted
 
@@ -189,7 +190,10 @@ def test_bad_batches_far_apart_stop_a_training(folder: Path, tmp_path: Path, mon
     assert facts["stopped"] == {"event": "bad batches", "rollbacks": segment.MAX_ROLLBACKS + 1}
     (cooled,) = [r["trial"] for r in of_kind(done, "Asked") if r["trial"]["stage"] == "cool-down"]
     assert cooled["start"] == trunk["trial"]
-    assert cooled["action"]["optimizer"]["lr"] == pytest.approx(facts["best_lr"]) and 0 < facts["best_lr"] < 2e-3 / 8
+    assert cooled["action"]["optimizer"]["lr"] == pytest.approx(facts["best_lr"]) and 0 < facts["best_lr"] < 2e-3
+    assert facts["lr_scale"] == 0.5**4, "the state carries it on"
+    segment_then = read_folder(done.out / "states" / cooled["id"])[0]["segment"]
+    assert segment_then["total"]["amount"] == pytest.approx(cooled["share"]), "from its beginning, not in the trunk's middle"
     assert of_kind(done, "Finished") and done.predict(["alpha up"])[0].value
 
 

@@ -277,12 +277,22 @@ def test_what_was_trained_is_told_from_what_was_given() -> None:
         Trial(id="04-cool-down", stage="cool-down", action=strategy.with_(optimizer=AdamW(lr=1e-3)), start="03-halving"),
         Trial(id="05-average", stage="average", action=Average(which="ema"), start="04-cool-down"),
     ]  # fmt: skip
-    assert trained(trials, {}) is None and trained(trials, {"model": "02-given"}) is None
-    found = trained(trials, {"model": "05-average"})
+    made = {trial.id: (trial, Outcome(state=trial.id)) for trial in trials}
+    assert trained(made, {}) is None and trained(made, {"model": "02-given"}) is None
+    found = trained(made, {"model": "05-average"})
     assert found is not None and found["state"] == "05-average"
-    assert found["settings"]["optimizer.lr"] == 1e-3 and found["settings"]["dropout"] == 0.2
-    first = trained(trials, {"model": "02-given", "trunk": "03-halving"})
+    assert found["settings"]["optimizer.lr"] == 2e-3 and found["settings"]["dropout"] == 0.2, (
+        "the rate before it decayed"
+    )
+    first = trained(made, {"model": "02-given", "trunk": "03-halving"})
     assert first is not None and first["state"] == "03-halving" and first["settings"]["optimizer.weight_decay"] == 0.3
+    made["03-halving"] = trials[1], Outcome(state="03-halving", facts={"restarts": 1, "lr_scale": 0.1})
+    again = trained(made, {"model": "05-average"})
+    assert again is not None and again["settings"]["optimizer.lr"] == pytest.approx(2e-4), (
+        "an average carries no scale on"
+    )
+    carried = trained(made, {"trunk": "03-halving"})
+    assert carried is not None and carried["settings"]["optimizer.lr"] == pytest.approx(2e-3), "the state carries it"
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,11 @@ def test_after_a_divergence_nothing_is_cooled_or_averaged_and_more_begins_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Course, "diverges", lambda self: {"rule": "it rises"} if self.seen >= 5 else None)
+        patch.setattr(
+            Course,
+            "diverges",
+            lambda self: {"rule": "4 bad batches with 0 good ones between them"} if self.seen >= 5 else None,
+        )
         found = run(config(pairs(tmp_path), tmp_path / "run", "translate"))
     stages = [r["trial"]["stage"] for r in of_kind(found, "Asked")]
     assert "trunk" in stages and not {"cool-down", "average"} & set(stages)
@@ -103,7 +107,11 @@ def test_few_validation_rows_race_no_rates_and_watch_no_trunk(tmp_path: Path, ro
     assert not [t for t in trainings(found) if t["stage"] == "race"]
     assert (f"{control} control records (< 21)" in skipped) == (control < 21)
     (told,) = [r["outcome"]["facts"] for r in of_kind(found, "Told") if r["stage"] == "trunk"]
-    assert ("looks" in told) == (control >= 21)
+    assert told["looks"], "for the diagnosis"
+    silent = [
+        r["facts"]["silent"] for r in of_kind(found, "Noted") if r["what"] == "looks" and r["trial"].endswith("trunk")
+    ]
+    assert silent == ([] if control >= 21 else [["overfitting"]])
 
 
 def test_a_search_moves_dropout_and_the_model_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

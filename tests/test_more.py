@@ -120,17 +120,34 @@ def test_what_is_left_knows_the_training_behind_a_state() -> None:
     left = Left()
     for trial, outcome in zip(story.trials(), story.outcomes, strict=True):
         left.made[outcome.state or ""] = trial, outcome
-    (trunk,), average = story.trials("trunk"), story.trials("average")[0]
-    assert isinstance(average.action, Average)
-    left.families = {"encoder": average.id}
-    assert left.training("encoder") == trunk.action
-    left.made[trunk.id] = trunk, left.made[trunk.id][1].with_(facts={"restarts": 2})
-    again = left.training("encoder")
-    assert isinstance(again, FineTune) and again.optimizer.lr == pytest.approx(0.01 * rate(trunk))
-    cooled = trunk.with_(id="99-cool-down", stage="cool-down", start=trunk.id, action=again)
-    left.made[cooled.id] = cooled, left.made[trunk.id][1]
-    left.families = {"encoder": cooled.id}
-    assert left.training("encoder") == again, "the rate of the trunk, not that which it was left at"
+    (trunk,), average, ended = story.trials("trunk"), story.trials("average")[0], left.made
+    assert isinstance(average.action, Average) and isinstance(trunk.action, FineTune)
+    lr = rate(trunk)
+
+    def learnt(state: str, at: FineTune) -> float:
+        """The rate to ask for at a state, so that `at` trains at what the trunk's came down to."""
+        left.families = {"encoder": state}
+        found = left.training("encoder")
+        assert found is not None and found.action == trunk.action
+        return found.rate(at, lr)
+
+    deeper = trunk.action.with_(layers=trunk.action.layers - 1)
+    assert learnt(average.id, trunk.action) == learnt(trunk.id, trunk.action) == learnt(trunk.id, deeper) == lr
+    ended[trunk.id] = trunk, ended[trunk.id][1].with_(facts={"restarts": 2, "lr_scale": 0.01})
+    assert learnt(average.id, trunk.action) == pytest.approx(0.01 * lr), "an average carries nothing on"
+    assert learnt(trunk.id, trunk.action) == pytest.approx(lr), "the state itself does"
+    assert learnt(trunk.id, deeper) == pytest.approx(0.01 * lr), "but not to other layers"
+    soup = average.with_(id="98-soup", start=None, action=Average(which="soup", members=("01", trunk.id)))
+    ended[soup.id] = soup, ended[average.id][1].with_(facts={"members": [trunk.id]})
+    assert learnt(soup.id, trunk.action) == pytest.approx(0.01 * lr), "the first that was taken in"
+    slower = trunk.action.with_(optimizer=trunk.action.optimizer.with_(lr=0.001 * lr))
+    cooled = trunk.with_(id="99-cool-down", stage="cool-down", start=trunk.id, action=slower)
+    facts = {"stopped": {"event": "no improvement"}, "lr_scale": 0.01, "best_lr": 0.001 * lr}
+    ended[trunk.id] = trunk, ended[trunk.id][1].with_(facts=facts)
+    ended[cooled.id] = cooled, ended[trunk.id][1].with_(facts={"lr_scale": 1.0})
+    assert learnt(cooled.id, trunk.action) == pytest.approx(0.01 * lr), (
+        "the trunk's rate, not that which it was left at"
+    )
     left.families = {"encoder": story.trials("head")[0].id}
     assert left.training("encoder") is None and Left().training("encoder") is None
 
@@ -163,7 +180,7 @@ def test_more_budget_after_a_blend_is_judged_in_its_place(tmp_path: Path) -> Non
     assert len(told) == 2, "one in each part"
     several = len(TypeAdapter(Predictor).validate_python(incumbent).models()) > 1
     assert told[1]["outcome"]["facts"].get("in_place", False) == several
-    assert run.replay() is not None
+    assert all(replayed.ok for replayed in run.replay())
     assert np.isfinite(told[1]["outcome"]["metrics"]["accuracy"][0])
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from multistep.config import FitConfig
+from multistep.controllers.learnt import Made, learnt
 from multistep.controllers.script import BasePlan, Reserve, Steps, Target
 from multistep.controllers.space import Point, Space, settled, space_of, value_of
 from multistep.controllers.wealth import Purse
@@ -15,7 +16,7 @@ from multistep.metrics.verdicts import large
 from multistep.objectives import NextToken, Seq2Seq, Span
 from multistep.optimizers.base import Rate, Regime
 from multistep.schedules import Schedule
-from multistep.strategy import Action, Average, Shape, TrainWriter, Trial
+from multistep.strategy import Action, Shape, TrainWriter
 from multistep.tasks.writing import LOSSES, Writing
 from multistep.types import Outcome, Spec, Unit
 
@@ -191,15 +192,12 @@ def fewest(metric: str) -> int:
     return least_wins() if metric in LOSSES else FEWEST_ROWS
 
 
-def trained(trials: Sequence[Trial], families: Mapping[str, str]) -> dict[str, Any] | None:
-    """What more training goes on from: its state, and what a search moves of the strategy that made it. None where no training stands: a
-    pretrained model as it was given is none."""
+def trained(made: Made, families: Mapping[str, str]) -> dict[str, Any] | None:
+    """What more training goes on from: its state, and what a search moves of the strategy that made it, at the rate to ask for. None where
+    no training stands: a pretrained model as it was given is none."""
     state = families.get("trunk", families.get("model", families.get("spans")))
-    made = {trial.id: trial for trial in trials}
-    trial = made.get(state or "")
-    while trial is not None and isinstance(trial.action, Average):
-        trial = made.get(trial.start or "")
-    if trial is None or not isinstance(trial.action, TrainWriter):
+    found = learnt(made, state)
+    action = None if found is None else found.again()
+    if not isinstance(action, TrainWriter):
         return None
-    settings = {axis.path: value_of(trial.action, axis.path) for axis in space_of(trial.action).axes}
-    return {"state": state, "settings": settings}
+    return {"state": state, "settings": {axis.path: value_of(action, axis.path) for axis in space_of(action).axes}}

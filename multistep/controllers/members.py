@@ -15,7 +15,7 @@ from multistep.controllers.script import Does, Skip, Step
 from multistep.controllers.space import Point, Space, said
 from multistep.metrics import verdicts
 from multistep.schedules import Constant, Linear, Schedule
-from multistep.standing import diverged
+from multistep.standing import diverged, early
 from multistep.strategy import Action, Training, Trial
 from multistep.types import Gain, Outcome, Verdict
 
@@ -138,8 +138,7 @@ def cooled(
         )  # fmt: skip
     outcomes = yield from ground.together(trials)
     for member, outcome in zip(members, outcomes, strict=True):
-        whole = not {"diagnosis", "stopped"} & set(outcome.facts)
-        member.alive = outcome.ok and outcome.state is not None and whole
+        member.alive = outcome.ok and outcome.state is not None and not early(outcome)
         if member.alive:
             member.cooled, member.merit = outcome.state, ground.merit(outcome)
     return outcomes

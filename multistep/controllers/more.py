@@ -11,7 +11,6 @@ from multistep.controllers.script import Does, Problem, Skip, Steps
 from multistep.controllers.staged import encoder, more_linear, race_and_trunk
 from multistep.controllers.trunk import average, trunk
 from multistep.controllers.wealth import Purse
-from multistep.strategy import FineTune
 
 
 def more(problem: Problem, left: Left | None = None) -> Does[Purse]:
@@ -26,15 +25,12 @@ def more(problem: Problem, left: Left | None = None) -> Does[Purse]:
 
 
 def _models(plan: Plan, left: Left) -> Steps:
-    learnt = left.training("encoder")
-    plan.learnt = learnt if isinstance(learnt, FineTune) else None
+    plan.learnt = left.training("encoder")
     yield from stages.profile(plan)
     length, rows = yield from stages.encoder_rows(plan)
     if linear := left.linear():
-        fitted, tried = (
-            linear[-1].max_rows or plan.problem.rows["train"],
-            [f.features for f in linear if not f.max_rows],
-        )
+        tried = [f.features for f in linear if not f.max_rows]
+        fitted = plan.problem.rows["train"] if tried else max(f.max_rows or 0 for f in linear)
         yield from more_linear(plan, fitted, not length or plan.scratch is not None, tried)
     if not length:
         return

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from multistep.budget import Budget
+from multistep.controllers.learnt import Learnt, learnt
 from multistep.controllers.script import Ask, Does, Scripted, Wait
 from multistep.controllers.wealth import Purse
-from multistep.detect import RESTART_LR
-from multistep.strategy import Average, FitLinear, Training, Trial
+from multistep.strategy import FitLinear, Trial
 from multistep.types import Outcome
 
 
@@ -24,29 +24,13 @@ class Left:
     made: dict[str, tuple[Trial, Outcome]] = field(default_factory=dict)
     families: Mapping[str, str] = field(default_factory=dict)
 
-    def training(self, family: str) -> Training | None:
-        """The training that the best state of a family came from, with the rate that it did not diverge at. A cool-down has the rate at
-        which its trunk was left: not what to train with."""
-        state = self.families.get(family)
-        while state in self.made:
-            trial, outcome = self.made[state]
-            action = trial.action
-            if isinstance(action, Average):
-                state = action.members[0] if action.members else trial.start
-            elif not isinstance(action, Training):
-                return None
-            elif trial.stage == "cool-down" and trial.start in self.made:
-                state = trial.start
-            else:
-                scale = RESTART_LR ** outcome.facts.get("restarts", 0)
-                return action.with_(optimizer=action.optimizer.with_(lr=action.optimizer.lr * scale))
-        return None
+    def training(self, family: str) -> Learnt | None:
+        """What the training behind the best state of a family was found to need."""
+        return learnt(self.made, self.families.get(family))
 
     def linear(self) -> list[FitLinear]:
-        """The linear models so far, that which stands as the last."""
-        best = self.families.get("linear", "")
-        found = [(state == best, trial.action) for state, (trial, _) in self.made.items()]
-        return [action for _, action in sorted(found, key=lambda f: f[0]) if isinstance(action, FitLinear)]
+        """The linear models that were fitted so far."""
+        return [trial.action for trial, _ in self.made.values() if isinstance(trial.action, FitLinear)]
 
 
 class Phases:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pydantic import TypeAdapter
 
 from multistep.config import OptimizerConfig
+from multistep.controllers.learnt import Learnt
 from multistep.controllers.script import BasePlan, Problem
 from multistep.controllers.space import Point, Space, settled, space_of
 from multistep.controllers.wealth import Purse
@@ -78,7 +79,7 @@ class Plan(BasePlan):
         self.refit_s = 0.0  # set aside for that
         self.depth = 0  # how many layers they train
         self.depth_rule = ""  # why so many
-        self.learnt: FineTune | None = None  # the best training of the run, which is given more now
+        self.learnt: Learnt | None = None  # of a run that is given more: what its best training was found to need
 
     @property
     def scratch(self) -> Scratch | None:
@@ -115,17 +116,19 @@ class Plan(BasePlan):
     def prior(self) -> FineTune:
         """The calibrated prior; in a run that is given more with what its best training was found to need. The rate of that is as far
         from its prior as it was: another depth has another prior."""
-        prior, learnt = self.fine_tune(layers=self.depth), self.learnt
-        if learnt is None or learnt.optimizer.kind != prior.optimizer.kind:
+        prior, found = self.fine_tune(layers=self.depth), self.learnt
+        if (
+            found is None
+            or not isinstance(found.action, FineTune)
+            or found.action.optimizer.kind != prior.optimizer.kind
+        ):
             return prior
-        was = self.problem.config.optimizer.lr or self.prior_lr(learnt.layers)
-        rate = prior.optimizer.lr * learnt.optimizer.lr / was
-        return prior.with_(
-            optimizer=learnt.optimizer.with_(lr=rate),
-            objective=learnt.objective,
-            dropout=learnt.dropout,
-            batch_size=learnt.batch_size,
+        was = found.action
+        lr = prior.optimizer.lr * was.optimizer.lr / (self.problem.config.optimizer.lr or self.prior_lr(was.layers))
+        action = prior.with_(
+            optimizer=was.optimizer, objective=was.objective, dropout=was.dropout, batch_size=was.batch_size
         )
+        return action.with_(optimizer=was.optimizer.with_(lr=found.rate(action, lr)))
 
     def space(self) -> Space:
         """What the user has not fixed."""

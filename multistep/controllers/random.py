@@ -12,7 +12,7 @@ from random import Random
 from multistep.controllers.members import Found, Ground, alone, enough
 from multistep.controllers.space import said
 from multistep.schedules import Linear
-from multistep.standing import diverged
+from multistep.standing import early
 
 MOST = 12
 
@@ -35,6 +35,6 @@ def random_search(ground: Ground) -> Found:
         point = space.draw(draw)
         why = f"draw {n + 1} of {trials}: {said(point)}"
         told = yield from ground.trial("random", ground.at(point, Linear()), why, start=ground.begins, share=share)
-        if told.ok and not diverged(told) and ground.merit(told) > merit:
+        if told.ok and not early(told) and ground.merit(told) > merit:
             best, merit = told.state, ground.merit(told)
     return best

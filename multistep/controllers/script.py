@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from multistep.config import FitConfig
 from multistep.controllers.wealth import Purse, Wealth
-from multistep.standing import Of, eligible
+from multistep.standing import Of, early, eligible
 from multistep.strategy import Action, Trial
 from multistep.text import NgramFeatures
 from multistep.types import Outcome, Spec, TaskKind, Unit, Verdict
@@ -185,11 +185,11 @@ class BasePlan:
 
 
 def beats(probe: Outcome, best: Outcome) -> bool:
-    """Whether a probe's rate is the better one: it did not diverge, and the other did or is behind it. One that diverged is back where it
+    """Whether a probe's rate is the better one: it came to its end, and the other did not or is behind it. One that diverged is back where it
     began, and what it is worth there says nothing of its rate."""
-    if not probe.ok or "diagnosis" in probe.facts:
+    if not probe.ok or early(probe):
         return False
-    return "diagnosis" in best.facts or Verdict(**probe.facts["against_verdict"]).accept
+    return early(best) or Verdict(**probe.facts["against_verdict"]).accept
 
 
 class Controller(Protocol):

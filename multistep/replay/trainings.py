@@ -54,6 +54,7 @@ class _Live:
     lost: bool = False
     said: list[Record] = field(default_factory=list)
     micro: list[int] = field(default_factory=list)
+    silent: set[str] = field(default_factory=set)  # what its looks decide nothing on, since the rows are too few
     over: Record | None = None  # the record that ended it
 
     def __post_init__(self) -> None:
@@ -86,6 +87,8 @@ def check(records: Sequence[Record], found: Found) -> None:
             trial = Trial.parse(record["trial"])
             if isinstance(trial.action, Training):
                 live[trial.id] = _Live(trial, tuple(dict.fromkeys((1.0, *ends.get(trial.start or "", ())))))
+        elif kind == "Noted" and record.get("what") == "looks" and name in live:
+            live[name].silent = {str(what) for what in record["facts"].get("silent", ())}
         elif kind == "Resumed":
             for one in live.values():
                 one.back()
@@ -225,7 +228,9 @@ def _named(record: Record, one: _Live, facts: Mapping[str, Any], found: Found) -
     for fields in ended:
         name = fields.get("name") or fields.get("event")
         same = [r for r in one.said if _name(r) == name]
-        if not same:
+        if name == "bad batches":
+            _bad_batches(record, one, fields, facts, found)
+        elif not same:
             found.wrong(record, f"{one.trial.id} ended with {name}", "no record before says so")
         elif not any(all(r.get(key) == value for key, value in fields.items()) for r in same):
             other = next(key for key, value in fields.items() if same[-1].get(key) != value)
@@ -243,6 +248,20 @@ def _named(record: Record, one: _Live, facts: Mapping[str, Any], found: Found) -
             )
 
 
+def _bad_batches(record: Record, one: _Live, fields: Mapping[str, Any], facts: Mapping[str, Any], found: Found) -> None:
+    """One more of them than a training may have, and the rate that it stood at, but for the halvings."""
+    if one.lost:
+        return
+    assert isinstance(one.trial.action, Training)
+    here = [s for s in one.now if s.rollbacks == int(fields["rollbacks"]) == MAX_ROLLBACKS + 1]
+    if not here:
+        counts = " or ".join(str(n) for n in sorted({s.rollbacks for s in one.now}))
+        found.wrong(record, f"{fields['rollbacks']} bad batches ended {one.trial.id}", f"its events say: {counts}")
+    lr = one.lr * one.trial.action.schedule(float(facts["best_progress"]))
+    if not isclose(float(facts["best_lr"]), lr, rel_tol=_CLOSE):
+        found.wrong(record, f"{one.trial.id} had the learning rate {facts['best_lr']}", f"its schedule says {lr:.6g}")
+
+
 # ---------------------------------------------------------------------------------------------- looks
 
 
@@ -256,13 +275,15 @@ def _looks(record: Record, one: _Live, facts: Mapping[str, Any], found: Found) -
             found.unchecked.append("what watches saw: their looks are not in it")
         return
     seen = [Look(**look) for look in looks]
-    plateau = action.schedule if isinstance(action.schedule, Plateau) else None
+    plateau = action.schedule if isinstance(action.schedule, Plateau) and "plateau" not in one.silent else None
+    patience = 0 if "patience" in one.silent else trial.patience
+    gap = trial.watch_gap and "overfitting" not in one.silent
     names: list[str | None]
-    if isinstance(action, FineTune) and not trial.patience and plateau is None:
-        names = ["overfitting" if gap_rises(seen[: n + 1]) else "" for n in range(len(seen))]
+    if isinstance(action, FineTune) and not patience and plateau is None:
+        names = ["overfitting" if gap and gap_rises(seen[: n + 1]) else "" for n in range(len(seen))]
         names[-1:] = names[-1:] if "diagnosis" in facts else [""]  # the end is looked at, and nothing is done
     else:
-        names = decided(seen, trial.watch_gap, trial.patience, plateau)
+        names = decided(seen, gap and not isinstance(action, FineTune), patience, plateau)
     if None in names:
         found.unchecked.append("what watches decided: what they read of the rows is not in it")
     for n, says, follows in _apart(seen):

@@ -24,6 +24,7 @@ from multistep.tune.watch import Acts, Found, Looks, acts_of, checks, look_of
 
 GAP_CHECKS = (0.3, 0.45, 0.6, 0.75)  # progress at which train and validation loss are compared
 GAP_ROWS = 400  # of the control split, for these checks
+FORKS = ("regularize", "go on")  # stages that go on with a trunk where it was paused
 LOOK_ROWS = 1000  # of the control split, for early stopping and the plateau
 
 
@@ -37,7 +38,7 @@ def run_fine_tune(bench: Bench, trial: Trial, action: FineTune) -> Run:
     plateau = action.schedule if isinstance(action.schedule, Plateau) else None
     acts, said = acts_of(len(work.texts["control"]), Acts(trial.watch_gap, trial.patience, plateau))
     if said:
-        yield "Noted", {"trial": trial.id, "what": "looks", "facts": {"rule": said}}
+        yield "Noted", {"trial": trial.id, "what": "looks", "facts": said}
     watch = _looks(bench, trial, action, acts) or (_GapWatch(bench, action) if acts.overfitting else None)
     if action.objective.reads_tables() and action.trains == "top" and action.layers < state.model.n_layers:
         rule = f"{action.objective.kind} moves the outputs of the embeddings: every pass starts from token ids, none from cached states"
@@ -45,7 +46,7 @@ def run_fine_tune(bench: Bench, trial: Trial, action: FineTune) -> Run:
     share = max(0.5, trial.share - (time.monotonic() - started)) if bench.timed() else trial.share
     facts, spent = yield from run_training(
         trial, action, state, data, watch, work.out / "states", bench.clock, bench.stop, {"family": "encoder"},
-        share=share, rest=True, micro_batch=bench.micro_batch, numbers=work.dataset.train_rows,
+        share=share, rest=trial.stage in FORKS, micro_batch=bench.micro_batch, numbers=work.dataset.train_rows,
     )  # fmt: skip
     _keep_control_logits(bench, trial.id, state.model)
     if isinstance(watch, _GapWatch) and "diagnosis" not in facts:

@@ -47,7 +47,7 @@ from multistep.tune.measuring import Profiler
 from multistep.tune.segment import Record as JournalRecord
 from multistep.tune.speakers import Speakers
 from multistep.tune.training import averaged, run_training
-from multistep.tune.watch import Looks, checks
+from multistep.tune.watch import Acts, Looks, acts_of, checks
 from multistep.types import Cost, MetricValue, Outcome, Verdict
 from multistep.writing import Speaker
 
@@ -245,10 +245,7 @@ class LanguageWorks:
         write_folder(self.speakers.folder(trial.id), {"shape": plain.model_dump()}, {})
         yield "Noted", {"trial": trial.id, "what": "given", "facts": {"model": action.shape.name}}
         standing = self._standing(trial.id, plain)
-        return self._decided(trial, standing, self._family(plain), self.speakers.speaker(standing), started)
-
-    def _family(self, shape: Shape) -> str:
-        return "spans" if shape.reads == "spans" else "model"
+        return self._decided(trial, standing, plain.family, self.speakers.speaker(standing), started)
 
     # ------------------------------------------------------------------ training
 
@@ -261,15 +258,19 @@ class LanguageWorks:
             said = ", ".join(f"{c['rows']:,} {what} by {c['tokens']:,} tokens" for what, c in cut.items() if c["rows"])
             rule = f"longer than {action.shape.context} tokens and cut, of {len(s.data.train):,} rows of train: {said}"
             yield "Noted", {"trial": trial.id, "what": "cut", "facts": {"rule": rule, **cut}}
+        acts, silent = acts_of(self._deciding(), Acts(trial.watch_gap, 0, None), fewest(self.problem.metric))
+        if silent:
+            yield "Noted", {"trial": trial.id, "what": "looks", "facts": silent}
+        watch = self._watch(trial, action, acts.overfitting)
         facts, spent = yield from run_training(
-            trial, action, state, data, self._watch(trial, action), s.out / "states", self.clock, self.stop,
+            trial, action, state, data, watch, s.out / "states", self.clock, self.stop,
             {"shape": action.shape.model_dump()}, micro_batch=self.micro_batch,
         )  # fmt: skip
         facts["epochs"] = state.counters.examples / max(1, len(data))
         facts["tokens_s"] = spent["tokens"] / max(1e-9, time.monotonic() - started)
         standing = self._standing(trial.id, action.shape, state.model)
         return self._decided(
-            trial, standing, self._family(action.shape), self._speaker(state.model, action.shape, standing), started,
+            trial, standing, action.shape.family, self._speaker(state.model, action.shape, standing), started,
             facts, updates=spent["updates"], tokens=spent["tokens"],
         )  # fmt: skip
 
@@ -278,11 +279,10 @@ class LanguageWorks:
             return self.speakers.spans(model, shape, standing["longest"], standing["least"])
         return self.speakers.neural(model, shape, self.speakers.decoding(dict(standing)))
 
-    def _watch(self, trial: Trial, action: TrainWriter) -> Looks | None:
-        """A rise on few records means nothing: it is not looked for there."""
+    def _watch(self, trial: Trial, action: TrainWriter, rises: bool) -> Looks | None:
+        """Looks, for the diagnosis too; `rises`: they end a training that overfits."""
         plateau = action.schedule if isinstance(action.schedule, Plateau) else None
-        rises = trial.watch_gap and self._deciding() >= fewest(self.problem.metric)
-        if not (rises or trial.patience or plateau) or action.shape.reads == "spans":
+        if not (trial.watch_gap or trial.patience or plateau) or action.shape.reads == "spans":
             return None
         look_s = float(self.speakers.facts["look_s"])
         at = checks(trial.share, look_s) if self.clock.budget.unit == "seconds" else checks()
@@ -307,7 +307,7 @@ class LanguageWorks:
         write_folder(s.folder(trial.id), {"shape": shape.model_dump(), "start": trial.start}, values)
         yield "Noted", {"trial": trial.id, "what": "averaged", "facts": {"which": action.which}}
         standing = self._standing(trial.id, shape)
-        return self._decided(trial, standing, self._family(shape), s.speaker(standing), started)
+        return self._decided(trial, standing, shape.family, s.speaker(standing), started)
 
     # ------------------------------------------------------------------ prediction
 
@@ -377,7 +377,7 @@ class LanguageWorks:
     def _profile(self, trial: Trial) -> Run:
         """Tokenizer, lengths, and under a budget of time what an update, a look and a text cost; the shape of the model; what was trained."""
         started, s = time.monotonic(), self.speakers
-        stands = trained([trial for trial, _ in self.past], self.best)
+        stands = trained({trial.id: (trial, outcome) for trial, outcome in self.past}, self.best)
         shape = None if stands is None else s.shape_of(stands["state"])
         sized_for = float(s.facts.get("sized_for", self.problem.budget))
         if stands is None:  # what a finished run that trained nothing is given counts for the size of its model too

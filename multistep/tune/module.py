@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from multistep import metrics, standing, team
 from multistep.allocation import in_halves
 from multistep.budget import Budget, Clock
+from multistep.controllers.learnt import learnt
 from multistep.controllers.module import ModuleProblem
 from multistep.diagnosed import Known
 from multistep.loader import ModuleRows
@@ -211,14 +212,9 @@ class ModuleWorks:
         return Outcome(facts=facts, cost=Cost(wall_s=time.monotonic() - started))
 
     def _made_by(self, state: str | None) -> dict[str, Any] | None:
-        """The strategy of the training that left a state, or what it is an average of; None: it is as it was given."""
-        tried = {trial.id: (trial, outcome) for trial, outcome in self.past}
-        while state is not None and state in tried:
-            trial, outcome = tried[state]
-            if isinstance(trial.action, TrainModule):
-                return trial.action.model_dump(mode="json")
-            state = trial.start or next(iter(outcome.facts.get("members", ())), None)  # the best of a soup
-        return None
+        """The strategy of the training that left a state, at the rate to ask for; None: it is as it was given."""
+        found = learnt({trial.id: (trial, outcome) for trial, outcome in self.past}, state)
+        return None if found is None else found.again().model_dump(mode="json")
 
     def _as_given(self, trial: Trial) -> Run:
         started = time.monotonic()
@@ -235,7 +231,7 @@ class ModuleWorks:
         plateau = action.schedule if isinstance(action.schedule, Plateau) else None
         acts, said = acts_of(len(self.rows["validation"]), Acts(trial.watch_gap, trial.patience, plateau))
         if said:
-            yield "Noted", {"trial": trial.id, "what": "looks", "facts": {"rule": said}}
+            yield "Noted", {"trial": trial.id, "what": "looks", "facts": said}
         facts, spent = yield from run_training(
             trial, action, state, self.rows["train"], self._watch(trial, acts), states, self.clock, self.stop,
             {"family": "module"}, micro_batch=self.micro_batch,

@@ -8,7 +8,6 @@ import numpy as np
 
 from multistep.state import TrainState
 from multistep.strategy import Trial
-from multistep.tune.watch import rate_carried
 from multistep.types import Measure
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ def facts(state: TrainState, keeper: Keeper) -> dict[str, Any]:
         "progress": state.segment.progress(),
         "update": state.counters.update,
         "curve": keeper.curve,
+        "lr_scale": state.counters.lr_scale,  # what the rate came down to
     }
     if keeper.restarts:
         said["restarts"] = keeper.restarts
@@ -31,9 +31,12 @@ def facts(state: TrainState, keeper: Keeper) -> dict[str, Any]:
 
 
 def stopped(state: TrainState, keeper: Keeper) -> dict[str, Any]:
-    """What a training says that too many bad batches ended: where it was, and the rate it had, halvings and all, which are not carried on."""
-    found = {"event": "bad batches", "rollbacks": keeper.rollbacks}
-    return {"stopped": found, "best_progress": state.segment.progress(), "best_lr": rate_carried(state)}
+    """What a training says that too many bad batches ended: where it was, and the rate it had there but for the halvings, which the state
+    carries on."""
+    assert state.strategy is not None
+    found, progress = {"event": "bad batches", "rollbacks": keeper.rollbacks}, state.segment.progress()
+    lr = state.strategy.optimizer.lr * state.strategy.schedule(progress)
+    return {"stopped": found, "best_progress": progress, "best_lr": lr}
 
 
 def memory(trial: Trial, measure: Measure, state: TrainState, keeper: Keeper) -> dict[str, Any]:

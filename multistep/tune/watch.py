@@ -97,13 +97,15 @@ class Acts(NamedTuple):
     plateau: Plateau | None
 
 
-def acts_of(rows: int, asked: Acts) -> tuple[Acts, str]:
-    """What looks at so many rows may do of what was asked for; and why not all of it, where they are too few ("": all)."""
-    if rows >= FEWEST_ROWS or not any(asked):
-        return asked, ""
+def acts_of(rows: int, asked: Acts, least: int = FEWEST_ROWS) -> tuple[Acts, dict[str, Any]]:
+    """What looks at so many rows may do of what was asked for; and where they are too few, the facts of why not: the rule, and what is silent."""
+    if rows >= least or not any(asked):
+        return asked, {}
     words = ("overfitting is not looked for", f"patience={asked.patience} stops nothing", "the plateau cuts no rate")
     said = ", ".join(word for act, word in zip(asked, words, strict=True) if act)
-    return Acts(False, 0, None), f"{rows} validation rows (< {FEWEST_ROWS}) cannot tell a gain from chance: {said}"
+    silent = [name for name, act in asked._asdict().items() if act]
+    rule = f"{rows} validation rows (< {least}) cannot tell a gain from chance: {said}"
+    return Acts(False, 0, None), {"rule": rule, "silent": silent}
 
 
 class Looks:
