@@ -67,7 +67,9 @@ def _held(path: Path, make: bool) -> int | None:
         if free and _is_still(path, file):
             return file
         os.close(file)
-        if free is None:
+        if free is None:  # nobody can hold it here
+            with suppress(OSError):
+                path.unlink()
             return None
         if not free:
             raise UserError(f"{path.parent}: another process works in that folder. Wait for its end, or stop it.")

@@ -83,6 +83,11 @@ def test_folder_knows_splits_and_shards_and_leaves_the_rest(tmp_path: Path) -> N
         ("wrapped.json", '{"version": 1, "Data": [{"text": "a", "label": 1}]}', {"text": "a", "label": 1}),
         ("reviews.json", '{"reviews": [{"text": "a", "label": 1}]}', {"text": "a", "label": 1}),
         (
+            "talks.json",
+            '{"conversations": [{"id": 1, "messages": []}]}',
+            {"id": 1, "messages": []},
+        ),
+        (
             "one.json",
             '{"messages": [{"role": "user"}, {"role": "assistant"}]}',
             {"messages": [{"role": "user"}, {"role": "assistant"}]},

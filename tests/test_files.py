@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -148,6 +149,7 @@ def test_without_locks_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(files, "_lock", lambda file: None)
     with working_in(tmp_path), working_in(tmp_path):
         pass
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------- a new run
@@ -265,9 +267,13 @@ def test_another_shape_of_multistep_json_is_a_line(content: str, tmp_path: Path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_bundle_does_not_keep_a_run_from_being_explained(run_dir: Path) -> None:
+def test_a_damaged_bundle_does_not_keep_a_run_from_being_explained(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (run_dir / "model" / "multistep.json").write_text("[]", encoding="utf-8")
-    assert cli.run(["explain", str(run_dir), "--json"]) == 2
+    assert cli.run(["explain", str(run_dir), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["policy"] is None and told["best"] and told["trials"]
 
 
 # ---------------------------------------------------------------------------------------------- UTF-8

@@ -193,7 +193,9 @@ def test_bad_batches_far_apart_stop_a_training(folder: Path, tmp_path: Path, mon
     assert cooled["action"]["optimizer"]["lr"] == pytest.approx(facts["best_lr"]) and 0 < facts["best_lr"] < 2e-3
     assert facts["lr_scale"] == 0.5**4, "the state carries it on"
     segment_then = read_folder(done.out / "states" / cooled["id"])[0]["segment"]
-    assert segment_then["total"]["amount"] == pytest.approx(cooled["share"]), "from its beginning, not in the trunk's middle"
+    assert segment_then["total"]["amount"] == pytest.approx(cooled["share"]), (
+        "from its beginning, not in the trunk's middle"
+    )
     assert of_kind(done, "Finished") and done.predict(["alpha up"])[0].value
 
 

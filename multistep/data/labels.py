@@ -18,6 +18,7 @@ _FEW_WHOLE = 20  # so many different whole numbers are classes whatever they are
 _FEW_BROKEN = 10  # so many different numbers with a fraction are classes (half stars)
 _HUGE = 1e30  # squares of larger targets leave the range of float32 and soon of float64
 _NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_WHOLE = re.compile(r"[+-]?[0-9]+(?:\.0*)?")
 _WORDS = {"text": "a text", "number": "a number", "truth": "true or false", "list": "a list", "other": "an object"}
 
 
@@ -68,12 +69,13 @@ class Spelling(NamedTuple):
 
 
 def value_name(text: str) -> str | None:
-    """The one spelling of a number, "1" for "1.0"; None of what is no number, or written as a code is (007)."""
+    """The one spelling of a whole number, "1" for "1.0"; other numbers as they are, for 1.10 may be a version and 1e3 an id. None of what
+    is no number, or written as a code is (007)."""
     text = text.strip()
     if not _NUMBER.fullmatch(text) or math.isinf(value := float(text)):
         return None
-    if not value.is_integer():
-        return str(value)
+    if not _WHOLE.fullmatch(text):
+        return text
     exact = Decimal(text)  # more digits than a float has
     return str(int(exact)) if exact == int(exact) else str(int(value))
 

@@ -23,9 +23,8 @@ from multistep.data.saved import SPLITS, WHOLE, Row, one_line, parquet, read_hub
 from multistep.types import UserError
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
-# what a row may call its conversation
-MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "turns")
-# what an object may call the rows that it holds beside other things; a list by another name belongs to a row
+_MANY = 8  # rows beside other things, by whatever name: fewer may be the answers or choices of one row
+# what an object may call the rows that it holds beside a few other things; a short list by another name belongs to a row
 _WRAPPERS = ("data", "dataset", "entries", "examples", "instances", "items", "records", "rows", "samples")
 _SPLIT_FILE = re.compile(rf"({'|'.join(SPLITS)})(-\d+-of-\d+)?(?:-v\d[\d.]*)?")  # shards; versions (train-v2.0)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -280,9 +279,12 @@ def _rows_of_object(text: str) -> list[Row]:
     if not isinstance(whole, dict):
         return []
     tables = [name for name, value in whole.items() if _is_table(value)]
-    name = tables[0].strip().lower() if len(tables) == 1 else ""
-    wrapped = name in _WRAPPERS or (bool(name) and len(whole) == 1 and name not in MESSAGES)
-    return _whole_characters(whole[tables[0]] if wrapped else [whole], text)
+    if len(tables) != 1:
+        return _whole_characters([whole], text)
+    rows = whole[tables[0]]
+    talk = any("role" in row or {"from", "value"} <= row.keys() for row in rows)
+    wrapped = tables[0].strip().lower() in _WRAPPERS or (not talk and (len(whole) == 1 or len(rows) >= _MANY))
+    return _whole_characters(rows if wrapped else [whole], text)
 
 
 def _is_table(value: Any) -> bool:

@@ -8,13 +8,14 @@ from typing import Literal
 
 from multistep.data.choices import Named, named_by
 from multistep.data.columns import Facts, facts_of, find_text, is_id, names_of, require
-from multistep.data.read import MESSAGES, Row
+from multistep.data.read import Row
 from multistep.types import Spec, UserError, nearest
 
 KINDS = ("lm", "translate", "summarize", "answer", "chat")
 Form = Literal["text", "pair", "instruction", "messages", "question", "choices"]
 
 _LM = ("text", "texts", "content", "document", "article", "body", "story", "code")
+_MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "turns")
 _INSTRUCTIONS = ("instruction", "instructions")
 _INPUTS = ("input", "inputs")
 _OUTPUTS = ("output", "outputs", "response", "completion", "answer")
@@ -196,7 +197,7 @@ def _guess(table: _Table, task: str, text: Sequence[str], label: str | None) -> 
 def _find_chat(table: _Table, text: Sequence[str], label: str | None, where: str) -> Layout:
     system = table.first(_SYSTEM)
     messages = (
-        next((n for n in MESSAGES if n in table.plain and _holds_lists(table, table.plain[n])), None)
+        next((n for n in _MESSAGES if n in table.plain and _holds_lists(table, table.plain[n])), None)
         if not text
         else None
     )

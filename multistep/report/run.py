@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from multistep.files import read_info
 from multistep.report.explain import explain
 from multistep.report.policy import explain_policy, explain_tuning
 from multistep.report.summary import summary
+from multistep.types import UserError
 
 
 def explain_run(run_dir: Path) -> str:
@@ -34,8 +36,11 @@ def summary_of_run(run_dir: Path) -> dict[str, Any]:
 
 
 def policy_of(run_dir: Path) -> dict[str, Any] | None:
-    """The policy in the run's bundle, or in the bundle itself."""
+    """The policy in the run's bundle, or in the bundle itself; None where there is none, or the bundle is damaged: the journal is told all
+    the same."""
     for folder in (run_dir / "model", run_dir):
         if (folder / "multistep.json").exists():
-            return read_info(folder).get("policy")
+            with suppress(UserError):
+                return read_info(folder).get("policy")
+            return None
     return None

@@ -193,7 +193,10 @@ class Answering:
         new = Standing(found.predictor, engine if _encodes(action.recipe) else {})
         old = Standing(_PREDICTOR.validate_python(now.predictor), now.engine)
         latency, now_takes = side_by_side(self._answer(new), self._answer(old), self._requests(), self._seconds())
-        verdict = self._verdict(trial, found.scored, latency, now_takes, agreed=bool(action.engine))
+        same = now.facts.get("recipe") == action.recipe.model_dump(mode="json") and (
+            self.before.seen or now.name != self.stood.entries[0].name
+        )
+        verdict = self._verdict(trial, found.scored, latency, now_takes, agreed=bool(action.engine) and same)
         fitted = {"for": self.quality.fitted_for, "to": self.rows.words}
         made = {**found.facts, "recipe": action.recipe.model_dump(mode="json"), "fitted": fitted}
         entry = self._entry(_name(action.recipe, new.engine), new, found.scored, latency, made)

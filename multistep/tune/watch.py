@@ -98,7 +98,7 @@ class Acts(NamedTuple):
 
 
 def acts_of(rows: int, asked: Acts, least: int = FEWEST_ROWS) -> tuple[Acts, dict[str, Any]]:
-    """What looks at so many rows may do of what was asked for; and where they are too few, the facts of why not: the rule, and what is silent."""
+    """What looks at so many rows may do of what was asked for; where they are too few also the facts: the rule, and what is silent."""
     if rows >= least or not any(asked):
         return asked, {}
     words = ("overfitting is not looked for", f"patience={asked.patience} stops nothing", "the plateau cuts no rate")

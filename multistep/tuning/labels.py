@@ -87,7 +87,7 @@ def tune_labels(
     }  # fmt: skip
     book, lived, clock = opened(run_dir / FILE, settings, budget, facts)
     started = lived[0]
-    before = _before(started["fitted"], dataset, data, texts)
+    before = _before(started.get("fitted", fitted), dataset, data, texts)
     problem = AnsweringProblem.parse(
         {
             "task": task.model_dump(), "metric": "cost" if matrix is not None else metric, "models": models.names(rows.texts),
@@ -234,7 +234,9 @@ def _fitted(info: Mapping[str, Any]) -> dict[str, str]:
     """What the predictor of a bundle was fitted for and to, in words: by the run itself, or by the tuning whose pick it is."""
     policy = info.get("policy") or {}
     picked: Any = next((e for e in policy.get("entries", ()) if e["name"] == policy["pick"]), {})
-    return picked.get("facts", {}).get("fitted") or {"for": info["metric"], "to": OWN}
+    of_run = {"for": info["metric"], "to": OWN}
+    of_policy = {"for": policy.get("metric", info["metric"]), "to": policy.get("data", OWN)} if policy else of_run
+    return picked.get("facts", {}).get("fitted") or of_policy  # a policy of before does not say it of its entries
 
 
 def _before(fitted: Mapping[str, str], dataset: Dataset, data: str | None, texts: Sequence[str]) -> Before:
