@@ -111,9 +111,9 @@ class Run:
         return replay_run(self.out)
 
     def summary(self) -> dict[str, Any]:
-        """The journal as one dictionary; "metrics" are those of the test split, once it was read."""
+        """The journal as one dictionary; "metrics" are those of the test split, once it was read for what stands."""
         found = report.summary(self.records())
-        test = found["test"]["metrics"] if found["test"] else {}
+        test = found["test"]["metrics"] if found["test"] and not found["test_is_older"] else {}
         return {**found, "metrics": {k: {"value": v, "stderr": e} for k, (v, e) in test.items()}}
 
     def tune(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from multistep.files import reading
 from multistep.types import UserError
@@ -56,7 +59,15 @@ class Codec:
 
     def _encoded(self, texts: Sequence[str], special: bool) -> list[Any]:
         encodable = [t if t.isascii() else t.encode("utf-8", "replace").decode("utf-8") for t in texts]
-        return self.tokenizer.backend_tokenizer.encode_batch(encodable, add_special_tokens=special)
+        return self._plain.encode_batch(encodable, add_special_tokens=special)
+
+    @cached_property
+    def _plain(self) -> Tokenizer:
+        """The tokenizer where a text that spells a special token, such as <unk> or </s>, is text. (Templates of conversations are not read by
+        this one: there they are tokens.)"""
+        plain = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        plain.encode_special_tokens = True
+        return plain
 
     def text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

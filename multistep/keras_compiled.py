@@ -18,6 +18,11 @@ from multistep.types import Spec, UserError, nearest
 
 Link = Literal["identity", "sigmoid", "softmax"]  # what the model's last layer makes of logits
 
+_MEANS = (
+    "sum_over_batch_size",
+    "mean",
+    "mean_with_sample_weight",
+)  # reductions that are our mean; the first is Keras's default
 _LOSSES = {  # Keras's name -> our kind; its short names are resolved by Keras
     "binary_crossentropy": "binary_cross_entropy",
     "categorical_crossentropy": "cross_entropy",
@@ -78,6 +83,11 @@ def goal_of(model: Any, objective: Any) -> Goal:
         raise UserError(f"loss: {name!r} has no counterpart here.{nearest(name, list(_LOSSES))} Or give objective=.")
     if settings.get("ignore_class") is not None:
         raise UserError("loss: ignore_class has no counterpart here. Leave those rows out.")
+    if settings.get("reduction", _MEANS[0]) not in _MEANS:
+        raise UserError(
+            f"loss: reduction={settings['reduction']!r} has no counterpart here: the mean over the batch is minimized. Leave it out, "
+            "and give the optimizer a learning rate for the mean."
+        )
     kind = _LOSSES[name]
     found = {"kind": kind}
     if kind == "huber":

@@ -7,6 +7,7 @@ judged, each once. Its worker processes are not used.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
@@ -182,17 +183,23 @@ class LoaderOrder:
 
 @contextmanager
 def _seeded(loader: DataLoader, seed: int) -> Iterator[None]:
-    """Whatever the loader's samplers draw from begins at `seed`, and is afterwards as it was."""
+    """Whatever the loader's samplers draw from begins at `seed`, and is afterwards as it was: torch's generators, and those of `random` and
+    `numpy.random`. A `numpy.random.Generator` or `random.Random` that a sampler keeps for itself is its own affair."""
     holders = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
     owned = {id(g): g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)}
     before = [(generator, generator.get_state()) for generator in owned.values()]
+    python, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
         for generator, _ in before:
             generator.manual_seed(seed)
         try:
             yield
         finally:
+            random.setstate(python)
+            np.random.set_state(legacy)
             for generator, state in before:
                 generator.set_state(state)
 

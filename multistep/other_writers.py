@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from multistep.codec import Codec
 from multistep.data.cells import Record
 from multistep.evaluate import EncoderText, encode
-from multistep.generate import generate
+from multistep.generate import request_number, several
 from multistep.metrics.texts import loss_statistics, measure_rows, statistics
 from multistep.models.baselines import Writer
 from multistep.models.encoder import Encoder, load_backbone
@@ -97,11 +97,12 @@ class Mixed:
 
     def write(self, records: Sequence[Record]) -> list[Prediction]:
         model = Mixture(self.neural.model, self.counted.ngram, self.neural.codec.tokenizer, self.share)
-        found = generate(
-            model, self.neural.prompts(records), plain(self.neural.decoding), [self.neural.codec.eos],
-            decode=self.neural.codec.text,
+        prompts = self.neural.prompts(records)
+        found = several(
+            model, prompts, plain(self.neural.decoding), [self.neural.codec.eos], 1, decode=self.neural.codec.text,
+            requests=[request_number(p) for p in prompts],
         )  # fmt: skip
-        return [self.neural.said(w) for w in found]
+        return [self.neural.said(first) for first, *_ in found]
 
 
 def mixed_nats(a_T: np.ndarray, b_T: np.ndarray, share: float) -> np.ndarray:

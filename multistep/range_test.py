@@ -106,7 +106,10 @@ def lr_range_test(
     rates: list[float] = []
     losses: list[float] = []
     smoothed, diverged = 0.0, None
-    for n, measure in enumerate(updates_of(state, rows)):
+    for measure in updates_of(state, rows):
+        if measure.event == "out of memory":  # the batch comes again, in smaller parts
+            continue
+        n = len(rates)
         smoothed = _SMOOTH * smoothed + (1 - _SMOOTH) * measure.loss_nats
         loss = smoothed / (1 - _SMOOTH ** (n + 1))
         lowest = min(losses, default=math.inf)

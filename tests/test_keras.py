@@ -52,6 +52,15 @@ def run(model: Any, **more: Any) -> Any:
     return multistep.keras.optimize(model, *marked(600, 0), **{**given, **more})
 
 
+def test_a_sum_over_the_batch_is_not_taken_for_a_mean() -> None:
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", keras.losses.MeanSquaredError(reduction="sum"))
+    with pytest.raises(UserError, match="reduction='sum' has no counterpart"):
+        goal_of(model, None)
+    model.compile("sgd", keras.losses.MeanSquaredError())
+    assert goal_of(model, None)[0]["kind"] == "mse"
+
+
 def test_the_tutorial_trains_in_place_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, (u, v) = tutorial(), marked(200, 1)
     result = run(model, verbose=1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_modules import blobs, network, run
@@ -195,3 +197,33 @@ def test_validation_is_as_large_as_the_loss_that_stands_asks_for() -> None:
 
     assert said(1e-4).found == said(1.0).found and said(1e-4).numbers["detectable"] < 1e-4
     assert said(math.nan) is None and said(0.0) is None
+
+
+class Bucketed:
+    """A batch sampler that draws as most that people write do: from `random` and from numpy's old generator."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = [list(range(n, n + 8)) for n in range(0, 64, 8)]
+        random.shuffle(batches)
+        yield from (batches[n] for n in np.random.permutation(len(batches)))
+
+    def __len__(self) -> int:
+        return 8
+
+
+def test_a_sampler_that_draws_from_random_and_numpy_repeats() -> None:
+    data = TensorDataset(torch.randn(64, 2), torch.zeros(64, dtype=torch.long))
+
+    def drawn() -> list[list[int]]:
+        loader = DataLoader(data, batch_sampler=Bucketed())  # pyright: ignore[reportArgumentType]
+        order = rows_of(loader, "train", "cpu").order(8, 5)
+        return [order.at(n).tolist() for n in range(20)]
+
+    random.seed(1)
+    np.random.seed(2)
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    once = drawn()
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before, "as it was"
+    random.seed(3)
+    np.random.seed(4)
+    assert drawn() == once

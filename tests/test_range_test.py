@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from test_modules import blobs, network
 
 import multistep
-from multistep.types import UserError
+from multistep.types import Measure, UserError
 
 pytestmark = pytest.mark.usefixtures("torch_seeded")
 
@@ -56,3 +58,18 @@ def test_it_spans_what_the_optimizer_takes(kind: str) -> None:
 def test_bad_input_is_named(more: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         found(**more)
+
+
+def test_memory_that_ran_out_is_no_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from multistep import range_test
+
+    real, straight = range_test.updates_of, found()
+
+    def short(state: Any, rows: Any) -> Iterator[Measure]:
+        for n, measure in enumerate(real(state, rows)):
+            if n == 3:
+                yield replace(measure, event="out of memory", loss_nats=float("nan"))
+            yield measure
+
+    monkeypatch.setattr(range_test, "updates_of", short)
+    assert found() == straight and len(straight.rates) > 3

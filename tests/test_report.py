@@ -12,6 +12,7 @@ import yaml
 
 from multistep import report
 from multistep.data import load
+from multistep.report.conclusion import conclusion
 from multistep.report.summary import describe
 from multistep.report.words import clip, duration, number, plus_minus, table
 
@@ -167,6 +168,24 @@ def test_explain_is_honest_about_a_second_reading_of_the_test() -> None:
 
 def test_explain_tells_of_a_decision_after_the_test() -> None:
     assert "1 decisions came after it" in report.explain([*RECORDS, RECORDS[5]])
+
+
+def test_what_is_told_of_a_run_that_goes_on_is_of_what_stands() -> None:
+    """A finished run was given more; something else stands now, and the test was read for what stood before."""
+    more = {"kind": "Resumed", "budget": {"amount": 720.0, "unit": "seconds"}, "clock": clock(118)}
+    again = [
+        *RECORDS,
+        more,
+        {**RECORDS[RECORDS.index(next(r for r in RECORDS if r.get("state") == "s2"))], "clock": clock(500)},
+    ]
+    assert not report.summary(RECORDS)["test_is_older"] and not report.summary([*RECORDS, more])["test_is_older"]
+    run = report.summary(again)
+    assert run["test_is_older"] and run["spent"]["wall_s"] == 500
+    page = report.explain(again)
+    assert "(of what stood before)" in page and "500 s" in page.replace("8 min 20 s", "500 s")
+    said = " ".join(conclusion(run))
+    assert "validation rows" in said and "last read before it was kept" in said and "never seen" not in said
+    assert "never seen" in " ".join(conclusion(report.summary(RECORDS)))
 
 
 def test_explain_gives_the_data_report_its_own_words(tmp_path: Path) -> None:

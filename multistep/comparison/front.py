@@ -202,11 +202,12 @@ class _Contest:
         self.progress.stage("plan", f"an update of each of {len(todo)} optimizers is timed")
         update_s = {e.name: cost(arena, e, plan.schedule, TUNE_SEED) for e in todo}
         looks = {split: _judge_s(arena, split) for split in ("validation", "curve")}
-        slowest = max(update_s, key=lambda n: update_s[n])
         short = Budget(
             amount=plan.probe.amount if any(e.knob for e in todo) else plan.budget.amount, unit=plan.budget.unit
         )
-        if (fits := _updates(short, update_s[slowest], arena)) < LEAST_UPDATES:
+        fit = {e.name: _updates(short, update_s[e.name], arena, e.batch_size) for e in todo}
+        slowest = min(fit, key=lambda name: fit[name])
+        if (fits := fit[slowest]) < LEAST_UPDATES:
             need = short.with_(amount=plan.budget.amount * LEAST_UPDATES / max(fits, 1e-3))
             raise UserError(
                 f"budget: a probe of {short} is {fits:.1f} updates of {slowest}, and {LEAST_UPDATES} are the least. "
@@ -218,8 +219,8 @@ class _Contest:
             left = max(0, plan.probes - len(self.book.of("probe", entrant.name))) if entrant.knob else 0
             closer = plan.more if len(todo) <= plan.closest else plan.more * plan.closest / len(todo)
             trainings += runs + left
-            train_s += (runs + closer) * _seconds(plan.budget, update_s[entrant.name], arena)
-            train_s += left * _seconds(plan.probe, update_s[entrant.name], arena)
+            update = update_s[entrant.name], arena, entrant.batch_size
+            train_s += (runs + closer) * _seconds(plan.budget, *update) + left * _seconds(plan.probe, *update)
             judge_s += (runs + closer) * (plan.points * looks["curve"] + looks["validation"]) + left * looks[
                 "validation"
             ]
@@ -359,18 +360,18 @@ def _judge_s(arena: Arena, split: str) -> float:
     return time.monotonic() - begun
 
 
-def _updates(budget: Budget, update_s: float, arena: Arena) -> float:
+def _updates(budget: Budget, update_s: float, arena: Arena, batch_size: int) -> float:
     match budget.unit:
         case "seconds":
             return budget.amount / max(1e-9, update_s)
         case "updates":
             return budget.amount
         case "tokens":
-            return budget.amount / max(1, arena.train.tokens(arena.train.order(1, TUNE_SEED).at(0)))
+            return budget.amount / max(1, arena.train.tokens(arena.train.order(batch_size, TUNE_SEED).at(0)))
 
 
-def _seconds(budget: Budget, update_s: float, arena: Arena) -> float:
-    return budget.amount if budget.unit == "seconds" else _updates(budget, update_s, arena) * update_s
+def _seconds(budget: Budget, update_s: float, arena: Arena, batch_size: int) -> float:
+    return budget.amount if budget.unit == "seconds" else _updates(budget, update_s, arena, batch_size) * update_s
 
 
 def _round_up(budget: Budget) -> str:

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from multistep.objectives.base import BaseObjective
-from multistep.objectives.shapes import class_ids, positive
+from multistep.objectives.shapes import IGNORED, class_ids, positive
 from multistep.types import Tunable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-IGNORED = -100  # a target that torch leaves out
 _LEAST_MISS = 1e-12  # below it a power of 1 - p has no finite slope when gamma < 1
 
 
@@ -39,17 +38,18 @@ class CrossEntropy(BaseObjective):
     focal_gamma: Annotated[float, Field(ge=0, le=10), Tunable(0.0, 5.0)] = 0.0
 
     def loss(self, logits_BK: Tensor, targets_B: Tensor) -> Tensor:
-        """Mean over the batch by class weights. `targets_B`: integers in 0..K-1."""
+        """Mean over the batch by class weights. `targets_B`: integers in 0..K-1, or -100, which does not count."""
         import torch.nn.functional as F
 
         z_BK, y_B, e = logits_BK.float(), class_ids(targets_B), self.label_smoothing
         w_K = None if self.class_weights is None else positive(self.class_weights, z_BK.shape[1], "class_weights", z_BK)
-        if not self.focal_gamma:
+        if not self.focal_gamma and bool((y_B != IGNORED).any()):
             return F.cross_entropy(z_BK, y_B, w_K, label_smoothing=e)
-        loss_B = F.cross_entropy(z_BK, y_B, w_K, label_smoothing=e, reduction="none")
-        miss_B = -(-F.cross_entropy(z_BK, y_B, reduction="none")).expm1()  # 1 - p without cancellation
-        loss_B = loss_B * miss_B.clamp_min(_LEAST_MISS) ** self.focal_gamma
-        return loss_B.mean() if w_K is None else loss_B.sum() / w_K[y_B].sum()
+        loss_B = F.cross_entropy(z_BK, y_B, w_K, label_smoothing=e, reduction="none")  # 0 where a target does not count
+        if self.focal_gamma:
+            miss_B = -(-F.cross_entropy(z_BK, y_B, reduction="none")).expm1()  # 1 - p without cancellation
+            loss_B = loss_B * miss_B.clamp_min(_LEAST_MISS) ** self.focal_gamma
+        return loss_B.sum() / self.weights(y_B).sum().clamp_min(_LEAST_MISS)
 
     def each(self, logits_BK: Tensor, targets_B: Tensor) -> Tensor:
         """Nats of every example [B]; of one with many targets (pixels, tokens) their mean, but for those that torch ignores (-100)."""
@@ -63,14 +63,15 @@ class CrossEntropy(BaseObjective):
         return loss_B.flatten(1).sum(1) / counted_B.clamp_min(1)
 
     def count(self, targets_B: Tensor) -> float:
-        """The sum of the targets' class weights."""
-        return float(len(targets_B)) if self.class_weights is None else float(self.weights(targets_B).sum())
+        """The sum of the targets' class weights, of those that count."""
+        return float(self.weights(targets_B).sum())
 
     def weights(self, targets_B: Tensor) -> Tensor:
-        """What every example counts [B]."""
+        """What every target counts, in the targets' shape; nothing where it is one that torch ignores."""
         import torch
 
         y_B = class_ids(targets_B)
+        counted_B = (y_B != IGNORED).float()
         if self.class_weights is None:
-            return torch.ones(y_B.shape, device=y_B.device)
-        return torch.tensor(self.class_weights, device=y_B.device)[y_B]
+            return counted_B
+        return torch.tensor(self.class_weights, device=y_B.device)[y_B.clamp_min(0)] * counted_B

@@ -52,6 +52,8 @@ class FGM(Wrapper):
         with _hooked(tables, keep):
             loss = self.inner.of(forward, targets, model)
         n_rows = len(targets[0] if isinstance(targets, tuple | list) else targets)
+        if n_rows == 1:  # the targets of many rows may be packed into one (sequences.py)
+            n_rows = max((len(output) for _, output in seen if output.ndim > 2), default=1)
         table, outputs = _largest(seen, n_rows)
         gradients = autograd.grad(loss, outputs, retain_graph=True, materialize_grads=True)
         moves = iter([_unit(g, n_rows) * self.epsilon for g in gradients])  # one for each time that the table is asked

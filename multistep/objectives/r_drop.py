@@ -69,7 +69,7 @@ def divergence(core: BaseObjective, a: Tensor, b: Tensor, targets: Any) -> Tenso
         return kl.masked_fill(~counts_BT, 0.0).sum() / counts_BT.sum().clamp_min(1)
     if isinstance(core, CrossEntropy):
         weight_B = core.weights(targets)
-        return (kl * weight_B).sum() / weight_B.sum()
+        return (kl * weight_B).sum() / weight_B.sum().clamp_min(1e-12)
     return kl.mean()
 
 

@@ -69,17 +69,15 @@ def _labels(report: Mapping[str, Any]) -> int:
 
 def _score(run: Mapping[str, Any]) -> list[str]:
     metric, test, best = run["metric"], run["test"], run["best"]
-    if test and metric in test["metrics"]:
+    if test and not run["test_is_older"] and metric in test["metrics"]:
         value, stderr = test["metrics"][metric]
         rows = test.get("rows")
         where = f"On {rows:,} test rows" if isinstance(rows, int) else "On the test rows"
         return [f"{where} that it had never seen, and that decided nothing, {_valued(metric, value, stderr)}."]
     if best and best["value"] is not None:
         said = f"On validation rows {_valued(metric, best['value'], best['stderr'])}."
-        return [
-            said,
-            "These rows also decided what was kept, so the score is a little too good; no test rows were read.",
-        ]
+        unread = "the test rows were last read before it was kept" if test else "no test rows were read"
+        return [said, f"These rows also decided what was kept, so the score is a little too good; {unread}."]
     return ["Nothing has been measured yet."]
 
 

@@ -52,7 +52,8 @@ def headline(run: Mapping[str, Any]) -> str:
         lines.append(f"Incumbent: {best['id']} ({best['stage']}){score}.")
     if run.get("test"):
         scores = ", ".join(f"{name} {plus_minus(v, e)}" for name, (v, e) in run["test"]["metrics"].items())
-        lines.append(f"Test, read {_times(run['test_reads'])}: {scores}.")
+        of = " (of what stood before)" if run["test_is_older"] else ""
+        lines.append(f"Test, read {_times(run['test_reads'])}{of}: {scores}.")
     return "\n".join(lines)
 
 

@@ -75,7 +75,7 @@ def _head(run: Mapping[str, Any], name: str, replayed: Replays) -> Html:
 def _tiles(run: Mapping[str, Any], replayed: Replays) -> Html:
     best, test, metric = run["best"], run["test"], run["metric"]
     tiles = []
-    if test and metric in test["metrics"]:
+    if test and not run["test_is_older"] and metric in test["metrics"]:
         value, stderr = test["metrics"][metric]
         tiles.append((*scored(metric, value, stderr, "on test"), "first"))
     elif best and best["value"] is not None:

@@ -22,7 +22,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     tests = _all(records, "TestRead")
     finished = _last(records, "Finished")
     clock = _mapping(records[-1].get("clock")) if records else {}
-    wall_s = finished.get("wall_s", clock.get("wall_s"))
+    wall_s = clock.get("wall_s", finished.get("wall_s"))  # a finished run may have gone on with more
     return {
         "status": _status(records),
         "config": dict(config),
@@ -47,9 +47,17 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "resumptions": _all(records, "Resumed"),
         "test": {**tests[-1], "metrics": measured(tests[-1].get("metrics"))} if tests else None,
         "test_reads": len(tests),
+        "test_is_older": _test_is_older(records),
         "decided_after_test": _decided_after_test(records),
         "finished": finished,
     }
+
+
+def _test_is_older(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether something was committed after the test was read last: its scores are of what stood before."""
+    kinds = [r.get("kind") for r in records]
+    last = max((n for n, kind in enumerate(kinds) if kind == "TestRead"), default=len(kinds))
+    return "Committed" in kinds[last:]
 
 
 def how_to_go_on(run: Mapping[str, Any]) -> str:

@@ -57,13 +57,14 @@ def _of_run(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not records:
         return {"status": "no journal", "test": {}, "decisions": [], "curves": [], "scores": []}
     run = summary(records)
-    test = run["test"]["metrics"] if run["test"] else {}
+    read = None if run["test_is_older"] else run["test"]  # else its scores are of what stood before
+    test = read["metrics"] if read else {}
     found: dict[str, Any] = {
         "status": run["status"],
         "wall_s": run["spent"].get("wall_s"),
         "budget": run["budget"],
         "test": {name: {"value": v, "stderr": e, "words": plus_minus(v, e)} for name, (v, e) in test.items()},
-        "test_rows": run["test"].get("rows") if run["test"] else None,
+        "test_rows": read.get("rows") if read else None,
         "decisions": [_decision(t) for t in run["trials"] if t["status"] != "measured" or t["evidence"]],
         "curves": _curves(records),
         "scores": _scores(records, run["metric"]),

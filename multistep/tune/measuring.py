@@ -27,6 +27,7 @@ from multistep.tasks.writing import LOSSES
 from multistep.train import train
 from multistep.tune.memory import device_memory
 from multistep.tune.speakers import JUDGED_BYTES, JUDGED_ROWS, WATCHED_BYTES, Speakers
+from multistep.types import UserError
 from multistep.writing import sizes
 
 LEAST_TARGETS = (
@@ -69,6 +70,8 @@ class Profiler:
         if why:
             return facts
         facts |= self._lengths(reads, name, targets)
+        if reads == "prompts":  # half of the window is the prompt's at least
+            facts["new_tokens"] = min(facts["new_tokens"], max(1, facts["context"] // 2))
         shape = Shape(
             reads=reads, name=name, vocabulary=facts["vocabulary"], context=facts["context"],
             lora=self.config.lora if self.config.adapter == "lora" else None,
@@ -109,9 +112,13 @@ class Profiler:
             context = min(context, s.positions)
             return {"context": context, "row_tokens": context, "train_tokens": sum(targets)}
         if reads == "spans":
-            context = wanted or 256
-            shape = Shape(reads="spans", name=name, context=context)
-            some = s.spans(s.model(shape), shape).rows(s.data.train[:500])
+            model = s.model(Shape(reads="spans", name=name))
+            if wanted and wanted > model.max_tokens:
+                raise UserError(
+                    f"max_length: {wanted} was given, but {name} has {model.max_tokens} positions. Give that, or less."
+                )
+            context = wanted or min(256, model.max_tokens)
+            some = s.spans(model, Shape(reads="spans", name=name, context=context)).rows(s.data.train[:500])
             mean = some.tokens(some.taught) / max(1, len(some))
             return {"context": context, "row_tokens": mean, "train_tokens": int(mean * n * len(some) / min(n, 500))}
         sources = [len(x) for x in s.codec.whole([s.task.reads(r) for r in s.data.train])]
