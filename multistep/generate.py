@@ -102,10 +102,20 @@ def stream(
     model: Any, prompt: np.ndarray, decoding: Greedy | Sample, end_ids: Sequence[int], decode: Decode | None = None,
     request: int = 0,
 ) -> Iterator[int]:  # fmt: skip
-    """The tokens of one text as they are written, the end token left out. `request`: what its draws depend on."""
+    """The tokens of one text as they are written, the end token left out; what a stop text may begin with is held back until it is
+    known that none comes. `request`: what its draws depend on."""
     writing = OneByOne(stepper_of(model), [prompt], decoding, end_ids, decode, [request])
-    for token in writing:
-        yield token[0]
+    ids, given = writing.written[0].ids, 0
+    for _ in writing:
+        sure = len(ids)
+        if decoding.stop and decode is not None:
+            text = decode(ids).rstrip("\ufffd")  # the beginning of a character
+            kept = len(text) - held(text, decoding.stop)
+            while sure > given and len(decode(ids[:sure])) > kept:
+                sure -= 1
+        yield from ids[given:sure]
+        given = sure
+    yield from ids[given:]
 
 
 class OneByOne:
@@ -173,15 +183,24 @@ class OneByOne:
 
 
 def stopped(written: Written, decoding: Decoding, decode: Decode | None) -> bool:
-    """Whether the text holds a stop text by now; the tokens from there on are taken back."""
+    """Whether the text holds a stop text by now; the tokens from where it begins are taken back, one that it begins inside of whole."""
     if not decoding.stop or decode is None:
         return False
-    if not any(s in decode(written.ids) for s in decoding.stop):
+    text = decode(written.ids)
+    places = [at for s in decoding.stop if (at := text.find(s)) >= 0]
+    if not places:
         return False
-    while written.ids and any(s in decode(written.ids) for s in decoding.stop):
+    scored = len(written.ids)
+    while written.ids and len(decode(written.ids)) > min(places):
         written.ids.pop()
+    written.score *= (len(written.ids) + 1) / scored  # its mean stays one over all that was scored
     written.ended = True
     return True
+
+
+def held(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of a text may be the beginning of a stop text."""
+    return max((n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
 
 def likeliest(logits_BV: Tensor) -> Tensor:
@@ -287,9 +306,9 @@ def beam_search(
                     if rank < k:
                         finished[row].append(Written(list(ids), value / _length(len(ids) + 1, decoding), True))
                 elif len(found) < k:
-                    if decode is not None and any(s in decode([*ids, token]) for s in decoding.stop):
+                    if decoding.stop and stopped(ended := Written([*ids, token]), decoding, decode):
                         if rank < k:
-                            finished[row].append(Written(list(ids), value / _length(len(ids) + 1, decoding), True))
+                            finished[row].append(Written(ended.ids, value / _length(len(ids) + 1, decoding), True))
                     else:
                         found.append((beam, token, value))
             finished[row] = sorted(finished[row], key=lambda w: -w.score)[:k]

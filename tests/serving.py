@@ -49,8 +49,10 @@ def serve_folder(folder: Path, token: str = "", **settings: Any) -> Any:
     return _app(folder, bundle, about(folder, bundle.info), tuned, token)
 
 
-def chat_bundle(folder: Path, kind: str = "chat", context: int = 256, **decoding: Any) -> Path:
-    """A Llama of one layer with random weights, a token a byte, in a bundle that takes turns (or goes on with a text)."""
+def chat_bundle(
+    folder: Path, kind: str = "chat", context: int = 256, template: str | None = None, model: Any = None, **decoding: Any
+) -> Path:  # fmt: skip
+    """A Llama of one layer with random weights (or `model`), a token a byte, in a bundle that takes turns (or goes on with a text)."""
     from multistep import dialogue
     from multistep.codec import Codec
     from multistep.data.shapes import Layout
@@ -68,9 +70,10 @@ def chat_bundle(folder: Path, kind: str = "chat", context: int = 256, **decoding
     (made / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
     codec = Codec.load(made)
     if kind == "chat":
+        codec.tokenizer.chat_template = template
         dialogue.ensure_template(codec.tokenizer)
     ids = {"pad": codec.pad, "bos": codec.bos, "eos": codec.eos}
-    model = new_decoder(len(codec.tokenizer), 32, 1, context, ids, 0)
+    model = new_decoder(len(codec.tokenizer), 32, 1, context, ids, 0) if model is None else model
     members = {"beams": Beam, "temperature": Sample}
     member = next((m for key, m in members.items() if key in decoding), Greedy)
     how = member(**{"max_new_tokens": 16, **decoding})

@@ -127,7 +127,7 @@ class Language:
         first = secrets.randbelow(2**31 - asked.n) if asked.seed is None else 0
         strip = neural.task.writes and (bool(asked.turns) or neural.reads == "pairs")
         askings = [
-            Asking(prompt, decoding, self._ends, first + choice, asked.stops, strip)
+            Asking(prompt, decoding, self._ends, first + choice, (*asked.stops, *decoding.stop), strip)
             for prompt in prompts
             for choice in range(asked.n)
         ]

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multistep.generate import BEAMS, OneByOne, Written, beam_search
+from multistep.generate import BEAMS, OneByOne, Written, beam_search, held
 from multistep.models.step import Stepper, stepper_of
 from multistep.predictors.decoding import Beam, Decoding, Greedy, Sample
 from multistep.serve.limits import Refused
@@ -68,8 +68,7 @@ class Shown:
     def piece(self, text: str) -> str:
         """What is new in a text that goes on."""
         text = text.rstrip("\ufffd")  # the beginning of a character
-        held = max((n for s in self._stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        text = text[: len(text) - held]
+        text = text[: len(text) - held(text, self._stops)]
         return self._new(text.strip() if self._strip else text)
 
     def last(self, text: str) -> str:
