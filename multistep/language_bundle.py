@@ -155,7 +155,7 @@ def save_neural(neural: Neural, folder: Path) -> dict[str, Any]:
         neural.examples.save(folder)
     return {
         "reads": neural.reads, "context": neural.context, "bf16": neural.bf16,
-        "not_in_generation_config": list(not_in_transformers_words(neural.decoding)),
+        "not_in_generation_config": list(not_in_transformers_words(neural.decoding, neural)),
     }  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def rewrite_decoding(
             neural.examples.save(temporary)
         GenerationConfig(**in_transformers_words(way, neural)).save_pretrained(temporary)
         info["standing"] = {**info["standing"], "decoding": way.model_dump(mode="json")}
-        info["neural"] = {**info["neural"], "not_in_generation_config": list(not_in_transformers_words(way))}
+        info["neural"] = {**info["neural"], "not_in_generation_config": list(not_in_transformers_words(way, neural))}
         info["policy"] = dict(policy)
         info.pop("engine", None)
         shutil.rmtree(temporary / "engines", ignore_errors=True)
@@ -195,12 +195,16 @@ def rewrite_decoding(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def not_in_transformers_words(way: Way) -> tuple[str, ...]:
-    """What of it generation_config.json cannot say. A tool that reads that file writes as the innermost way does."""
+def not_in_transformers_words(way: Way, neural: Neural) -> tuple[str, ...]:
+    """What of it generation_config.json cannot say, or says otherwise. A tool that reads that file writes as the innermost way does."""
     inner = plain(way)
+    stops = neural.endings(inner)[1].stop  # with those of the chat template
     said = [] if way == inner else [f"{words(way)}: there it is {words(inner)}"]
-    if inner.stop:
-        said.append(f"stop texts: {', '.join(map(repr, inner.stop))}")
+    if stops:
+        said.append(f"stop texts: {', '.join(map(repr, stops))}")
+    penalized = inner.repetition_penalty != 1.0 or inner.no_repeat_ngram > 0
+    if penalized and not neural.model.config.is_encoder_decoder:
+        said.append("repetition penalties: there the prompt counts too")
     if isinstance(inner, Sample):
         said.append(f"seed {inner.seed}")
     return tuple(said)
@@ -208,10 +212,10 @@ def not_in_transformers_words(way: Way) -> tuple[str, ...]:
 
 def in_transformers_words(way: Way, neural: Neural) -> dict[str, Any]:
     """Keys of generation_config.json: of a way that wraps others, those of the innermost one."""
-    decoding, config = plain(way), neural.model.config
+    (ends, decoding), config = neural.endings(plain(way)), neural.model.config
     found: dict[str, Any] = {
         "max_new_tokens": decoding.max_new_tokens, "do_sample": False, "num_beams": 1,
-        "eos_token_id": neural.codec.eos, "pad_token_id": neural.codec.pad, "bos_token_id": neural.codec.bos,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends, "pad_token_id": neural.codec.pad, "bos_token_id": neural.codec.bos,
     }  # fmt: skip
     if config.is_encoder_decoder:
         found["decoder_start_token_id"] = config.decoder_start_token_id

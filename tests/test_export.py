@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from runs import LABELS
 from test_engines import TEXTS, encoder_text, needs, writer
 
-from multistep import cli
+from multistep import cli, dialogue
 from multistep.api import load
 from multistep.bundle import Bundle, load_bundle, write_bundle
 from multistep.data.shapes import Layout
@@ -27,6 +28,7 @@ from multistep.predictors import Affine, Blend, Single, Temperature, Thresholds
 from multistep.predictors.decoding import Beam, Greedy
 from multistep.subwords import load_tokenizer
 from multistep.tasks import Classify, Multilabel, Regress, Task
+from multistep.tasks.writing import Writing
 from multistep.text import NgramFeatures, Vectorizer
 from multistep.types import UserError
 from multistep.writing import Neural
@@ -221,6 +223,29 @@ def test_the_lines_of_a_model_that_writes_write_what_it_writes(tmp_path: Path, k
         got = lines["ids"].tolist()[1 if kind == "seq2seq" else len(ids) :]
     expected = generate(neural.model, [ids], decoding, [2])[0].ids
     assert [t for t in got if t not in (0, 2)] == [t for t in expected if t not in (0, 2)]
+
+
+@pytest.mark.parametrize("to", ["folder", "ctranslate2"])
+def test_every_token_that_ends_a_turn_is_told(tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("ctranslate2")
+    decoding, text = Greedy(max_new_tokens=9), TEXTS[5]
+    neural = replace(writer(tmp_path, "decoder", decoding), reads="prompts", task=Writing(kind="chat"))
+    tokenizer = neural.codec.tokenizer
+    dialogue.ensure_template(tokenizer)
+    ids = np.append([1] if to == "ctranslate2" else [], neural.codec.pieces([text])[0]).astype(np.int64)
+    free = generate(neural.model, [ids], decoding, [2])[0].ids
+    end = free[4]  # what the model writes ends a turn, beside the end token
+    monkeypatch.setattr(dialogue, "endings", lambda tokenizer: dialogue.Endings((2, end), ()))
+    layout = Layout(task="chat", form="messages", source=("text",))
+    standing = {"kind": "model", "decoding": decoding.model_dump(mode="json")}
+    write_language_bundle(tmp_path / "model", neural.task, layout, neural, standing, {"metric": "bits_per_byte"})
+    told = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert told["eos_token_id"] == [2, end]
+    found = export(tmp_path / "model", to, tmp_path / "out")
+    assert "8 of 8 texts the same" in found.agreement or "7 of 8" in found.agreement
+    lines = readme_lines(tmp_path / "out", [text])
+    got = lines["found"] if to == "ctranslate2" else lines["ids"].tolist()[len(ids) :]
+    assert [t for t in got if t not in (0, 2, end)] == free[: free.index(end)]
 
 
 def test_a_model_that_writes_has_no_graph_and_no_twin(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def to_folder(bundle: LanguageBundle, into: Path) -> str:
     how = json.dumps(in_transformers_words(neural.decoding, neural))
     write_readme(into, "A model that writes", _FOLDER.format(auto=auto.__name__, how=how, reads=_READS[neural.reads]))
     loaded: Any = auto.from_pretrained(into, dtype=torch.float32).eval()
-    decoding = _short(plain(neural.decoding))
+    (ends, _), decoding = neural.endings(), _short(plain(neural.decoding))
     prompts = _prompts(bundle)
     theirs = []
     with torch.no_grad():
@@ -62,14 +62,11 @@ def to_folder(bundle: LanguageBundle, into: Path) -> str:
             ids = torch.from_numpy(prompt)[None]
             found = loaded.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=decoding.max_new_tokens, num_beams=1, do_sample=False,
-                repetition_penalty=1.0, no_repeat_ngram_size=0, min_new_tokens=0, eos_token_id=neural.codec.eos,
+                repetition_penalty=1.0, no_repeat_ngram_size=0, min_new_tokens=0, eos_token_id=ends,
             )[0].tolist()  # fmt: skip
             start = 1 if loaded.config.is_encoder_decoder else len(prompt)
-            theirs.append([t for t in found[start:] if t not in (neural.codec.eos, neural.codec.pad)])
-    ours = [
-        [t for t in w.ids if t != neural.codec.pad]
-        for w in generate(neural.model, prompts, decoding, [neural.codec.eos])
-    ]
+            theirs.append([t for t in found[start:] if t not in (*ends, neural.codec.pad)])
+    ours = [[t for t in w.ids if t != neural.codec.pad] for w in generate(neural.model, prompts, decoding, ends)]
     return check_texts(theirs, ours, "folder") + ", greedily"
 
 
@@ -84,8 +81,10 @@ def to_ctranslate2(bundle: LanguageBundle, into: Path) -> str:
     how: dict[str, Any] = {"beam_size": getattr(decoding, "beams", 1)}
     lines = _TRANSLATOR if neural.model.config.is_encoder_decoder else _GENERATOR
     longest = "max_decoding_length" if neural.model.config.is_encoder_decoder else "max_length"
+    ends, _ = neural.endings()
     how |= {longest: decoding.max_new_tokens, "repetition_penalty": decoding.repetition_penalty,
-            "no_repeat_ngram_size": decoding.no_repeat_ngram}  # fmt: skip
+            "no_repeat_ngram_size": decoding.no_repeat_ngram,
+            "end_token": neural.codec.tokenizer.convert_ids_to_tokens(ends)}  # fmt: skip
     if not neural.model.config.is_encoder_decoder:
         how["include_prompt_in_result"] = False
     if how["beam_size"] > 1:
@@ -95,8 +94,8 @@ def to_ctranslate2(bundle: LanguageBundle, into: Path) -> str:
     write_readme(into, "A model that writes, for CTranslate2", lines.format(how=said, bos=bos))
     prompts, short = _prompts(bundle), _short(tuned)
     pen = open_pen(into, neural.codec, neural.model.config, runtime)
-    theirs = [w.ids for w in pen.write(prompts, short, [neural.codec.eos])]
-    ours = [w.ids for w in generate(neural.model, prompts, short, [neural.codec.eos])]
+    theirs = [w.ids for w in pen.write(prompts, short, ends)]
+    ours = [w.ids for w in generate(neural.model, prompts, short, ends)]
     return check_texts(theirs, ours, "ctranslate2") + ", greedily"
 
 

@@ -184,5 +184,23 @@ def test_transformers_reads_what_it_has_words_for(way: Way, codec: Codec, tmp_pa
     read, inner = GenerationConfig.from_pretrained(tmp_path), plain(way)
     assert read.max_new_tokens == 8 and read.num_beams == (inner.beams if isinstance(inner, Beam) else 1)
     assert read.do_sample == isinstance(inner, Sample)
-    assert bool(not_in_transformers_words(way)) == (way != inner or isinstance(inner, Sample))
-    assert not_in_transformers_words(Greedy(stop=("\n",))) == ("stop texts: '\\n'",)
+    assert bool(not_in_transformers_words(way, neural)) == (way != inner or isinstance(inner, Sample))
+
+
+def test_what_transformers_would_do_otherwise_is_named(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    from multistep import dialogue
+    from multistep.language_bundle import in_transformers_words, not_in_transformers_words
+
+    pairs, prompts = model_of(codec, "pairs"), model_of(codec, "prompts")
+    assert not_in_transformers_words(Greedy(stop=("\n",)), pairs) == ("stop texts: '\\n'",)
+    for penalized in (Greedy(repetition_penalty=1.2), Greedy(no_repeat_ngram=3)):
+        counts = ("repetition penalties: there the prompt counts too",)
+        assert (
+            not_in_transformers_words(penalized, prompts) == counts
+            and not_in_transformers_words(penalized, pairs) == ()
+        )
+    assert in_transformers_words(GREEDY, prompts)["eos_token_id"] == codec.eos
+    monkeypatch.setattr(dialogue, "endings", lambda tokenizer: dialogue.Endings((codec.eos, 7), ("<|im_end|>",)))
+    assert not_in_transformers_words(Greedy(stop=("\n",)), prompts) == ("stop texts: '\\n', '<|im_end|>'",)
+    assert in_transformers_words(GREEDY, prompts)["eos_token_id"] == [codec.eos, 7]
+    assert in_transformers_words(GREEDY, pairs)["eos_token_id"] == codec.eos
