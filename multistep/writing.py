@@ -26,6 +26,7 @@ from multistep.data.cells import Record, Turn
 from multistep.examples import Examples
 from multistep.generate import Pen, Written, request_number, several, stream
 from multistep.metrics.texts import loss_statistics
+from multistep.models.step import positions_of
 from multistep.predictors.decoding import Decoding, Greedy, Sample
 from multistep.predictors.ways import Way, plain
 from multistep.sequences import BlockRows, PairRows, PromptRows, windows
@@ -82,6 +83,11 @@ class Neural:
     def device(self) -> str:
         return next(iter(self.model.parameters())).device.type
 
+    @property
+    def positions(self) -> int | None:
+        """Of a prompt with its answer (of pairs: of the answer) at most, where the model has a table of them."""
+        return positions_of(self.model)
+
     # ------------------------------------------------------------------ rows
 
     def rows(self, records: Sequence[Record], running: bool = False) -> Rows:
@@ -134,7 +140,10 @@ class Neural:
         match self.reads:
             case "stream":
                 found = [np.append([self.codec.bos], p) for p in self.codec.pieces([r.source for r in records])]
-                return [p if len(p) <= self.context else p[-self.context :] for p in found]
+                room, limit = self.context, self.positions
+                if limit is not None:
+                    room = max(1, min(room, limit - plain(self.decoding).max_new_tokens))
+                return [p if len(p) <= room else p[-room:] for p in found]
             case "pairs":
                 return self._cut("sources", self.codec.whole([self.task.reads(r) for r in records]), keep_last=True)
             case "prompts":
@@ -175,8 +184,12 @@ class Neural:
         return text if len(spans) <= tokens else text[: spans[tokens - 1][1]].rstrip()
 
     def endings(self, decoding: Decoding | None = None) -> tuple[list[int], Decoding]:
-        """The tokens that end a text; and the decoding (None: the tuned one), with the texts that do."""
+        """The tokens that end a text; and the decoding (None: the tuned one), with the texts that do, and no more tokens than fit."""
         decoding = plain(self.decoding) if decoding is None else decoding
+        if (limit := self.positions) is not None:
+            most = limit if self.reads == "pairs" else limit - 1  # a prompt has a token
+            if decoding.max_new_tokens > most:
+                decoding = decoding.with_(max_new_tokens=most, min_new_tokens=min(decoding.min_new_tokens, most))
         if self.reads != "prompts":
             return [self.codec.eos], decoding
         ends = dialogue.endings(self.codec.tokenizer)

@@ -20,6 +20,7 @@ from multistep.models.llama_steps import LlamaSteps
 from multistep.models.m2m_steps import M2MSteps
 from multistep.models.mixed import MixedSteps, Mixture
 
+_TABLES = ("wpe", "embed_positions", "position_embeddings")  # what transformers calls a table of positions
 _PLAIN = ("torch.nn.modules.", "transformers.models.", "transformers.activations")  # where plain modules are defined
 
 
@@ -62,6 +63,15 @@ def stepper_of(model: Any, start_id: int | None = None) -> Stepper:
     rope = (config.rope_parameters or {}).get("rope_type", "default") if ours else ""
     ours = rope == "default" and model.lm_head.weight.dtype == torch.float32 and _plain(model.model)
     return LlamaSteps(model) if ours else CachedDecoder(model)
+
+
+def positions_of(model: Any) -> int | None:
+    """How many positions there are for a prompt with its answer (for the answer, of a sequence-to-sequence model) where the model has a
+    table of them; None where it turns, compares or computes positions. Rows that a class keeps for padding are not used."""
+    body = model.get_decoder() if model.config.is_encoder_decoder else model
+    tables = [m for name, m in body.named_modules() if name.split(".")[-1] in _TABLES and isinstance(m, nn.Embedding)]
+    unused = [vars(t).get("offset", 0) if t.padding_idx is None else t.padding_idx + 1 for t in tables]
+    return min((t.num_embeddings - n for t, n in zip(tables, unused, strict=True)), default=None)
 
 
 def _plain(body: nn.Module) -> bool:

@@ -154,11 +154,15 @@ class Language:
             prompts = [np.append([codec.bos], p) for p in codec.pieces(asked.prompts)]
         if (longest := max(map(len, prompts))) > context:
             raise _too_long(f"a prompt has {longest} tokens", context, "prompt")
+        read, limit = 0 if neural.reads == "pairs" else longest, neural.positions
+        if limit is not None and read + decoding.max_new_tokens > limit:
+            asks = f"an answer of {decoding.max_new_tokens} tokens" + (f" after a prompt of {read}" if read else "")
+            raise _too_long(asks, limit, "max_tokens", "has positions for")
         return prompts
 
 
-def _too_long(what: str, context: int, param: str) -> Refused:
-    return Refused(422, f"{what}; the model reads {context}.", param=param, code="context_length_exceeded")
+def _too_long(what: str, context: int, param: str, takes: str = "reads") -> Refused:
+    return Refused(422, f"{what}; the model {takes} {context}.", param=param, code="context_length_exceeded")
 
 
 async def finished(writing: Writing, seconds: float, waits: Waits = plainly) -> list[Any]:
