@@ -245,7 +245,7 @@ def test_every_token_that_ends_a_turn_is_told(tmp_path: Path, to: str, monkeypat
     assert "8 of 8 texts the same" in found.agreement or "7 of 8" in found.agreement
     lines = readme_lines(tmp_path / "out", [text])
     got = lines["found"] if to == "ctranslate2" else lines["ids"].tolist()[len(ids) :]
-    assert [t for t in got if t not in (0, 2, end)] == free[: free.index(end)]
+    assert got == free[: free.index(end) + (to == "folder")]  # transformers keeps the token that ended it
 
 
 def test_a_model_that_writes_has_no_graph_and_no_twin(tmp_path: Path) -> None:
