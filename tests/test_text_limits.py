@@ -10,7 +10,6 @@ import test_language
 from runs import run, tiny_encoder
 from test_language import config, talks, tiny_llama
 
-from multistep import other_writers
 from multistep.budget import Budget
 from multistep.codec import Codec
 from multistep.comparison import front
@@ -26,6 +25,7 @@ from multistep.tune.speakers import _tokenizer_config
 from multistep.types import UserError
 from multistep.writing import Neural
 
+AS_IT_IS = {"width": None, "depth": None, "tokenizer": "auto", "vocabulary": None}  # of a model that is given
 SPELLED = "an <unk> of </s> and <s> or <pad>, said <unk>. "
 
 
@@ -69,18 +69,11 @@ def test_a_draw_of_a_mixture_is_its_own_texts(tmp_path: Path) -> None:
     together = [p.value for p in model.write([first, second])]
     assert together == [model.write([r])[0].value for r in (first, second)]
     assert together == [p.value for p in model.write([second, first])][::-1]
-    assert other_writers.request_number is not None
 
 
 def test_half_of_the_window_is_the_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "LEAST_TARGETS", 10)
-    settings = {
-        "model": str(tiny_llama(tmp_path / "llama")),
-        "width": None,
-        "depth": None,
-        "tokenizer": "auto",
-        "vocabulary": None,
-    }
+    settings = {**AS_IT_IS, "model": str(tiny_llama(tmp_path / "llama"))}
     monkeypatch.setattr(test_language, "ZAHLEN", [word * 8 for word in test_language.ZAHLEN])
     found = run(config(talks(tmp_path), tmp_path / "run", "chat", budget="4 updates", max_length=64, **settings))
     (facts,) = [r["facts"] for r in found.records() if r["kind"] == "Noted" and r["what"] == "profiled"]
@@ -92,13 +85,7 @@ def test_windows_longer_than_an_encoder_are_an_error(tmp_path: Path) -> None:
     words = " ".join(f"word{n}" for n in range(90))
     rows = [f'{{"context": "{words} {n}", "question": "q {n}?", "answer": "word{n % 90}"}}' for n in range(120)]
     path.write_text("\n".join(rows), encoding="utf-8")
-    settings = {
-        "model": str(tiny_encoder(tmp_path / "encoder")),
-        "width": None,
-        "depth": None,
-        "tokenizer": "auto",
-        "vocabulary": None,
-    }
+    settings = {**AS_IT_IS, "model": str(tiny_encoder(tmp_path / "encoder"))}
     with pytest.raises(UserError, match=r"max_length: 512 was given, but .* has 64 positions"):
         run(config(path, tmp_path / "run", "answer", budget="4 updates", max_length=512, **settings))
 

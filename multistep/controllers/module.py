@@ -15,12 +15,12 @@ from multistep.controllers.members import Found, legs
 from multistep.controllers.module_plan import LEAST_SOLVER_UPDATES, ModuleProblem, Plan
 from multistep.controllers.script import Does, Skip, Steps, beats
 from multistep.controllers.searches import SEARCHES
-from multistep.controllers.trunk import LEAST_UPDATES, PROBE_SHARE, PROBE_UPDATES, averages
+from multistep.controllers.trunk import LEAST_UPDATES, PROBE_SHARE, PROBE_UPDATES, averages, souped
 from multistep.controllers.wealth import Purse
 from multistep.metrics.power import FEWEST_ROWS
 from multistep.schedules import Linear
 from multistep.standing import diverged
-from multistep.strategy import AsGiven, Average, Diagnose, Profile, ReadTest, TrainModule
+from multistep.strategy import AsGiven, Diagnose, Profile, ReadTest, TrainModule
 from multistep.types import Outcome
 
 STEP = 3.0  # between the learning rates of the race: a module from elsewhere may want a rate far from the prior
@@ -162,20 +162,6 @@ def _averages(plan: Plan, state: str) -> Steps:
     yield from averages(plan, state, needed, plan.timed and plan.remaining < needed)
 
 
-def _soup(plan: Plan) -> Steps:
-    """The probes and what came after them, all from the same weights: their mean, as far as it helps."""
-    needed = plan.soup_s(len(plan.ends))
-    if len(plan.ends) < 2:
-        yield Skip(
-            stage="soup", why=f"{len(plan.ends)} training came to its end: a soup needs two from the same weights"
-        )
-    elif plan.timed and plan.remaining < needed:
-        yield Skip(stage="soup", why=f"{plan.remaining:.1f} s are left, judging the mixtures takes {needed:.1f} s")
-    else:
-        why = f"greedy mean of {len(plan.ends)} trainings that began at the same weights"
-        yield from plan.trial("soup", Average(which="soup", members=tuple(plan.ends)), why)
-
-
 # ---------------------------------------------------------------------------------------------- scripts
 
 
@@ -204,7 +190,7 @@ def _from_given(plan: Plan, name: str) -> Steps:
     if whole and state is not None:
         yield from _averages(plan, state)
     if whole and plan.problem.soup:
-        yield from _soup(plan)
+        yield from souped(plan, plan.soup_s(len(plan.ends)), "trainings")
 
 
 def go_on(problem: ModuleProblem, name: str, purse: Purse | None = None) -> Does[Purse]:

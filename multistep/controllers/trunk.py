@@ -159,16 +159,7 @@ def soup(plan: Plan) -> Steps:
     """Where it was asked for: the mean of the probes, the trunk and its forks, all from the same weights, as far as it helps."""
     if not plan.problem.config.soup:
         return
-    needed = soup_s(plan, len(plan.ends))
-    if len(plan.ends) < 2:
-        yield Skip(
-            stage="soup", why=f"{len(plan.ends)} training came to its end: a soup needs two from the same weights"
-        )
-    elif plan.timed and plan.remaining < needed:
-        yield Skip(stage="soup", why=f"{plan.remaining:.1f} s are left, judging the mixtures takes {needed:.1f} s")
-    else:
-        why = f"greedy mean of {len(plan.ends)} fine-tunings that began at the same weights"
-        yield from plan.trial("soup", Average(which="soup", members=tuple(plan.ends)), why)
+    yield from souped(plan, soup_s(plan, len(plan.ends)), "fine-tunings")
 
 
 def average(plan: Plan, state: str) -> Steps:
@@ -190,6 +181,26 @@ class Trials(Protocol):
     remaining: float
 
     def trial(self, stage: str, action: Action, why: str, *, start: str | None = None) -> Step: ...
+
+
+class Ended(Trials, Protocol):
+    """And the trainings that came to their end."""
+
+    timed: bool
+    ends: list[str]
+
+
+def souped(plan: Ended, needed: float, what: str) -> Steps:
+    """The greedy mean of the trainings that came to their end, where there are two and the `needed` seconds are there to judge it."""
+    if len(plan.ends) < 2:
+        yield Skip(
+            stage="soup", why=f"{len(plan.ends)} training came to its end: a soup needs two from the same weights"
+        )
+    elif plan.timed and plan.remaining < needed:
+        yield Skip(stage="soup", why=f"{plan.remaining:.1f} s are left, judging the mixtures takes {needed:.1f} s")
+    else:
+        why = f"greedy mean of {len(plan.ends)} {what} that began at the same weights"
+        yield from plan.trial("soup", Average(which="soup", members=tuple(plan.ends)), why)
 
 
 def averages(plan: Trials, state: str, needed: float, short: bool) -> Steps:
