@@ -275,11 +275,12 @@ class Profile(Spec):
 
 
 class Average(Spec):
-    """Compare the raw weights at the end of training with an average: of its own, or of `members` that began where it did."""
+    """Compare the raw weights at the end of training with an average: of its own, or of `members` that began where it did. "soup": as far
+    as each of them helps; "mean": of all of them, equals that differ in the order of the data alone."""
 
     kind: Literal["average"] = "average"
-    which: Literal["ema", "tail", "soup"]
-    members: tuple[str, ...] = ()  # of the soup
+    which: Literal["ema", "tail", "soup", "mean"]
+    members: tuple[str, ...] = ()  # of the soup or the mean
 
 
 class Predict(Spec):

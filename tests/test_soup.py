@@ -1,16 +1,27 @@
-"""Greedy soup: never worse on validation than its best member; in both doors it is tried, judged and journaled."""
+"""Greedy soup: never worse on validation than its best member; in both doors it is tried, judged and journaled. The mean of equal trainings."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import runs
 import torch
+from safetensors.torch import load_file
 from test_modules import network, run
 
+from multistep.api import Run
 from multistep.controllers import module, trunk
+from multistep.labels import data_of, task_for
+from multistep.predictors import Single
+from multistep.replay import replay
+from multistep.strategy import Average, Trial
+from multistep.tune.actions import run_mean
 from multistep.tune.soup import greedy_soup
+from multistep.tune.workbench import Workbench
+from multistep.tuning.common import config_of
+from multistep.tuning.labels import replayed
 
 pytestmark = pytest.mark.usefixtures("torch_seeded")
 
@@ -69,3 +80,63 @@ def test_texts_try_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(asked) == 1 and len(asked[0]["action"]["members"]) >= 2
     told = next(r["outcome"] for r in runs.of_kind(done, "Told") if r["stage"] == "soup")
     assert told["ok"] == ("members" in told["facts"]) and (told["ok"] or "in a soup" in told["failure"])
+
+
+def of_three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str) -> Run:
+    """A run with three trainings of its encoder and their mean."""
+    monkeypatch.setattr(trunk, "trainings", lambda plan, action: (3, plan.remaining / 4))
+    monkeypatch.setattr(trunk, "AGAIN_EPOCHS", 0.0)
+    rows, encoder = runs.write_rows(tmp_path / "rows.csv", 900, noise=0.05), runs.tiny_encoder(tmp_path / "encoder")
+    return runs.run(runs.config(rows, tmp_path / "run", encoder, budget=budget, optimizer={"lr": 5e-3}))
+
+
+def kinds(outcome: dict[str, Any]) -> tuple[str, str]:
+    """By which rules the mean was judged: against what stands, and against the best of its family."""
+    return outcome["verdict"]["by"]["kind"], outcome["facts"]["family_verdict"]["by"]["kind"]
+
+
+def test_the_mean_of_equal_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = of_three(tmp_path, monkeypatch, "900 updates")
+    asked = {r["trial"]["id"]: r["trial"] for r in runs.of_kind(done, "Asked")}
+    told = {r["trial"]: r["outcome"] for r in runs.of_kind(done, "Told")}
+    (mean,) = [t for t in asked.values() if t["stage"] == "average"]
+    members = mean["action"]["members"]
+    assert [asked[m]["stage"] for m in members] == ["trunk", "again", "again"]
+    assert told[mean["id"]]["facts"]["members"] == list(members)
+    before = next(r for r in runs.of_kind(done, "RolledBack") if r["trial"] == members[0])
+    assert before["families"]["encoder"] == members[0] and before["incumbent"]["model"] == "linear"
+    assert kinds(told[mean["id"]]) == ("gain", "not_worse"), "another model stands: it has to be better than that"
+
+    of_mean, *of_members = (
+        load_file(tmp_path / "run" / "states" / state / "tensors.safetensors") for state in (mean["id"], *members)
+    )
+    assert of_mean and all(
+        torch.allclose(value, torch.stack([m[name] for m in of_members]).mean(0), atol=1e-6)
+        for name, value in of_mean.items()
+    )
+    assert any(not torch.equal(value, of_members[0][name]) for name, value in of_mean.items())
+
+    records = done.records()
+    place = next(n for n, r in enumerate(records) if r["kind"] == "Told" and r["trial"] == members[0])
+    records[place]["outcome"]["verdict"] = told[mean["id"]]["facts"]["family_verdict"]
+    assert any(f.n == place and "had to be better" in str(f) for f in replay(records).findings)
+
+
+@pytest.mark.parametrize("stands", ["05-trunk", "04-head"])
+def test_the_mean_takes_the_place_of_one_of_its_members_unless_it_harms(
+    stands: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = of_three(tmp_path, monkeypatch, "240 updates")
+    config, past = config_of(done.out)
+    dataset = data_of(config)
+    bench = replayed(Workbench(config, dataset, task_for(dataset), done.out), past)
+    bench.metric, bench.incumbent, bench.families["encoder"] = "accuracy", Single(model="encoder"), stands
+    (asked,) = [r["trial"] for r in runs.of_kind(done, "Asked") if r["trial"]["stage"] == "average"]
+    trial = Trial.parse(asked)
+    assert isinstance(trial.action, Average)
+    steps = run_mean(bench, trial, trial.action)
+    with pytest.raises(StopIteration) as end:
+        while True:
+            next(steps)
+    rule = "not_worse" if stands == "05-trunk" else "gain"
+    assert kinds(end.value.value.model_dump(mode="json")) == (rule, rule)

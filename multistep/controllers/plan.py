@@ -30,9 +30,9 @@ LABEL_SMOOTHING = 0.1  # of cross-entropy; the temperature fitted afterwards tak
 LINEAR_CHARACTERS_S = (
     1.5e6  # prior: features and solve, characters of train a second; corrected by what the incumbent took
 )
-ALL_LAYERS_EPOCHS = 6.4  # with fewer epochs for all layers, the last half on cached states is trained for longer
-# With fewer epochs for the last half, fewer layers are trained for so long, at SHALLOW times the rate.
-HALF_EPOCHS, SHALLOW = 1.2, 2.0
+ALL_LAYERS_EPOCHS = 2.0  # with fewer epochs for all layers, the last half on cached states is trained for longer
+# With fewer epochs for the last half, fewer layers are trained for so long. The more layers move, the less each of them may:
+HALF_EPOCHS, SHALLOW, DEEP = 1.2, 2.0, 2 / 3  # the rate of fewer than half, and of all of them, times that of half
 PACE = 0.8  # of the speed that forward passes promise: padding, the optimizer's step
 ENCODE_SHARE = 0.75  # of what is left: encoding train once and judging may take so much, the rest is for fine-tuning
 LEAST_READ = 0.5  # of the tokens: texts are not cut so far that the encoder sees less
@@ -73,6 +73,7 @@ class Plan(BasePlan):
         self.kept_s = 0.0  # set aside for a diagnosis
         self.linear_s = sum(problem.characters.values()) / LINEAR_CHARACTERS_S
         self.short = False  # the trunk sees train too seldom for its averages to be better
+        self.members = 0  # trainings of whose weights the mean was taken
         self.begins: str | None = None  # the state at which every training of the encoder begins
         # linear states on all of train: how each is solved again, at the strength that was chosen, and what it took
         self.solved: dict[str, tuple[FitLinear, float]] = {}
@@ -290,11 +291,18 @@ class Plan(BasePlan):
         """The calibrated learning rate: AdamW's of the runs in LOG.md, and for the others that times the ratio of their priors."""
         scratch = self.scratch
         calibrated = scratch.lr if scratch else FINE_TUNE_LR * min(1.0, (384 / self.facts["hidden"]) ** 1.5)
-        if depth and depth < self.half() and not scratch:
-            calibrated *= SHALLOW
+        if depth is not None and not scratch:
+            calibrated *= self._by_depth(depth)
         regime = "scratch" if scratch else "fine_tune"
         ratio = self.optimizer.member.rates[regime].prior / AdamW.rates[regime].prior
         return calibrated * ratio
+
+    def _by_depth(self, depth: int) -> float:
+        """SHALLOW below half of the layers; from half on down to DEEP for all of them, as of an encoder that cannot be cut."""
+        half, total = self.half(), self.facts["n_layers"]
+        if total < 2 or depth >= total:
+            return DEEP
+        return SHALLOW if depth < half else DEEP ** ((depth - half) / (total - half))
 
     def choose_depth(self) -> None:
         """How many layers the time that is left can train."""

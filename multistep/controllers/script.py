@@ -17,6 +17,8 @@ from multistep.strategy import Action, Trial
 from multistep.text import NgramFeatures
 from multistep.types import Outcome, Spec, TaskKind, Unit, Verdict
 
+HARM = 0.1  # of the level, for what seldom harms: at the whole of it every sixth would be refused by chance
+
 
 class Skip(Spec):
     """A stage that is not begun, and why."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from multistep.controllers.diagnosing import diagnose, set_aside
 from multistep.controllers.plan import Plan
-from multistep.controllers.script import Does, Reserve, Skip, Step, Steps, left_out
+from multistep.controllers.script import HARM, Does, Reserve, Skip, Step, Steps, left_out
 from multistep.metrics.power import FEWEST_ROWS, LARGE
 from multistep.predictors import Single
 from multistep.strategy import FitHead, FitLinear, Predict, Profile, ReadTest, Refit
@@ -15,7 +15,6 @@ INCUMBENT_ROWS = (
     5000  # of the first model at least: 2 s on long reviews, 0.896 where 2,000 rows (1.3 s) give 0.873 (LOG.md)
 )
 REFIT = 2.2  # times what the linear model took: twice the same, with a few rows more
-HARM = 0.1  # of the level: more labels seldom harm, and at the whole of it every sixth refit would be refused by chance
 REFIT_SHARE = 0.03  # of the budget: what is set aside for it; else it takes what is left over
 PARTIAL = "not even the frozen encoder can see all of train in this time"
 

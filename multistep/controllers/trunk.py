@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Protocol
 
 from multistep.controllers.plan import MOST_EPOCHS, Plan
-from multistep.controllers.script import Does, Skip, Step, Steps, beats, left_out
+from multistep.controllers.script import HARM, Does, Skip, Step, Steps, beats, left_out
 from multistep.metrics.power import FEWEST_ROWS
 from multistep.schedules import Linear, Plateau
-from multistep.standing import diverged
+from multistep.standing import diverged, early
 from multistep.strategy import Action, Average, FineTune
 from multistep.types import Outcome, Verdict
 
@@ -20,6 +20,10 @@ PROBE_UPDATES = 60  # a shorter probe says nothing
 PROBE_EPOCHS = 0.5  # nor does one of random weights that sees less of train
 SOUP_SHARE = 0.2  # of what is left at most is kept for a soup; one that costs more is not made
 LEAST_UPDATES = 30  # a trunk shorter than this is not begun
+# A pretrained encoder that sees train oftener overfits; on little data it is the updates that it needs (LOG.md, 2026-11-26):
+TRUNK_EPOCHS, TRUNK_UPDATES = 4.0, 600
+MEMBERS = 4  # trainings at most whose mean is taken
+AGAIN_EPOCHS = 1.5  # a shorter one is not begun for it
 AVERAGE_EPOCHS = 2.0  # of twelve trainings that saw train less often no average was taken (LOG.md, 2026-11-26)
 SLACK_S = 1.3  # what the end of a minute's run took beyond what was reckoned (LOG.md, 2026-11-26)
 COOL_SHARE = 0.15  # of what a trunk that stopped early took: decaying from its best state to zero
@@ -88,9 +92,7 @@ def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
     if not (yield from worth_training(plan, action)):
         return None
     plan.short = plan.timed and plan.epochs(plan.remaining, action.layers) < AVERAGE_EPOCHS
-    most = plan.scratch.most_epochs if plan.scratch else MOST_EPOCHS
-    longest = most / max(1e-9, plan.epochs(1.0, action.layers))
-    share = min(plan.remaining - end_s(plan, 1), longest) if plan.timed else plan.remaining
+    count, share = trainings(plan, action)
     which = "the whole model" if action.trains == "all" else f"the last {action.layers} layers"
     why = f"lr {action.optimizer.lr:.2g}, {which}, about {plan.epochs(share, action.layers):.1f} epochs"
     if plan.depth_rule:
@@ -104,9 +106,53 @@ def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
         yield Skip(stage="average", why="the training diverged, and stands where it began")
         return None
     if "diagnosis" not in told.facts:
+        if count > 1 and told.ok and told.state is not None:
+            yield from _again(plan, action, told.state, start, share, count)
         return told.state
     rest = share * (1 - told.facts["progress"])
     return (yield from _fork(plan, action, told, min(rest, 0.48 * (plan.remaining - end_s(plan, 2)))))
+
+
+def trainings(plan: Plan, action: FineTune) -> tuple[int, float]:
+    """How many trainings the time left is worth, and how long each is: none longer than what fits; the rest goes into others, whose
+    weights are averaged. One where somebody looks on the way, where the weights begin at random or where nothing can be judged."""
+    if not plan.timed:
+        return 1, plan.remaining
+    left, a_second = plan.remaining - end_s(plan, 1), max(1e-9, plan.epochs(1.0, action.layers))
+    if plan.scratch:
+        return 1, min(left, plan.scratch.most_epochs / a_second)
+    if plan.problem.config.patience or isinstance(action.schedule, Plateau):
+        return 1, min(left, MOST_EPOCHS / a_second)
+    enough = TRUNK_UPDATES / max(1e-9, plan.updates(1.0, action.layers))
+    longest = min(MOST_EPOCHS / a_second, max(TRUNK_EPOCHS / a_second, enough))
+    if plan.few_rows or "average" in plan.problem.config.skip:
+        return 1, min(left, longest)
+    count = max(1, min(MEMBERS, round(left / longest)))
+    return count, min(left / count - (plan.overhead() if count > 1 else 0.0), longest)
+
+
+def _again(plan: Plan, action: FineTune, state: str, start: str | None, share: float, count: int) -> Steps:
+    """The same from the same start in other orders of the data, and the mean of all their weights: in place of the first, unless that is
+    seen to harm; where another model stands it has to be better."""
+    members = [state]
+    for n in range(1, count):
+        own = min(share, (plan.remaining - average_s(plan)) / (count - n) - plan.overhead())
+        if (seen := plan.epochs(own, action.layers)) < AGAIN_EPOCHS:
+            yield Skip(stage="again", why=f"{seen:.1f} epochs fit into what is left (< {AGAIN_EPOCHS:g})")
+            break
+        why = f"the same in another order of the data, {n + 1} of {count}: for the mean of their weights"
+        told = yield from plan.trial(
+            "again", action.with_(reshuffle=action.reshuffle + n), why, start=start, share=own, commit=False
+        )
+        if told.ok and told.state is not None and not early(told):
+            members.append(told.state)
+    if len(members) < 2:
+        return
+    plan.members = len(members)
+    why = f"the mean of the weights of {len(members)} trainings from the same start"
+    stands = plan.incumbent is not None and "encoder" in plan.incumbent.models()
+    stake = HARM if stands and plan.families.get("encoder") in members else 1.0
+    yield from plan.trial("average", Average(which="mean", members=tuple(members)), why, start=state, stake=stake)
 
 
 def _cool_down(plan: Plan, action: FineTune, stopped: Outcome, share: float) -> Finetuned:
@@ -166,6 +212,9 @@ def average(plan: Plan, state: str) -> Steps:
     """The averages of the trunk's weights, each against what is committed."""
     if skipped := left_out(plan.problem.config, "average"):
         yield from skipped
+        return
+    if plan.members:
+        yield Skip(stage="average", why=f"the mean of {plan.members} trainings is one already")
         return
     if plan.short:
         why = f"averages of a training that sees train less than {AVERAGE_EPOCHS:g} times are not better"

@@ -6,7 +6,7 @@ A record to write is `(kind, fields)`. Long work asks `stop()` between batches a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from multistep.strategy import Average, FitHead, FitLinear, Predict, ReadTest, T
 from multistep.tune import strength
 from multistep.tune.soup import greedy_soup
 from multistep.tune.workbench import Workbench
-from multistep.types import Cost, Interrupted, Outcome
+from multistep.types import Cost, Interrupted, Outcome, Verdict
 
 Record = tuple[str, dict[str, Any]]
 Run = Generator[Record, None, Outcome]
@@ -73,18 +73,22 @@ class Bench:
         return self.clock.budget.unit == "seconds"
 
 
-def decided(bench: Bench, trial: Trial, family: str, state: str, started: float, **more: Any) -> Outcome:
+def decided(
+    bench: Bench, trial: Trial, family: str, state: str, started: float, mean_of: Collection[str] = (), **more: Any
+) -> Outcome:
     """Judge a state on the control split: against the best of its family, `trial.against` and the incumbent. Where several models answer
-    together and its family is one of them, against the incumbent as it would be with this state in that place."""
+    together and its family is one of them, against the incumbent as it would be with this state in that place. `mean_of`: states of which
+    it takes the place unless that harms."""
     scored = bench.control(family, state)
     candidate = bench.judged(Single(model=family), {family: state})
     task, seed = bench.work.task, bench.work.config.seed
     names = dict.fromkeys([bench.metric, *task.metrics])
     facts: dict[str, Any] = {"family": family, **more.pop("facts", {})}
-    for name, rival in (("family", bench.families.get(family)), ("against", trial.against)):
+    best = bench.families.get(family)
+    for name, rival in (("family", best), ("against", trial.against)):
         if rival is not None:
             known = bench.judged(Single(model=family), {family: rival})
-            found = metrics.judge(bench.metric, task, candidate, known, seed, trial.alpha)
+            found = _rule(rival in mean_of)(bench.metric, task, candidate, known, seed, trial.alpha)
             facts |= {f"{name}_verdict": found.model_dump(), f"{name}_rival": rival}
     verdict = None
     if trial.commit and bench.incumbent is not None:
@@ -94,7 +98,8 @@ def decided(bench: Bench, trial: Trial, family: str, state: str, started: float,
             candidate = bench.judged(bench.incumbent, states)
             scored = bench.work.scored(bench.incumbent, states, "control", bench.bf16)
             facts["in_place"] = True
-        verdict = metrics.judge(bench.metric, task, candidate, incumbent, seed, trial.alpha)
+        in_its_place = family in bench.incumbent.models() and best in mean_of
+        verdict = _rule(in_its_place)(bench.metric, task, candidate, incumbent, seed, trial.alpha)
     return Outcome(
         state=state,
         metrics=metrics.measure(tuple(names), task, scored, seed=seed),
@@ -102,6 +107,10 @@ def decided(bench: Bench, trial: Trial, family: str, state: str, started: float,
         cost=Cost(wall_s=time.monotonic() - started, **more),
         facts=facts,
     )
+
+
+def _rule(mean: bool) -> Callable[..., Verdict]:
+    return metrics.judge_harm if mean else metrics.judge
 
 
 # ---------------------------------------------------------------------------------------------- convex models
@@ -222,15 +231,9 @@ def run_soup(bench: Bench, trial: Trial, action: Average) -> Run:
     """The mean of fine-tuned states that began at the same weights, taken in one by one while the metric gets no worse."""
     started = time.monotonic()
     work, first = bench.work, action.members[0]
-    names = sorted(
-        {k.removeprefix("model.") for k in read_folder(work.state_folder(first))[1] if k.startswith("model.")}
-    )
+    names = _trained_names(work, first)
     sign = 1.0 if metrics.METRICS[bench.metric].higher_is_better else -1.0
     rows = work.rows("control", work.max_length)
-
-    def weights(state: str) -> dict[str, torch.Tensor]:
-        parameters = dict(work.encoder(state).named_parameters())
-        return {n: parameters[n].detach() for n in names}
 
     def score(values: Mapping[str, torch.Tensor]) -> float:
         model = work.encoder(first)
@@ -241,12 +244,44 @@ def run_soup(bench: Bench, trial: Trial, action: Average) -> Run:
             sign * metrics.measure((bench.metric,), work.task, bench.control("encoder", trial.id))[bench.metric].value
         )
 
-    values, taken, tried = greedy_soup(action.members, weights, score)
+    values, taken, tried = greedy_soup(action.members, lambda state: _weights(work, state, names), score)
     yield "Noted", {"trial": trial.id, "what": "averaged", "facts": {"which": "soup", "tried": tried}}
     if len(taken) == 1:
         return Outcome(ok=False, failure=f"nothing improves {taken[0]} in a soup", cost=_wall(started))
     score(values)  # what is on disk is the last mixture that was tried
     return decided(bench, trial, "encoder", trial.id, started, facts={"members": taken})
+
+
+def run_mean(bench: Bench, trial: Trial, action: Average) -> Run:
+    """The mean of the weights of trainings that differ in the order of the data alone.
+
+    Source: as of soup.py, the uniform soup. Differs from the source: it takes the place of the first training unless that is seen to harm.
+    """
+    started = time.monotonic()
+    work, first = bench.work, action.members[0]
+    names = _trained_names(work, first)
+    values = _weights(work, first, names)
+    for taken, member in enumerate(action.members[1:], 1):
+        other = _weights(work, member, names)
+        values = {n: v.lerp(other[n], 1 / (taken + 1)) for n, v in values.items()}
+    model = work.encoder(first)
+    model.load_state_dict(values, strict=False)
+    work.save_weights(trial.id, model, names, start=first)
+    rows = work.rows("control", work.max_length)
+    work.keep_logits(trial.id, "control", work.encoder_logits(model, rows, bench.bf16))
+    yield "Noted", {"trial": trial.id, "what": "averaged", "facts": {"which": "mean", "members": list(action.members)}}
+    return decided(bench, trial, "encoder", trial.id, started, action.members, facts={"members": list(action.members)})
+
+
+def _trained_names(work: Workbench, state: str) -> list[str]:
+    """The parameters that a state's training moved."""
+    tensors = read_folder(work.state_folder(state))[1]
+    return sorted(k.removeprefix("model.") for k in tensors if k.startswith("model."))
+
+
+def _weights(work: Workbench, state: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    parameters = dict(work.encoder(state).named_parameters())
+    return {n: parameters[n].detach() for n in names}
 
 
 def run_predict(bench: Bench, trial: Trial, action: Predict) -> Run:

@@ -16,6 +16,7 @@ from multistep.tune.actions import (
     run_average,
     run_head,
     run_linear,
+    run_mean,
     run_predict,
     run_soup,
     run_test,
@@ -55,6 +56,8 @@ class TextWorks:
                 return run_fine_tune(bench, trial, action)
             case Average(which="soup") as action:
                 return run_soup(bench, trial, action)
+            case Average(which="mean") as action:
+                return run_mean(bench, trial, action)
             case Average() as action:
                 return run_average(bench, trial, action)
             case Predict() as action:

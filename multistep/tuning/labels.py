@@ -122,7 +122,7 @@ class RunModels:
 
     def __init__(self, work: Workbench, past: Sequence[Mapping[str, Any]]):
         self.work = work
-        self.bench = _replayed(work, past)
+        self.bench = replayed(work, past)
         self.states = dict(self.bench.families)
         self._made: dict[str, TextModel] = {}
 
@@ -189,7 +189,7 @@ class RunModels:
         return ship
 
 
-def _replayed(work: Workbench, past: Sequence[Mapping[str, Any]]) -> Bench:
+def replayed(work: Workbench, past: Sequence[Mapping[str, Any]]) -> Bench:
     """What stood at the end of the run: its best states, their lengths and precision."""
     bench = Bench(work, Clock(Budget(amount=1, unit="seconds")), lambda: 0, "")
     works = TextWorks(bench)
