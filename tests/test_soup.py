@@ -131,7 +131,7 @@ def test_the_mean_takes_the_place_of_one_of_its_members_unless_it_harms(
     dataset = data_of(config)
     bench = replayed(Workbench(config, dataset, task_for(dataset), done.out), past)
     bench.metric, bench.incumbent, bench.families["encoder"] = "accuracy", Single(model="encoder"), stands
-    (asked,) = [r["trial"] for r in runs.of_kind(done, "Asked") if r["trial"]["stage"] == "average"]
+    asked = next(r["trial"] for r in runs.of_kind(done, "Asked") if r["trial"]["stage"] == "average")
     trial = Trial.parse(asked)
     assert isinstance(trial.action, Average)
     steps = run_mean(bench, trial, trial.action)

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from test_controllers import SCENARIOS, Machine, live, problem
 
-from multistep.controllers.plan import Plan
-from multistep.controllers.trunk import AGAIN_EPOCHS, MEMBERS, TRUNK_EPOCHS, TRUNK_UPDATES
-from multistep.strategy import Average, FineTune, FitHead
+from multistep.controllers.plan import MOST_EPOCHS, Plan
+from multistep.controllers.trunk import AGAIN_EPOCHS, MEMBERS, SHORTER, TRUNK_EPOCHS, TRUNK_EXAMPLES, end_s, trainings
+from multistep.strategy import Average, FineTune, FitHead, Trial
+from multistep.types import Outcome
 
 
 @pytest.mark.parametrize("name", ["staged", "race", "fixed"])
@@ -46,7 +47,7 @@ def test_what_one_training_does_not_need_goes_into_others_and_the_mean_of_all(
     monkeypatch.setitem(SCENARIOS, "here", {"problem": problem(1200.0, rows={"train": 9000})})
     story = live(name, "here")
     (trunk,), again, (mean,) = story.trials("trunk"), story.trials("again"), story.trials("average")
-    assert isinstance(trunk.action, FineTune) and 1 <= len(again) < MEMBERS
+    assert isinstance(trunk.action, FineTune) and len(again) == MEMBERS - 1
     plan = Plan(story.machine.problem)
     plan.facts, plan.max_length = story.machine.profile(), trunk.action.max_length
     for n, trial in enumerate(again, 1):
@@ -60,8 +61,9 @@ def test_what_one_training_does_not_need_goes_into_others_and_the_mean_of_all(
 
 def test_where_a_training_was_not_better_the_mean_has_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SCENARIOS, "here", {"problem": problem(1200.0, rows={"train": 9000}), "accepts": False})
-    (mean,) = live("staged", "here").trials("average")
+    mean, *others = live("staged", "here").trials("average")
     assert isinstance(mean.action, Average) and mean.action.which == "mean" and mean.alpha > 0.01
+    assert len(others) == 2, "it is not taken: the trunk's own averages are tried"
 
 
 @pytest.mark.parametrize(
@@ -77,13 +79,82 @@ def test_one_training_where_the_mean_of_several_has_no_place(
 ) -> None:
     monkeypatch.setitem(SCENARIOS, "here", here)
     story = live("staged", "here")
-    assert len(story.trials("trunk")) == 1 and not story.trials("again")
+    (trunk,) = story.trials("trunk")
+    assert isinstance(trunk.action, FineTune) and not story.trials("again")
+    if story.machine.problem.unit == "seconds" and not story.machine.problem.config.patience:
+        enough = max(TRUNK_EPOCHS, TRUNK_EXAMPLES / story.machine.problem.rows["train"])
+        most = MOST_EPOCHS if "plateau" in str(trunk.action) else enough
+        plan = Plan(story.machine.problem)
+        plan.facts, plan.max_length = story.machine.profile(), trunk.action.max_length
+        plan.facts |= {"encoder": story.machine.encoder}
+        assert plan.epochs(trunk.share, trunk.action.layers) <= most + 0.01
 
 
 def test_little_data_is_seen_often_enough_to_move(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SCENARIOS, "here", {"problem": problem(1200.0, rows={"train": 2000})})
     story = live("staged", "here")
     (trunk,) = story.trials("trunk")
+    assert isinstance(trunk.action, FineTune)
     plan = Plan(story.machine.problem)
     plan.facts, plan.max_length = story.machine.profile(), trunk.action.max_length
-    assert plan.updates(trunk.share, trunk.action.layers) == pytest.approx(TRUNK_UPDATES, rel=0.01)
+    assert 2000 * plan.epochs(trunk.share, trunk.action.layers) == pytest.approx(TRUNK_EXAMPLES, rel=0.01)
+
+
+@pytest.mark.parametrize("budget, count", [(150.0, 1), (300.0, 2), (420.0, 3), (560.0, 4), (4000.0, 4)])
+@pytest.mark.parametrize("soup", [False, True])
+def test_each_of_several_is_long_enough_and_their_end_is_kept(budget: float, count: int, soup: bool) -> None:
+    plan = Plan(problem(budget, rows={"train": 9000}, soup=soup))
+    plan.facts, plan.max_length = Machine(problem=plan.problem).profile(), 64
+    plan.choose_depth()
+    found, share = trainings(plan, plan.prior())
+    assert found == count
+    seen = plan.epochs(share, plan.depth)
+    assert (SHORTER if count > 1 else 0) * TRUNK_EPOCHS <= seen <= TRUNK_EPOCHS + 1e-9
+    judged = plan.overhead() if count > 1 else 0.0
+    assert count * (share + judged) + end_s(plan, count) <= plan.remaining + 1e-6
+
+
+def test_a_large_control_split_leaves_one_training() -> None:
+    plan = Plan(problem(300.0, rows={"train": 1000, "control": 50_000}))
+    plan.facts, plan.max_length = Machine(problem=plan.problem).profile(), 64
+    plan.choose_depth()
+    count, share = trainings(plan, plan.prior())
+    assert count == 1 and share > 0
+
+
+def test_what_repeats_a_trunk_trains_at_the_rate_that_it_came_down_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Machine.run
+
+    def restarted(machine: Machine, trial: Trial) -> Outcome:
+        outcome = run(machine, trial)
+        return outcome.with_(facts={**outcome.facts, "lr_scale": 0.1}) if trial.stage == "trunk" else outcome
+
+    monkeypatch.setattr(Machine, "run", restarted)
+    monkeypatch.setitem(SCENARIOS, "here", {"problem": problem(1200.0, rows={"train": 9000})})
+    story = live("staged", "here")
+    (trunk,), (first, *_) = story.trials("trunk"), story.trials("again")
+    assert isinstance(trunk.action, FineTune) and isinstance(first.action, FineTune)
+    assert first.action.optimizer.lr == pytest.approx(0.1 * trunk.action.optimizer.lr)
+
+
+def test_what_diverged_is_no_part_of_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Machine.run
+
+    def diverged(machine: Machine, trial: Trial) -> Outcome:
+        outcome = run(machine, trial)
+        bad = {"diagnosis": {"name": "divergence"}} if trial.stage == "again" else {}
+        return outcome.with_(facts={**outcome.facts, **bad})
+
+    monkeypatch.setattr(Machine, "run", diverged)
+    monkeypatch.setitem(SCENARIOS, "here", {"problem": problem(1200.0, rows={"train": 9000})})
+    story = live("staged", "here")
+    assert len(story.trials("again")) == MEMBERS - 1
+    assert [t.action.which for t in story.trials("average") if isinstance(t.action, Average)] == ["ema", "tail"]
+
+
+def test_a_search_shares_the_epochs_among_its_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCENARIOS, "here", {"problem": problem(60.0), "tokens_s": 35_000.0})
+    (tried, *_) = live("random", "here").trials("random")
+    (trunk,) = live("staged", "here").trials("trunk")
+    assert isinstance(tried.action, FineTune) and isinstance(trunk.action, FineTune)
+    assert (tried.action.layers, trunk.action.layers) == (3, 6)

@@ -93,7 +93,7 @@ def text_arena(
     plan.max_length, _ = plan.choose_length()
     base = plan.fine_tune().with_(head_lr=1.0)  # the head starts at zero and has to move
     regime: Regime = "scratch" if work.scratch else "fine_tune"
-    arena = TextArena(bench, base, regime, _scales(plan, regime), curve_rows)
+    arena = TextArena(bench, base, regime, _scales(plan, regime, base.layers), curve_rows)
     kept = base.model_dump(mode="json", exclude={"optimizer", "schedule", "batch_size"})
     size = sum(p.numel() for _, p in base.trained(work.encoder()))
     return arena, {
@@ -112,11 +112,11 @@ def _facts(bench: Bench) -> dict[str, Any]:
             return end.value.facts
 
 
-def _scales(plan: Plan, regime: Regime) -> dict[str, float]:
+def _scales(plan: Plan, regime: Regime, layers: int) -> dict[str, float]:
     """How far `fit`'s calibrated rates for this encoder are from the members' own. A multiplier and a solved step are what they are."""
     scales = {}
     for kind, member in KINDS.items():
         if not member.closure and kind != "prodigy":
             plan.facts["optimizer"] = {"settings": OptimizerConfig(kind=kind).model_dump(exclude_none=True)}
-            scales[kind] = plan.prior_lr() / member.rates[regime].prior
+            scales[kind] = plan.prior_lr(layers) / member.rates[regime].prior
     return scales

@@ -30,7 +30,8 @@ LABEL_SMOOTHING = 0.1  # of cross-entropy; the temperature fitted afterwards tak
 LINEAR_CHARACTERS_S = (
     1.5e6  # prior: features and solve, characters of train a second; corrected by what the incumbent took
 )
-ALL_LAYERS_EPOCHS = 2.0  # with fewer epochs for all layers, the last half on cached states is trained for longer
+# With fewer epochs for all layers, the last half on cached states is trained for longer; a search shares what there is among its members.
+ALL_LAYERS_EPOCHS, SEARCHED_EPOCHS = 2.0, 6.4
 # With fewer epochs for the last half, fewer layers are trained for so long. The more layers move, the less each of them may:
 HALF_EPOCHS, SHALLOW, DEEP = 1.2, 2.0, 2 / 3  # the rate of fewer than half, and of all of them, times that of half
 PACE = 0.8  # of the speed that forward passes promise: padding, the optimizer's step
@@ -62,9 +63,10 @@ class Plan(BasePlan):
 
     of = "labels"
 
-    def __init__(self, problem: Problem, purse: Purse | None = None):
+    def __init__(self, problem: Problem, purse: Purse | None = None, all_layers: float = ALL_LAYERS_EPOCHS):
         super().__init__(problem.budget, problem.target, purse)
         self.problem = problem
+        self.all_layers = all_layers  # epochs of them that are worth more than those of the last half
         self.timed = problem.unit == "seconds"
         self.incumbent: Predictor | None = None
         self.families: dict[str, str] = {}
@@ -317,10 +319,10 @@ class Plan(BasePlan):
         if total < 2:
             return total, "the encoder cannot be cut"
         whole, half = self.epochs(amount, total), self.half()
-        if not self.timed or whole >= ALL_LAYERS_EPOCHS:
+        if not self.timed or whole >= self.all_layers:
             return total, f"all {total} layers see {whole:.1f} epochs"
         depth = next((n for n in range(half, 1, -1) if self.epochs(amount, n) >= HALF_EPOCHS), 1)
-        why = f"all {total} layers would see {whole:.1f} epochs (< {ALL_LAYERS_EPOCHS:g})"
+        why = f"all {total} layers would see {whole:.1f} epochs (< {self.all_layers:g})"
         if depth < half:
             why += f", the last {half} {self.epochs(amount, half):.1f} (< {HALF_EPOCHS:g})"
         return depth, f"{why}: the last {depth} only"

@@ -1,4 +1,4 @@
-"""staged, the default: calibrated prior -> short race whose probes decay to zero -> one trunk -> averaging -> prediction.
+"""staged, the default: calibrated prior -> short race whose probes decay to zero -> trunk, again if there is time -> averaging -> prediction.
 
 There is an incumbent from the first minutes on; what the clock cannot finish is not begun; the end of the run is reserved first.
 The searches over strategies (random, halving, population, bayes, reactive) stand where the race and the trunk do; all else is the same.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 
 from multistep.controllers import stages
 from multistep.controllers.members import Found, legs
-from multistep.controllers.plan import Plan
+from multistep.controllers.plan import ALL_LAYERS_EPOCHS, SEARCHED_EPOCHS, Plan
 from multistep.controllers.script import Does, Problem, Script, Skip, Steps, left_out
 from multistep.controllers.trunk import average, race_rates, soup, trunk, worth_training
 from multistep.controllers.wealth import Purse
@@ -22,22 +22,22 @@ Train = Callable[[Plan], Found]
 
 
 def staged(problem: Problem) -> Does[Purse]:
-    """A calibrated prior, a short race, one trunk, averages, prediction: the default."""
-    return _run(problem, race_and_trunk)
+    """A calibrated prior, a short race, one trunk or the mean of several, averages, prediction: the default."""
+    return _run(problem, race_and_trunk, ALL_LAYERS_EPOCHS)
 
 
 def searching(search: Train, what: str) -> Script:
     """The same around a search over strategies."""
 
     def script(problem: Problem) -> Does[Purse]:
-        return _run(problem, search)
+        return _run(problem, search, SEARCHED_EPOCHS)
 
     script.__doc__ = what
     return script
 
 
-def _run(problem: Problem, train: Train) -> Does[Purse]:
-    plan = Plan(problem)
+def _run(problem: Problem, train: Train, all_layers: float) -> Does[Purse]:
+    plan = Plan(problem, all_layers=all_layers)
     yield from plan.until(_models(plan, train))
     yield from stages.predict(plan)
     yield from stages.refit(plan)

@@ -21,8 +21,9 @@ PROBE_EPOCHS = 0.5  # nor does one of random weights that sees less of train
 SOUP_SHARE = 0.2  # of what is left at most is kept for a soup; one that costs more is not made
 LEAST_UPDATES = 30  # a trunk shorter than this is not begun
 # A pretrained encoder that sees train oftener overfits; on little data it is the updates that it needs (LOG.md, 2026-11-26):
-TRUNK_EPOCHS, TRUNK_UPDATES = 4.0, 600
+TRUNK_EPOCHS, TRUNK_EXAMPLES = 4.0, 19_200
 MEMBERS = 4  # trainings at most whose mean is taken
+SHORTER = 0.6  # of that length is enough for each of several
 AGAIN_EPOCHS = 1.5  # a shorter one is not begun for it
 AVERAGE_EPOCHS = 2.0  # of twelve trainings that saw train less often no average was taken (LOG.md, 2026-11-26)
 SLACK_S = 1.3  # what the end of a minute's run took beyond what was reckoned (LOG.md, 2026-11-26)
@@ -107,15 +108,17 @@ def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
         return None
     if "diagnosis" not in told.facts:
         if count > 1 and told.ok and told.state is not None:
-            yield from _again(plan, action, told.state, start, share, count)
+            scale = float(told.facts.get("lr_scale", 1.0))
+            yield from _again(plan, action, told.state, start, share, count, scale)
         return told.state
     rest = share * (1 - told.facts["progress"])
     return (yield from _fork(plan, action, told, min(rest, 0.48 * (plan.remaining - end_s(plan, 2)))))
 
 
 def trainings(plan: Plan, action: FineTune) -> tuple[int, float]:
-    """How many trainings the time left is worth, and how long each is: none longer than what fits; the rest goes into others, whose
-    weights are averaged. One where somebody looks on the way, where the weights begin at random or where nothing can be judged."""
+    """How many trainings the time left is worth, and how long each is: none sees train oftener than `TRUNK_EPOCHS` or `TRUNK_EXAMPLES` say,
+    and time beyond that goes into more of them, up to `MEMBERS`. One where somebody looks on the way or asked for no averages, where the
+    weights begin at random or where nothing can be judged."""
     if not plan.timed:
         return 1, plan.remaining
     left, a_second = plan.remaining - end_s(plan, 1), max(1e-9, plan.epochs(1.0, action.layers))
@@ -123,20 +126,27 @@ def trainings(plan: Plan, action: FineTune) -> tuple[int, float]:
         return 1, min(left, plan.scratch.most_epochs / a_second)
     if plan.problem.config.patience or isinstance(action.schedule, Plateau):
         return 1, min(left, MOST_EPOCHS / a_second)
-    enough = TRUNK_UPDATES / max(1e-9, plan.updates(1.0, action.layers))
-    longest = min(MOST_EPOCHS / a_second, max(TRUNK_EPOCHS / a_second, enough))
+    longest = min(MOST_EPOCHS, max(TRUNK_EPOCHS, TRUNK_EXAMPLES / plan.problem.rows["train"])) / a_second
     if plan.few_rows or "average" in plan.problem.config.skip:
         return 1, min(left, longest)
-    count = max(1, min(MEMBERS, round(left / longest)))
-    return count, min(left / count - (plan.overhead() if count > 1 else 0.0), longest)
+    least, judged = max(SHORTER * longest, AGAIN_EPOCHS / a_second), plan.overhead()
+    for count in range(MEMBERS, 1, -1):
+        each = (plan.remaining - end_s(plan, count)) / count - judged
+        if each >= least:
+            return count, min(each, longest)
+    return 1, min(left, longest)
 
 
-def _again(plan: Plan, action: FineTune, state: str, start: str | None, share: float, count: int) -> Steps:
-    """The same from the same start in other orders of the data, and the mean of all their weights: in place of the first, unless that is
-    seen to harm; where another model stands it has to be better."""
+def _again(
+    plan: Plan, action: FineTune, state: str, start: str | None, share: float, count: int, scale: float
+) -> Steps:
+    """The same from the same start in other orders of the data, at the rate that the first came down to, and the mean of all their weights:
+    in place of the first, unless that is seen to harm; where another model stands it has to be better."""
     members = [state]
+    if scale != 1.0 and "lr" in action.optimizer.model_dump():
+        action = action.with_(optimizer=action.optimizer.with_(lr=scale * action.optimizer.lr))
     for n in range(1, count):
-        own = min(share, (plan.remaining - average_s(plan)) / (count - n) - plan.overhead())
+        own = min(share, (plan.remaining - end_s(plan, count - n)) / (count - n) - plan.overhead())
         if (seen := plan.epochs(own, action.layers)) < AGAIN_EPOCHS:
             yield Skip(stage="again", why=f"{seen:.1f} epochs fit into what is left (< {AGAIN_EPOCHS:g})")
             break
@@ -148,11 +158,18 @@ def _again(plan: Plan, action: FineTune, state: str, start: str | None, share: f
             members.append(told.state)
     if len(members) < 2:
         return
-    plan.members = len(members)
+    if plan.timed and plan.remaining < 0.5 * average_s(plan):
+        yield Skip(
+            stage="average", why=f"{plan.remaining:.1f} s are left, judging a mean takes {average_s(plan):.1f} s"
+        )
+        return
     why = f"the mean of the weights of {len(members)} trainings from the same start"
     stands = plan.incumbent is not None and "encoder" in plan.incumbent.models()
     stake = HARM if stands and plan.families.get("encoder") in members else 1.0
-    yield from plan.trial("average", Average(which="mean", members=tuple(members)), why, start=state, stake=stake)
+    mean = Average(which="mean", members=tuple(members))
+    told = yield from plan.trial("average", mean, why, start=state, stake=stake)
+    if told.state is not None and plan.families.get("encoder") == told.state:
+        plan.members = len(members)
 
 
 def _cool_down(plan: Plan, action: FineTune, stopped: Outcome, share: float) -> Finetuned:

@@ -30,6 +30,7 @@ BAD = 0.5  # of a guess's errors
 STILL_FALLING = 0.02  # of the loss, over the last third of the looks
 WORTH = 0.01  # of the loss: a smaller gain is not worth another run
 EARLY = 0.1  # of the progress: looks before it see the warm-up, not the law
+UNWATCHED = ("race", "again")  # stages of trainings that nobody looks at on the way: probes, and what repeats a trunk
 _SAID = ("progress", "updates", "train_loss", "validation_loss", "change_stderr")
 
 
@@ -124,7 +125,7 @@ def divergence(trained: Sequence[Trained], advice: Advice) -> Diagnosis | None:
     """Of the trainings that what is served is made of, the one that went back most often. Where nothing that was trained is served: of
     those that might have been, if none of them came through. A probe, or a member that lost, says what its rate does and nothing of
     what is served."""
-    mine = [t for t in trained if t.served] or [t for t in trained if t.stage != "race"]
+    mine = [t for t in trained if t.served] or [t for t in trained if t.stage not in UNWATCHED]
     failed = [t for t in mine if t.diagnosed == "divergence" or t.stopped or t.rollbacks >= ROLLBACKS]
     if not failed or not (mine[0].served or len(failed) == len(mine)):
         return None
@@ -245,7 +246,7 @@ def _noise(looks: Sequence[Look]) -> float:
 
 def _last(trained: Sequence[Trained]) -> Trained | None:
     """The last training that was looked at."""
-    return next((t for t in reversed(trained) if t.looks and t.stage != "race"), None)
+    return next((t for t in reversed(trained) if t.looks and t.stage not in UNWATCHED), None)
 
 
 # ---------------------------------------------------------------------------------------------- more of the same
@@ -311,9 +312,9 @@ def budget(
 
 
 def _longest(trained: Sequence[Trained]) -> Trained | None:
-    """The last training with a curve, or looks. A probe of the race is none; a cool-down, whose curve is that of its falling rate, only
-    where nothing else was trained."""
-    known = [t for t in reversed(trained) if (t.looks or t.curve) and t.stage != "race"]
+    """The last training with a curve, or looks. A probe of the race is none, nor what repeats a trunk for the mean of both; a cool-down, whose
+    curve is that of its falling rate, only where nothing else was trained."""
+    known = [t for t in reversed(trained) if (t.looks or t.curve) and t.stage not in UNWATCHED]
     return next((t for t in known if t.stage != "cool-down"), known[0] if known else None)
 
 

@@ -115,6 +115,8 @@ def _baseline(run: Mapping[str, Any]) -> list[str]:
     said = f"The simplest model{when} has {run['metric']} {old} on validation; the best that was trained has {new} on the same rows."
     if first is last:
         said = f"The simplest model{when} has {run['metric']} {old} on validation, and no other that was tried beat it."
+    if last["action"].get("which") == "mean" and first is not last:
+        said += " It is the mean of several trainings, which is taken unless it is seen to be worse than one."
     kinds = [str(t["action"].get("what") or t["action"].get("kind")) for t in taken if of_prediction(t)]
     tuned = [kind for kind in kinds if kind != "refit"]
     more = [f"Then its answers were improved ({', '.join(tuned)})."] if tuned else []

@@ -114,7 +114,7 @@ def _scores(run: Mapping[str, Any]) -> list[Html]:
     return [tag("figure", join([*drawn, tag("figcaption", join([said, *key]))]))]
 
 
-_KEY = (("committed", "kept"), ("rolled", "rolled back"), ("probe", "probe, never kept"))
+_KEY = (("committed", "kept"), ("rolled", "rolled back"), ("probe", "probe, or one of several for a mean"))
 
 
 def _mark(t: Mapping[str, Any], metric: str) -> svg.Mark | None:

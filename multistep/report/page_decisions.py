@@ -32,7 +32,7 @@ def _item(t: Trial) -> Html:
 
 def status(t: Trial) -> str:
     if t["status"] in ("accepted", "rejected", "measured") and not t["commit"]:
-        return "probe"
+        return "for a mean" if t["stage"] == "again" else "probe"
     return t["status"]
 
 
