@@ -54,6 +54,16 @@ def lost(gain: float, stderr: float = 0.01, incumbent: float = 0.6) -> Compariso
     )  # fmt: skip
 
 
+def _gain(rng: random.Random, alpha: float) -> Verdict:
+    first = counted(rng.randrange(10, 40), rng.randrange(10, 40))
+    found = better((first,), alpha)
+    return found if found.accept else better((first, lost(rng.uniform(-0.02, 0.03))), alpha)
+
+
+def _harm(rng: random.Random, alpha: float) -> Verdict:
+    return not_worse((counted(rng.randrange(10, 40), rng.randrange(10, 40)),), alpha)
+
+
 class PaperWorks:
     """The bench of a run on labelled texts. `seconds`: what its clock shows."""
 
@@ -114,20 +124,19 @@ class PaperWorks:
                     }
                 }
             case Refit() as action:
-                harm = not_worse((counted(rng.randrange(10, 40), rng.randrange(10, 40)),), trial.alpha)
-                return Outcome(state=trial.id, verdict=harm, cost=cost, facts={"of": action.of})
+                return Outcome(state=trial.id, verdict=_harm(rng, trial.alpha), cost=cost, facts={"of": action.of})
         best = self.stood.families.get(str(facts.get("family")))
+        mean_of = trial.action.members if isinstance(trial.action, Average) else ()
         for name, rival in (("family", best), ("against", trial.against)):
             if rival is not None:
-                facts |= {f"{name}_verdict": self._verdict(rng, trial.alpha).model_dump(), f"{name}_rival": rival}
-        verdict = self._verdict(rng, trial.alpha) if trial.commit and self.stood.incumbent is not None else None
+                found = (_harm if rival in mean_of else _gain)(rng, trial.alpha)
+                facts |= {f"{name}_verdict": found.model_dump(), f"{name}_rival": rival}
+        verdict = None
+        if trial.commit and self.stood.incumbent is not None:
+            in_its_place = best in mean_of and best in self.stood.states()
+            verdict = (_harm if in_its_place else _gain)(rng, trial.alpha)
         metrics = {"accuracy": MetricValue(0.8 + rng.random() / 20, 0.01)}
         return Outcome(state=trial.id, metrics=metrics, verdict=verdict, cost=cost, facts=facts)
-
-    def _verdict(self, rng: random.Random, alpha: float) -> Verdict:
-        first = counted(rng.randrange(10, 40), rng.randrange(10, 40))
-        found = better((first,), alpha)
-        return found if found.accept else better((first, lost(rng.uniform(-0.02, 0.03))), alpha)
 
     def apply(self, trial: Trial, outcome: Outcome) -> bool:
         self.stood, committed = after(self.of, self.stood, trial, outcome)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import papers
 import pytest
 from test_controllers import SCENARIOS, Machine, live, problem
 
+from multistep.budget import parse_budget
 from multistep.controllers.plan import MOST_EPOCHS, Plan
 from multistep.controllers.trunk import AGAIN_EPOCHS, MEMBERS, SHORTER, TRUNK_EPOCHS, TRUNK_EXAMPLES, end_s, trainings
+from multistep.metrics.verdicts import better, not_worse
+from multistep.replay import replay
 from multistep.strategy import Average, FineTune, FitHead, Trial
-from multistep.types import Outcome
+from multistep.types import NotWorse, Outcome, Verdict
 
 
 @pytest.mark.parametrize("name", ["staged", "race", "fixed"])
@@ -158,3 +163,21 @@ def test_a_search_shares_the_epochs_among_its_members(monkeypatch: pytest.Monkey
     (trunk,) = live("staged", "here").trials("trunk")
     assert isinstance(tried.action, FineTune) and isinstance(trunk.action, FineTune)
     assert (tried.action.layers, trunk.action.layers) == (3, 6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_replay_knows_whose_place_a_mean_may_take_without_being_better(seed: int, tmp_path: Path) -> None:
+    total = parse_budget("600s")
+    lived = papers.live(tmp_path / "journal.jsonl", papers.problem(total), total, seed=seed)
+    assert replay(lived).ok
+    asked = next(r["trial"] for r in lived if r["kind"] == "Asked" and r["trial"]["action"].get("which") == "mean")
+    place = next(n for n, r in enumerate(lived) if r["kind"] == "Told" and r["trial"] == asked["id"])
+    before = next(r for r in reversed(lived[:place]) if "families" in r)
+    facts = lived[place]["outcome"]["facts"]
+    verdict = Verdict.parse(facts["family_verdict"], "family_verdict")
+    of_member = before["families"]["encoder"] in asked["action"]["members"]
+    assert isinstance(verdict.by, NotWorse) == of_member
+    other = better if of_member else not_worse
+    facts["family_verdict"] = other(verdict.evidence, asked["alpha"]).model_dump(mode="json")
+    due = "no harm is enough" if of_member else "had to be better"
+    assert any(f.n == place and due in str(f) for f in replay(lived).findings)

@@ -142,11 +142,13 @@ def _mean(
     """It takes the place of one of its members unless it harms; of anything else where it is better."""
     equal, facts = best in members, outcome.facts
     stands = equal and best in stood.states()
-    of_family = Verdict.parse(facts["family_verdict"], "family_verdict") if "family_verdict" in facts else None
+    try:
+        of_family = Verdict.parse(facts["family_verdict"], "family_verdict") if "family_verdict" in facts else None
+    except (UserError, TypeError):
+        return  # verdicts.py says so
     for what, verdict, harmless in (("its family", of_family, equal), ("what stands", outcome.verdict, stands)):
-        if verdict is None or isinstance(verdict.by, Finite):
+        if verdict is None or verdict.by is None or isinstance(verdict.by, Finite):
             continue
-        found.derived["verdicts"] += 1
         if isinstance(verdict.by, NotWorse) != harmless:
             due = "it stands for one of its members: no harm is enough" if harmless else "it had to be better"
             found.wrong(record, f"the mean against {what}: {verdict.rule}", due)
