@@ -178,7 +178,7 @@ def main() -> None:
         where = f"{job.cell.dataset} {job.cell.budget}, {job.system}, seed {job.seed}"
         print(f"{now} {number + 1}/{len(todo)} {where}; about {left_s / 60:.0f} min left", flush=True)
         before = load_average()
-        row = run(job, given.test_rows, results.folder / "journals")
+        row = run(job, given.test_rows, results.folder.resolve() / "journals")
         results.add(job.cell.dataset, job.cell.budget, job.system, job.seed, row, before)
     print(f"done: {results.folder / 'table.md'}")
 

@@ -181,3 +181,15 @@ def test_replay_knows_whose_place_a_mean_may_take_without_being_better(seed: int
     facts["family_verdict"] = other(verdict.evidence, asked["alpha"]).model_dump(mode="json")
     due = "no harm is enough" if of_member else "had to be better"
     assert any(f.n == place and due in str(f) for f in replay(lived).findings)
+
+
+def test_where_the_trunk_overfits_the_fork_that_won_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {"problem": problem(1200.0, rows={"train": 9000}), "diagnosis": True}
+    monkeypatch.setitem(SCENARIOS, "here", here)
+    story = live("staged", "here")
+    (trunk,), (stronger,), (going,) = (story.trials(s) for s in ("trunk", "regularize", "go on"))
+    again, (mean, *_) = story.trials("again"), story.trials("average")
+    assert again and isinstance(mean.action, Average) and mean.action.which == "mean"
+    won = next(t for t in (stronger, going) if t.id == mean.action.members[0])
+    assert isinstance(won.action, FineTune) and again[0].start == trunk.start
+    assert again[0].action == won.action.with_(reshuffle=1)

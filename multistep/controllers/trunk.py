@@ -106,13 +106,13 @@ def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
     if diverged(told):
         yield Skip(stage="average", why="the training diverged, and stands where it began")
         return None
-    if "diagnosis" not in told.facts:
-        if count > 1 and told.ok and told.state is not None:
-            scale = float(told.facts.get("lr_scale", 1.0))
-            yield from _again(plan, action, told.state, start, share, count, scale)
-        return told.state
-    rest = share * (1 - told.facts["progress"])
-    return (yield from _fork(plan, action, told, min(rest, 0.48 * (plan.remaining - end_s(plan, 2)))))
+    state, scale = told.state, float(told.facts.get("lr_scale", 1.0))
+    if "diagnosis" in told.facts:
+        rest = share * (1 - told.facts["progress"])
+        state, action = yield from _fork(plan, action, told, min(rest, 0.48 * (plan.remaining - end_s(plan, 2))))
+    if count > 1 and told.ok and state is not None:
+        yield from _again(plan, action, state, start, share, count, scale)
+    return state
 
 
 def trainings(plan: Plan, action: FineTune) -> tuple[int, float]:
@@ -140,13 +140,16 @@ def trainings(plan: Plan, action: FineTune) -> tuple[int, float]:
 def _again(
     plan: Plan, action: FineTune, state: str, start: str | None, share: float, count: int, scale: float
 ) -> Steps:
-    """The same from the same start in other orders of the data, at the rate that the first came down to, and the mean of all their weights:
-    in place of the first, unless that is seen to harm; where another model stands it has to be better."""
-    members = [state]
+    """The same from the same start in other orders of the data, at the rate that the first came down to (where it was forked, with what won
+    there), and the mean of all their weights: in place of the first, unless that is seen to harm; where another model stands it has to be
+    better. As many as there is time for: a fork took some."""
+    members, judged = [state], plan.overhead()
     if scale != 1.0 and "lr" in action.optimizer.model_dump():
         action = action.with_(optimizer=action.optimizer.with_(lr=scale * action.optimizer.lr))
+    fit = [n for n in range(1, count) if (plan.remaining - end_s(plan, n)) / n - judged >= SHORTER * share]
+    count = 1 + max(fit, default=0)
     for n in range(1, count):
-        own = min(share, (plan.remaining - end_s(plan, count - n)) / (count - n) - plan.overhead())
+        own = min(share, (plan.remaining - end_s(plan, count - n)) / (count - n) - judged)
         if (seen := plan.epochs(own, action.layers)) < AGAIN_EPOCHS:
             yield Skip(stage="again", why=f"{seen:.1f} epochs fit into what is left (< {AGAIN_EPOCHS:g})")
             break
@@ -184,8 +187,9 @@ def _cool_down(plan: Plan, action: FineTune, stopped: Outcome, share: float) -> 
     return (yield from plan.trial("cool-down", cooled, why, start=stopped.state, share=rest)).state
 
 
-def _fork(plan: Plan, action: FineTune, paused: Outcome, share: float) -> Finetuned:
-    """Overfitting was seen: the rest of the trunk with stronger regularization, and as before, for `share` each."""
+def _fork(plan: Plan, action: FineTune, paused: Outcome, share: float) -> Does[tuple[str | None, FineTune]]:
+    """Overfitting was seen: the rest of the trunk with stronger regularization, and as before, for `share` each. The better one's state, and
+    how it trained."""
     dropout = max(action.dropout or 0.0, min(0.5, (action.dropout or 0.0) + 0.1))
     stronger = action.with_(
         dropout=dropout,
@@ -197,7 +201,7 @@ def _fork(plan: Plan, action: FineTune, paused: Outcome, share: float) -> Finetu
     against = first.state
     second = yield from plan.trial("go on", action, why, start=paused.state, share=share, against=against)
     better = second.ok and Verdict(**second.facts["against_verdict"]).accept
-    return second.state if better else first.state
+    return (second.state, action) if better else (first.state, stronger)
 
 
 def average_s(plan: Plan) -> float:
