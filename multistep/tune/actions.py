@@ -6,7 +6,7 @@ A record to write is `(kind, fields)`. Long work asks `stop()` between batches a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,12 +73,11 @@ class Bench:
         return self.clock.budget.unit == "seconds"
 
 
-def decided(
-    bench: Bench, trial: Trial, family: str, state: str, started: float, mean_of: Collection[str] = (), **more: Any
-) -> Outcome:
+def decided(bench: Bench, trial: Trial, family: str, state: str, started: float, **more: Any) -> Outcome:
     """Judge a state on the control split: against the best of its family, `trial.against` and the incumbent. Where several models answer
-    together and its family is one of them, against the incumbent as it would be with this state in that place. `mean_of`: states of which
-    it takes the place unless that harms."""
+    together and its family is one of them, against the incumbent as it would be with this state in that place. The mean of equal trainings
+    takes the place of one of them unless that harms."""
+    mean_of = trial.action.members if isinstance(trial.action, Average) and trial.action.which == "mean" else ()
     scored = bench.control(family, state)
     candidate = bench.judged(Single(model=family), {family: state})
     task, seed = bench.work.task, bench.work.config.seed
@@ -270,7 +269,7 @@ def run_mean(bench: Bench, trial: Trial, action: Average) -> Run:
     rows = work.rows("control", work.max_length)
     work.keep_logits(trial.id, "control", work.encoder_logits(model, rows, bench.bf16))
     yield "Noted", {"trial": trial.id, "what": "averaged", "facts": {"which": "mean", "members": list(action.members)}}
-    return decided(bench, trial, "encoder", trial.id, started, action.members, facts={"members": list(action.members)})
+    return decided(bench, trial, "encoder", trial.id, started, facts={"members": list(action.members)})
 
 
 def _trained_names(work: Workbench, state: str) -> list[str]:
