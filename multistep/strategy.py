@@ -276,7 +276,7 @@ class Profile(Spec):
 
 class Average(Spec):
     """Compare the raw weights at the end of training with an average: of its own, or of `members` that began where it did. "soup": as far
-    as each of them helps; "mean": of all of them, equals that differ in the order of the data alone."""
+    as each of them helps; "mean": of all of them, since they are the same training in several orders of the data."""
 
     kind: Literal["average"] = "average"
     which: Literal["ema", "tail", "soup", "mean"]

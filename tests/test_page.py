@@ -174,7 +174,13 @@ def test_the_paragraph() -> None:
     alone.append({"kind": "Committed", "trial": "b", "state": "b", "rule": "better", "evidence": [], "clock": clock(4)})
     said = " ".join(conclusion(summary(alone)))
     assert "no other that was tried beat it. Then its answers were improved (calibrate)." in said
-    assert conclusion(summary([]))
+    assert conclusion(summary([])) and "mean of several" not in said
+    alone += [asked("c", "average", "mean", kind="average", which="mean"), told("c", 0.51, 1.0)]
+    alone.append(
+        {"kind": "Committed", "trial": "c", "state": "c", "rule": "not worse", "evidence": [], "clock": clock(5)}
+    )
+    said = " ".join(conclusion(summary(alone)))
+    assert "It is the mean of several trainings, which is taken unless it is seen to be worse than one." in said
     lower = copy.deepcopy(RECORDS)
     lower[0]["config"]["metric"] = "nll"
     next(r for r in lower if r["kind"] == "TestRead")["metrics"] = {"nll": [2.31, 0.02]}

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from test_modules import network, run
 
+from multistep import api
 from multistep.api import Run
 from multistep.controllers import module, trunk
 from multistep.labels import data_of, task_for
@@ -120,6 +121,17 @@ def test_the_mean_of_equal_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyP
     place = next(n for n, r in enumerate(records) if r["kind"] == "Told" and r["trial"] == members[0])
     records[place]["outcome"]["verdict"] = told[mean["id"]]["facts"]["family_verdict"]
     assert any(f.n == place and "had to be better" in str(f) for f in replay(records).findings)
+
+
+def test_more_budget_goes_on_from_a_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = of_three(tmp_path, monkeypatch, "900 updates")
+    first = next(r["trial"] for r in runs.of_kind(done, "Asked") if r["trial"]["stage"] == "trunk")
+    later = api.resume(done.out, "+120 updates")
+    (found,) = later.replay()
+    assert found.ok, found.findings
+    trunks = [r["trial"] for r in runs.of_kind(later, "Asked") if r["trial"]["stage"] == "trunk"]
+    assert len(trunks) == 2 and trunks[1]["start"].endswith("-average")
+    assert trunks[1]["action"]["optimizer"]["lr"] == first["action"]["optimizer"]["lr"]
 
 
 @pytest.mark.parametrize("stands", ["05-trunk", "04-head"])

@@ -179,7 +179,7 @@ def test_replay_knows_whose_place_a_mean_may_take_without_being_better(seed: int
     assert isinstance(verdict.by, NotWorse) == of_member
     other = better if of_member else not_worse
     facts["family_verdict"] = other(verdict.evidence, asked["alpha"]).model_dump(mode="json")
-    due = "no harm is enough" if of_member else "had to be better"
+    due = "unless it harms" if of_member else "had to be better"
     assert any(f.n == place and due in str(f) for f in replay(lived).findings)
 
 

@@ -106,13 +106,12 @@ def trunk(plan: Plan, action: FineTune, start: str | None) -> Finetuned:
     if diverged(told):
         yield Skip(stage="average", why="the training diverged, and stands where it began")
         return None
-    state, scale = told.state, float(told.facts.get("lr_scale", 1.0))
     if "diagnosis" in told.facts:
         rest = share * (1 - told.facts["progress"])
-        state, action = yield from _fork(plan, action, told, min(rest, 0.48 * (plan.remaining - end_s(plan, 2))))
-    if count > 1 and told.ok and state is not None:
-        yield from _again(plan, action, state, start, share, count, scale)
-    return state
+        told, action = yield from _fork(plan, action, told, min(rest, 0.48 * (plan.remaining - end_s(plan, 2))))
+    if count > 1 and whole(told):
+        yield from _again(plan, action, told, start, share, count)
+    return told.state
 
 
 def trainings(plan: Plan, action: FineTune) -> tuple[int, float]:
@@ -137,13 +136,17 @@ def trainings(plan: Plan, action: FineTune) -> tuple[int, float]:
     return 1, min(left, longest)
 
 
-def _again(
-    plan: Plan, action: FineTune, state: str, start: str | None, share: float, count: int, scale: float
-) -> Steps:
+def whole(training: Outcome) -> bool:
+    """Whether it came to its end, so that its weights may be a part of a mean."""
+    return training.ok and training.state is not None and not early(training)
+
+
+def _again(plan: Plan, action: FineTune, first: Outcome, start: str | None, share: float, count: int) -> Steps:
     """The same from the same start in other orders of the data, at the rate that the first came down to (where it was forked, with what won
     there), and the mean of all their weights: in place of the first, unless that is seen to harm; where another model stands it has to be
     better. As many as there is time for: a fork took some."""
-    members, judged = [state], plan.overhead()
+    members, judged = [str(first.state)], plan.overhead()
+    scale = float(first.facts.get("lr_scale", 1.0))
     if scale != 1.0 and "lr" in action.optimizer.model_dump():
         action = action.with_(optimizer=action.optimizer.with_(lr=scale * action.optimizer.lr))
     fit = [n for n in range(1, count) if (plan.remaining - end_s(plan, n)) / n - judged >= SHORTER * share]
@@ -157,8 +160,8 @@ def _again(
         told = yield from plan.trial(
             "again", action.with_(reshuffle=action.reshuffle + n), why, start=start, share=own, commit=False
         )
-        if told.ok and told.state is not None and not early(told):
-            members.append(told.state)
+        if whole(told):
+            members.append(str(told.state))
     if len(members) < 2:
         return
     if plan.timed and plan.remaining < 0.5 * average_s(plan):
@@ -170,7 +173,7 @@ def _again(
     stands = plan.incumbent is not None and "encoder" in plan.incumbent.models()
     stake = HARM if stands and plan.families.get("encoder") in members else 1.0
     mean = Average(which="mean", members=tuple(members))
-    told = yield from plan.trial("average", mean, why, start=state, stake=stake)
+    told = yield from plan.trial("average", mean, why, start=members[0], stake=stake)
     if told.state is not None and plan.families.get("encoder") == told.state:
         plan.members = len(members)
 
@@ -187,9 +190,9 @@ def _cool_down(plan: Plan, action: FineTune, stopped: Outcome, share: float) -> 
     return (yield from plan.trial("cool-down", cooled, why, start=stopped.state, share=rest)).state
 
 
-def _fork(plan: Plan, action: FineTune, paused: Outcome, share: float) -> Does[tuple[str | None, FineTune]]:
-    """Overfitting was seen: the rest of the trunk with stronger regularization, and as before, for `share` each. The better one's state, and
-    how it trained."""
+def _fork(plan: Plan, action: FineTune, paused: Outcome, share: float) -> Does[tuple[Outcome, FineTune]]:
+    """Overfitting was seen: the rest of the trunk with stronger regularization, and as before, for `share` each. What came of the better
+    one, and how it trained."""
     dropout = max(action.dropout or 0.0, min(0.5, (action.dropout or 0.0) + 0.1))
     stronger = action.with_(
         dropout=dropout,
@@ -201,7 +204,7 @@ def _fork(plan: Plan, action: FineTune, paused: Outcome, share: float) -> Does[t
     against = first.state
     second = yield from plan.trial("go on", action, why, start=paused.state, share=share, against=against)
     better = second.ok and Verdict(**second.facts["against_verdict"]).accept
-    return (second.state, action) if better else (first.state, stronger)
+    return (second, action) if better else (first, stronger)
 
 
 def average_s(plan: Plan) -> float:

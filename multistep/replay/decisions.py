@@ -11,7 +11,7 @@ from multistep.controllers.begin import begin_again, is_problem, plain, record_o
 from multistep.replay.found import Found
 from multistep.report.summary import describe
 from multistep.standing import Of, Stood, after, settlement
-from multistep.strategy import Average, Trial
+from multistep.strategy import Average, Refit, Trial
 from multistep.types import Comparison, Finite, NotWorse, Outcome, UserError, Verdict
 
 Record = Mapping[str, Any]
@@ -132,26 +132,26 @@ def _rivals(record: Record, of: Of, trial: Trial, outcome: Outcome, stood: Stood
         keys = [f"{name}_verdict", *([] if of == "language" else [key])]
         if outcome.ok and rival is not None and due and (missing := [k for k in keys if k not in facts]):
             found.wrong(record, f"nothing of {' and '.join(missing)} of {trial.id}", f"it is compared with {rival}")
-    if isinstance(trial.action, Average) and trial.action.which == "mean":
-        _mean(record, trial.action.members, outcome, family, stood, found)
+    _rules(record, trial, outcome, family, stood, found)
 
 
-def _mean(
-    record: Record, members: Sequence[str], outcome: Outcome, best: str | None, stood: Stood, found: Found
-) -> None:
-    """It takes the place of one of its members unless it harms; of anything else where it is better."""
-    equal, facts = best in members, outcome.facts
-    stands = equal and best in stood.states()
+def _rules(record: Record, trial: Trial, outcome: Outcome, best: str | None, stood: Stood, found: Found) -> None:
+    """Who takes a place by not being worse: a refit, and the mean of equal trainings that of one of them. All else has to be better."""
+    action, facts = trial.action, outcome.facts
+    equal = isinstance(action, Average) and action.which == "mean" and best in action.members
+    unless_it_harms = isinstance(action, Refit) or (equal and best in stood.states())
     try:
         of_family = Verdict.parse(facts["family_verdict"], "family_verdict") if "family_verdict" in facts else None
     except (UserError, TypeError):
         return  # verdicts.py says so
-    for what, verdict, harmless in (("its family", of_family, equal), ("what stands", outcome.verdict, stands)):
+    for what, verdict, harmless in (
+        ("its family", of_family, equal), ("what stands", outcome.verdict, unless_it_harms)
+    ):  # fmt: skip
         if verdict is None or verdict.by is None or isinstance(verdict.by, Finite):
             continue
         if isinstance(verdict.by, NotWorse) != harmless:
-            due = "it stands for one of its members: no harm is enough" if harmless else "it had to be better"
-            found.wrong(record, f"the mean against {what}: {verdict.rule}", due)
+            due = "it is taken unless it harms" if harmless else "it had to be better"
+            found.wrong(record, f"{trial.id} against {what}: {verdict.rule}", due)
 
 
 def _pick(records: Sequence[Record], standings: Mapping[str, Lived], found: Found) -> None:

@@ -16,12 +16,9 @@ Record = Mapping[str, Any]
 
 def check(records: Sequence[Record], found: Found) -> None:
     allowed: dict[str, float] = {}
-    harmless: set[str] = set()  # trials that need not be better
     for record in records:
         if record["kind"] == "Asked" and "alpha" in record["trial"]:
             allowed[record["trial"]["id"]] = record["trial"]["alpha"]
-            if _seldom_harms(record["trial"]["action"]):
-                harmless.add(record["trial"]["id"])
         if record["kind"] == "Noted" and (record.get("facts") or {}).get("which") == "soup":
             _soup(record, record["facts"].get("tried") or [], found)
         try:
@@ -35,13 +32,6 @@ def check(records: Sequence[Record], found: Found) -> None:
             may = allowed.get(of.partition(", ")[0]) if record["kind"] == "Told" else None
             if alpha is not None and may is not None and alpha != may:
                 found.wrong(record, f"{of}: an error was allowed with chance {alpha:g}", f"the trial allows {may:g}")
-            if isinstance(verdict.by, NotWorse) and of.partition(", ")[0] not in harmless:
-                found.wrong(record, f"{of}: {_said(verdict)}", "it had to be better: no refit, and no mean of equals")
-
-
-def _seldom_harms(action: Mapping[str, Any]) -> bool:
-    """What is taken unless it is worse: more rows for the same model, and the mean of equal trainings."""
-    return action.get("kind") == "refit" or (action.get("kind") == "average" and action.get("which") == "mean")
 
 
 def _alpha(verdict: Verdict) -> float | None:

@@ -252,7 +252,7 @@ def run_soup(bench: Bench, trial: Trial, action: Average) -> Run:
 
 
 def run_mean(bench: Bench, trial: Trial, action: Average) -> Run:
-    """The mean of the weights of trainings that differ in the order of the data alone.
+    """The mean of the weights of one training in several orders of the data.
 
     Source: as of soup.py, the uniform soup. Differs from the source: it takes the place of the first training unless that is seen to harm.
     """
