@@ -20,6 +20,7 @@ from multistep.allocation import in_halves, room
 from multistep.data.batches import Batches, by_length
 from multistep.models.base import TextEncoder
 from multistep.models.encoder import pad
+from multistep.precision import mixed
 
 Watch = Callable[[float], None]  # told the share that is done, after every batch; may raise to stop
 
@@ -131,11 +132,11 @@ def encode(
 
     def one(part: np.ndarray) -> None:
         x, mask_BT = rows.inputs(part)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        with mixed(bf16, x.device.type):
             features_BD = model.upper(x, mask_BT, rows.cut) if rows.cut else model.features(x, mask_BT)
         features_ND[part] = features_BD.float().cpu().numpy()
 
-    for part in by_length(rows.lengths_N, model.encode_tokens, batch):
+    for part in by_length(rows.lengths_N, model.tokens_at_once(), batch):
         in_halves(part, one)
         done += len(part)
         if watch is not None:
@@ -154,12 +155,12 @@ def keep_hidden(model: TextEncoder, rows: Rows, cut: int, *, bf16: bool = False,
 
     def one(part: np.ndarray) -> None:
         x, mask_BT = rows.inputs(part)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        with mixed(bf16, x.device.type):
             hidden_BTD = model.lower(x, mask_BT, cut, rows.cut)
         places = np.concatenate([np.arange(int(rows.starts_N[r]), int(rows.starts_N[r + 1])) for r in part])
         hidden_SD[torch.from_numpy(places).to(hidden_SD.device)] = hidden_BTD[mask_BT].float().to(hidden_SD.device)
 
-    for batch in by_length(rows.lengths_N, model.encode_tokens):
+    for batch in by_length(rows.lengths_N, model.tokens_at_once()):
         in_halves(batch, one)
         done += len(batch)
         if watch is not None:

@@ -1,7 +1,9 @@
-"""Mixed precision: products in bfloat16, sums in float32, as torch's autocast has it; on a CPU without its slowest part.
+"""Mixed precision: products in bfloat16, sums in float32, as torch's autocast has it; without its slowest parts.
 
 Up to 256 positions torch's attention for CPUs goes backward in bf16 two to five times slower than in fp32, which is more than all other
 products save (LOG.md, 2026-11-25). So its core is computed in float32 there, as long as it is trained.
+On a GPU cuDNN's attention plans anew for every shape, and batches of texts have hundreds of shapes (LOG.md, 2026-11-27). So another one
+is taken there.
 """
 
 from __future__ import annotations
@@ -19,12 +21,27 @@ _POSITIONS = 256  # with more, bf16 is no slower
 
 
 @contextmanager
+def mixed(bf16: bool, device: str) -> Iterator[None]:
+    """Products of what is computed inside are in bf16 where asked for. `device`: "cpu" or "cuda"."""
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        if not bf16 or device == "cpu":
+            yield
+            return
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(
+            [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        ):  # all but cuDNN's
+            yield
+
+
+@contextmanager
 def training_in(bf16: bool, device: str) -> Iterator[None]:
     """What is computed inside is computed for training, in bf16 where asked for and faster. `device`: "cpu" or "cuda"."""
     if not bf16:
         yield
         return
-    with torch.autocast(device, torch.bfloat16):
+    with mixed(bf16, device):
         if device != "cpu":
             yield
             return

@@ -19,7 +19,12 @@ from multistep.models.encoder import pad
 from multistep.models.projection import outputs_of
 from multistep.objectives.shapes import IGNORED, Hidden
 
-JUDGE_TOKENS = 4096  # padded tokens at once while judging
+_JUDGE_TOKENS, _ON_A_GPU = 4096, 8  # padded tokens at once while judging; so many times more there
+
+
+def judge_tokens(device: str) -> int:
+    """Padded tokens that are judged at once: what fills the device. `device`: "cpu" or "cuda"."""
+    return _JUDGE_TOKENS * (_ON_A_GPU if device == "cuda" else 1)
 
 
 class PairRows:
@@ -61,7 +66,7 @@ class PairRows:
 
     def parts(self) -> list[np.ndarray]:
         """All rows once, in batches of similar length."""
-        return by_length(self.lengths_N, JUDGE_TOKENS)
+        return by_length(self.lengths_N, judge_tokens(self.device))
 
     def counts(self, rows: np.ndarray) -> list[int]:
         """How many target tokens each row has."""
@@ -106,7 +111,7 @@ class PromptRows:
         return outputs_of(model, {"input_ids": ids_BT}, counts_BT, self.whole)
 
     def parts(self) -> list[np.ndarray]:
-        return by_length(self.lengths_N, JUDGE_TOKENS)
+        return by_length(self.lengths_N, judge_tokens(self.device))
 
     def counts(self, rows: np.ndarray) -> list[int]:
         return [int(self.counted[r][1:].sum()) for r in rows]

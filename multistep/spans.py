@@ -26,7 +26,8 @@ from multistep.data.cells import Record
 from multistep.models.encoder import pad
 from multistep.models.passage import answer_threshold
 from multistep.models.spans import SpanEncoder
-from multistep.sequences import JUDGE_TOKENS
+from multistep.precision import mixed
+from multistep.sequences import judge_tokens
 from multistep.subwords import encode_places, pair_frame
 from multistep.types import Prediction, UserError
 
@@ -114,7 +115,7 @@ class SpanRows:
 
     def parts(self) -> list[np.ndarray]:
         """All rows with a known answer once, in batches of similar length."""
-        return [self.taught[part] for part in by_length(self.lengths_N[self.taught], JUDGE_TOKENS)]
+        return [self.taught[part] for part in by_length(self.lengths_N[self.taught], judge_tokens(self.device))]
 
     def counts(self, rows: np.ndarray) -> list[int]:
         """A row has one target."""
@@ -133,7 +134,7 @@ class SpanRows:
 
         def one(rows: np.ndarray) -> None:
             inputs = self._inputs(rows)
-            with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=bf16):
+            with mixed(bf16, inputs[0].device.type):
                 logits_BT2 = self.outputs(model, inputs)
             log_BT2 = torch.log_softmax(logits_BT2.float(), 1).cpu().numpy()
             for row, start, end, score, none in _best_spans(log_BT2, inputs[3].cpu().numpy(), longest):
@@ -142,7 +143,7 @@ class SpanRows:
                     sure = float(1 / (1 + np.exp(np.clip(none - score, -700, 700))))
                     best[window.record] = (score, sure, self._slice(window, start, end))
 
-        for part in by_length(self.lengths_N, JUDGE_TOKENS):
+        for part in by_length(self.lengths_N, judge_tokens(self.device)):
             in_halves(part, one)
         return [
             Prediction(text, sure) if sure >= least or not text else Prediction("", 1 - sure) for _, sure, text in best

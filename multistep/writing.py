@@ -27,9 +27,10 @@ from multistep.examples import Examples
 from multistep.generate import Pen, Written, request_number, several, stream
 from multistep.metrics.texts import loss_statistics
 from multistep.models.step import positions_of
+from multistep.precision import mixed
 from multistep.predictors.decoding import Decoding, Greedy, Sample
 from multistep.predictors.ways import Way, plain
-from multistep.sequences import BlockRows, PairRows, PromptRows, windows
+from multistep.sequences import BlockRows, PairRows, PromptRows, judge_tokens, windows
 from multistep.tasks.writing import Writing
 from multistep.types import Prediction, UserError
 from multistep.voting import answers
@@ -38,7 +39,6 @@ Reads = Literal["stream", "pairs", "prompts"]
 Rows = PairRows | PromptRows | BlockRows
 _UNKNOWN_NATS = 21 * math.log(2)
 _BYTE_NATS = 8 * math.log(2)
-_JUDGE_WINDOWS = 4096  # tokens of a stream at once
 
 
 class Cut(NamedTuple):
@@ -164,7 +164,7 @@ class Neural:
         if self.pen is not None and n == 1 and not isinstance(decoding, Sample) and self.pen.can(decoding):
             return [[w] for w in self.pen.write(prompts, decoding, ends, self.codec.text, self.watch)]
         # On a CPU one token at a time is memory traffic, and autocast would cast every weight for every token.
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16 and self.device == "cuda"):
+        with mixed(self.bf16 and self.device == "cuda", self.device):
             return several(
                 self.model, prompts, decoding, ends, n, decode=self.codec.text, watch=self.watch,
                 requests=[request_number(p) for p in prompts],
@@ -283,13 +283,13 @@ class Neural:
                 nats_T[judged:end] = nats[judged - start - 1 : end - start - 1]
             self._tick((int(some[-1]) + 1) / len(places))
 
-        at_once = max(1, _JUDGE_WINDOWS // rows.block)
+        at_once = max(1, judge_tokens(self.device) // rows.block)
         for first in range(0, len(places), at_once):
             in_halves(np.arange(first, min(first + at_once, len(places))), one)
         return nats_T, owner_T
 
     def _nats(self, rows: Rows, inputs: Any, targets: torch.Tensor) -> np.ndarray:
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+        with mixed(self.bf16, self.device):
             logits = rows.outputs(self.model, inputs)
         assert isinstance(logits, torch.Tensor)
         nats = torch.nn.functional.cross_entropy(

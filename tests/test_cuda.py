@@ -23,6 +23,7 @@ from multistep.api import resume
 from multistep.evaluate import encode
 from multistep.loader import rows_of
 from multistep.optimizers import GRADIENT_OPTIMIZERS, SOAP, GradientOptimizer
+from multistep.precision import mixed, training_in
 from multistep.state import TrainState
 from multistep.strategy import FineTune
 from multistep.train import train
@@ -178,6 +179,30 @@ def test_a_run_takes_the_gpu_and_its_folder_serves_on_a_cpu(tmp_path: Path) -> N
     assert again.records()[-1]["kind"] == "Finished"
     found = again.predict(["river up stone", "cloud left glass"])
     assert [f.value for f in found] == ["north", "west"]
+
+
+def test_under_a_budget_of_time_its_training_is_measured(tmp_path: Path) -> None:
+    rows, encoder = runs.write_rows(tmp_path / "rows.csv"), runs.tiny_encoder(tmp_path / "encoder")
+    done = runs.run(runs.config(rows, tmp_path / "run", encoder, budget="20s"))
+    facts = next(r["facts"] for r in done.records() if r.get("what") == "profiled")
+    speeds = facts["trained_tokens_s"]
+    assert set(speeds) == {"fp32", "bf16"} and facts["train_tokens_s"] == pytest.approx(max(speeds.values()), abs=1)
+    assert facts["precision"] == max(speeds, key=lambda k: speeds[k])
+
+
+@pytest.mark.parametrize("context", [mixed, training_in])
+def test_attention_is_not_planned_anew_for_every_shape(context: Any) -> None:
+    backends = torch.backends.cuda
+    before = backends.cudnn_sdp_enabled(), backends.flash_sdp_enabled(), backends.mem_efficient_sdp_enabled()
+    with context(True, "cuda"):
+        assert not backends.cudnn_sdp_enabled() and backends.flash_sdp_enabled()
+        assert nn.Linear(8, 8, device="cuda")(torch.ones(1, 8, device="cuda")).dtype == torch.bfloat16
+    assert before == (backends.cudnn_sdp_enabled(), backends.flash_sdp_enabled(), backends.mem_efficient_sdp_enabled())
+
+
+def test_more_texts_are_encoded_at_once_than_on_a_cpu(make_encoder: Callable) -> None:
+    on_cpu = make_encoder().tokens_at_once()
+    assert make_encoder().cuda().tokens_at_once() == 16 * on_cpu > 0
 
 
 def on_gpu(rows: Any) -> Any:

@@ -327,6 +327,50 @@ def test_sizes_follow_their_rule() -> None:
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.parametrize(
+    ("different", "tokens_s", "chosen"),
+    [
+        (10**9, 1e7, (1024, 16)),  # it has data and time for all
+        (909_582, 1e6, (192, 4)),  # 256 wide has more than four weights for each token of train
+        (10**9, 1e6, (512, 8)),  # 42 s of so many tokens are one for each of its weights, and less for the next
+        (10**9, 0.0, (64, 2)),
+        (10, 1e7, (64, 2)),
+    ],
+)
+def test_on_a_gpu_the_size_is_looked_for_from_above(
+    different: int, tokens_s: float, chosen: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small models take as long as larger ones there; what the data does not allow is not even made."""
+    from types import SimpleNamespace as Some
+
+    from multistep.controllers.sizes import BATCH_TOKENS
+    from multistep.strategy import Shape
+    from multistep.tune import measuring
+
+    def weights(shape: Shape) -> int:
+        return 12 * shape.layers * shape.width**2
+
+    measured: list[Shape] = []
+
+    def update(_: object, shape: Shape, facts: dict[str, Any], optimizer: str, bf16: bool) -> float:
+        assert optimizer == "adamw" and bf16 and facts["train_tokens"] == different
+        measured.append(shape)
+        return tokens_s or 1e-9
+
+    monkeypatch.setattr(measuring.Profiler, "_update", update)
+    monkeypatch.setattr(measuring, "hidden_weights", weights)
+    problem: Any = Some(
+        unit="seconds", budget=60.0, config=Some(precision="bf16", batch_tokens=None), task=Some(kind="lm")
+    )
+    speakers: Any = Some(device="cuda", model=lambda shape: shape)
+    profiler = measuring.Profiler(speakers, problem)
+    found = profiler._from_above(RUNGS, Shape(reads="stream"), {"train_tokens": different})
+    assert (found.width, found.layers) == chosen
+    assert all(weights(m) <= 4 * different for m in measured)
+    guess = profiler._batch(profiler._tokens(0.0), {"reads": "stream", "row_tokens": 256})
+    assert guess["batch_tokens"] == BATCH_TOKENS[1], "the first batch that is measured fills the card"
+
+
 def tiny_llama(folder: Path) -> Path:
     """A Llama of one layer with random weights, as a pretrained model would lie in a folder."""
     from multistep.models.decoder import new_decoder

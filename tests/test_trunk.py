@@ -45,6 +45,17 @@ def test_the_deeper_a_training_goes_the_lower_its_rate() -> None:
     assert plan.prior_lr(0) == pytest.approx(2e-4)
 
 
+def test_where_training_was_measured_its_speed_is_not_that_of_a_forward_pass() -> None:
+    plan = Plan(problem())
+    plan.facts = Machine(problem=problem()).profile()
+    promised = {layers: plan.train_tokens_s(layers) for layers in (3, 6)}
+    plan.facts |= {"train_tokens_s": 20_000.0}
+    assert plan.train_tokens_s(6) == pytest.approx(20_000.0) != pytest.approx(promised[6])
+    assert plan.train_tokens_s(3) / plan.train_tokens_s(6) == pytest.approx(promised[3] / promised[6])
+    plan.facts |= {"processes": 2}
+    assert plan.train_tokens_s(6) == pytest.approx(40_000.0)
+
+
 @pytest.mark.parametrize("name", ["staged", "more"])
 def test_what_one_training_does_not_need_goes_into_others_and_the_mean_of_all(
     name: str, monkeypatch: pytest.MonkeyPatch

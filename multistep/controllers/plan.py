@@ -190,8 +190,10 @@ class Plan(BasePlan):
         forward pass is whole."""
         share = layers / self.facts["n_layers"] if self.facts["n_layers"] else 1.0
         forward = 1.0 if self.reads_ids else share
-        pace = (self.scratch.pace if self.scratch else PACE) * self.facts.get("processes", 1)
-        return pace * self.facts["forward_tokens_s"] / (forward + 2 * share)
+        pace = (self.scratch.pace if self.scratch else PACE) * self.facts["forward_tokens_s"]
+        if "train_tokens_s" in self.facts:  # measured, of all layers
+            pace = 3 * self.facts["train_tokens_s"]
+        return pace * self.facts.get("processes", 1) / (forward + 2 * share)
 
     @property
     def reads_ids(self) -> bool:

@@ -11,6 +11,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+# Times the tokens of a batch on a CPU: 2 to 7 times as fast there, and more are no faster (LOG.md, 2026-11-27).
+_ON_A_GPU = 16
+
 
 class TextEncoder(nn.Module, ABC):
     """Features of rows of token ids, then `head`, which starts at zero. What fills a row up behind its last token changes nothing."""
@@ -20,6 +23,10 @@ class TextEncoder(nn.Module, ABC):
     ]  # padded tokens in a batch of encoding: enough for the cores, few enough for their caches
     in_bf16: ClassVar[bool] = True  # whether autocast changes what it computes
     head: nn.Linear
+
+    def tokens_at_once(self) -> int:
+        """Padded tokens in a batch of encoding, on the device where it is."""
+        return self.encode_tokens * (_ON_A_GPU if self.head.weight.is_cuda else 1)
 
     @property
     def width(self) -> int:

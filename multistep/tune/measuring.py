@@ -7,7 +7,7 @@ reads what this machine can do. Under budgets in updates or tokens only exact co
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ COUNTED_BATCH = 3072  # tokens an update under budgets that count updates or tok
 LEAST_CONTEXT, MOST_CONTEXT = 256, 1024  # tokens of a source, or of a conversation, where nobody says
 TEMPLATE_TOKENS = 32  # that a chat template adds, about
 NEW_TOKENS = 200  # that a language model goes on with
+_GUESSED_S = {"cpu": 1e4, "cuda": 1e6}  # tokens a second, before anything is measured
 _UPDATES, _WRITTEN, _BEAMS = 4, 16, 5.0  # measured updates and texts; beams cost about so many times greedy
 
 
@@ -132,7 +133,7 @@ class Profiler:
         """Tokens that training will see in all."""
         match self.problem.unit:
             case "seconds":
-                return TRAIN_SHARE * self.problem.budget * (tokens_s or 10_000)  # before anything is measured: a guess
+                return TRAIN_SHARE * self.problem.budget * (tokens_s or _GUESSED_S[self.s.device])
             case "updates":
                 return self.problem.budget * COUNTED_BATCH
             case "tokens":
@@ -157,6 +158,8 @@ class Profiler:
         rungs = [(given[0] or 128, given[1] or 4)] if any(given) else list(RUNGS)
         best: Shape | None = None
         guessed, begun = {**facts, **self._batch(self._tokens(0.0), facts)}, time.monotonic()
+        if self.timed and self.s.device == "cuda":
+            return self._measured(self._from_above(rungs, shape, guessed), facts)
         for width, layers in rungs:
             if best is not None and self.timed and time.monotonic() - begun > PROFILE_SHARE * self.problem.budget:
                 break
@@ -171,6 +174,20 @@ class Profiler:
                 break
         assert best is not None
         return self._measured(best, facts)
+
+    def _from_above(self, rungs: Sequence[tuple[int, int]], shape: Shape, facts: Mapping[str, Any]) -> Shape:
+        """The largest rung that fits, else the smallest. On a GPU small models take as long as those many times their size, so that
+        going up would measure for longer than a short budget allows."""
+        *larger, smallest = [shape.with_(width=width, layers=layers) for width, layers in reversed(rungs)]
+        for rung in larger:
+            if not weights_fit(
+                12 * rung.layers * rung.width**2, float("inf"), facts["train_tokens"]
+            ):  # at least so many
+                continue
+            tokens = self._tokens(self._update(rung, facts, "adamw", bf16=self._precisions()[0]))
+            if weights_fit(hidden_weights(self.s.model(rung)), tokens, facts["train_tokens"]):
+                return rung
+        return smallest
 
     def _update(self, shape: Shape, facts: Mapping[str, Any], optimizer: str, bf16: bool) -> float:
         """Tokens (not padding) a second, of the fastest of a few updates; of a team, times its processes."""
@@ -230,6 +247,8 @@ class Profiler:
             6 * matrices * found["tokens_s"] / team.speed() / matrix_peak(s.device, found["bf16"]), 4
         )
         found |= self._batch(self._tokens(found["tokens_s"]), facts)
+        if not 2 / 3 < found["batch_rows"] / merged["batch_rows"] < 3 / 2:  # another batch has another speed
+            found["tokens_s"] = self._update(shape, {**facts, **found}, config.kind, found["bf16"])
         shape = self._with_dropout(shape, found["tokens_s"], facts)
         found["shape"] = shape.model_dump()
         found["size"] = self._size_in_words(shape, found["weights"], facts)

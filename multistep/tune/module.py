@@ -27,6 +27,7 @@ from multistep.loader import ModuleRows
 from multistep.metrics import Scored
 from multistep.objectives import BinaryCrossEntropy, CrossEntropy, Distill, Huber, MeanAbsoluteError, MeanSquaredError
 from multistep.objectives.base import BaseObjective
+from multistep.precision import mixed
 from multistep.schedules import Plateau
 from multistep.standing import Stood
 from multistep.state import TrainState, read_folder, write_folder
@@ -314,7 +315,7 @@ def judge_rows(module: nn.Module, rows: ModuleRows, objective: BaseObjective, ta
 
     def one(part: np.ndarray) -> None:
         inputs, wanted = rows.load(part)
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        with mixed(bf16, device):
             found = rows.outputs(module, inputs).float()
         each_N = objective.each(found, wanted).float().cpu().numpy()
         if task is not None:
