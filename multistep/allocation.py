@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import numpy as np
@@ -33,6 +34,7 @@ def shortage(error: BaseException) -> UserError:
 def release() -> None:
     """Give back what a batch that failed left in the GPU's cache: the smaller ones want other pieces."""
     if torch.cuda.is_initialized():
+        gc.collect()  # what a traceback held in a circle
         torch.cuda.empty_cache()
 
 

@@ -19,12 +19,16 @@ from multistep.models.encoder import pad
 from multistep.models.projection import outputs_of
 from multistep.objectives.shapes import IGNORED, Hidden
 
-_JUDGE_TOKENS, _ON_A_GPU = 4096, 8  # padded tokens at once while judging; so many times more there
+_JUDGE_TOKENS, _ON_A_GPU, _LOGITS = (
+    4096,
+    32_768,
+    2**28,
+)  # padded tokens at once while judging; there, with so many logits at most
 
 
-def judge_tokens(device: str) -> int:
-    """Padded tokens that are judged at once: what fills the device. `device`: "cpu" or "cuda"."""
-    return _JUDGE_TOKENS * (_ON_A_GPU if device == "cuda" else 1)
+def judge_tokens(device: str, outputs: int) -> int:
+    """Padded tokens that are judged at once: what fills the device ("cpu" or "cuda"). `outputs`: logits of a token."""
+    return _JUDGE_TOKENS if device == "cpu" else max(_JUDGE_TOKENS, min(_ON_A_GPU, _LOGITS // outputs))
 
 
 class PairRows:
@@ -64,9 +68,9 @@ class PairRows:
         called = {"input_ids": source_BS, "attention_mask": mask_BS.long(), "decoder_input_ids": decoder_BT}
         return outputs_of(model, called, counts_BT, self.whole)
 
-    def parts(self) -> list[np.ndarray]:
-        """All rows once, in batches of similar length."""
-        return by_length(self.lengths_N, judge_tokens(self.device))
+    def parts(self, tokens: int) -> list[np.ndarray]:
+        """All rows once, in batches of similar length, of at most so many padded tokens."""
+        return by_length(self.lengths_N, tokens)
 
     def counts(self, rows: np.ndarray) -> list[int]:
         """How many target tokens each row has."""
@@ -110,8 +114,8 @@ class PromptRows:
         ids_BT, counts_BT = inputs  # padding is on the right: no real token attends to it
         return outputs_of(model, {"input_ids": ids_BT}, counts_BT, self.whole)
 
-    def parts(self) -> list[np.ndarray]:
-        return by_length(self.lengths_N, judge_tokens(self.device))
+    def parts(self, tokens: int) -> list[np.ndarray]:
+        return by_length(self.lengths_N, tokens)
 
     def counts(self, rows: np.ndarray) -> list[int]:
         return [int(self.counted[r][1:].sum()) for r in rows]

@@ -113,14 +113,6 @@ class SpanRows:
         ids_BT, mask_BT, segments_BT, allowed_BT = inputs
         return model(ids_BT, mask_BT, segments_BT).masked_fill(~allowed_BT[..., None], _NEVER)
 
-    def parts(self) -> list[np.ndarray]:
-        """All rows with a known answer once, in batches of similar length."""
-        return [self.taught[part] for part in by_length(self.lengths_N[self.taught], judge_tokens(self.device))]
-
-    def counts(self, rows: np.ndarray) -> list[int]:
-        """A row has one target."""
-        return [1] * len(rows)
-
     # ------------------------------------------------------------------------------------------ answers
 
     @torch.no_grad()
@@ -143,7 +135,7 @@ class SpanRows:
                     sure = float(1 / (1 + np.exp(np.clip(none - score, -700, 700))))
                     best[window.record] = (score, sure, self._slice(window, start, end))
 
-        for part in by_length(self.lengths_N, judge_tokens(self.device)):
+        for part in by_length(self.lengths_N, judge_tokens(self.device, 2)):
             in_halves(part, one)
         return [
             Prediction(text, sure) if sure >= least or not text else Prediction("", 1 - sure) for _, sure, text in best

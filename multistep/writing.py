@@ -242,7 +242,7 @@ class Neural:
             owners.append(owner_T)
             self._tick(sum(map(len, owners)) / max(1, sum(rows.counts(np.arange(len(rows))))))
 
-        for part in rows.parts():
+        for part in rows.parts(self._at_once()):
             in_halves(part, one)
         if self.reads == "pairs":
             lengths_N = np.array([len(t) for t in self.codec.targets([r.targets[0] for r in records])])
@@ -283,10 +283,14 @@ class Neural:
                 nats_T[judged:end] = nats[judged - start - 1 : end - start - 1]
             self._tick((int(some[-1]) + 1) / len(places))
 
-        at_once = max(1, judge_tokens(self.device) // rows.block)
+        at_once = max(1, self._at_once() // rows.block)
         for first in range(0, len(places), at_once):
             in_halves(np.arange(first, min(first + at_once, len(places))), one)
         return nats_T, owner_T
+
+    def _at_once(self) -> int:
+        """Padded tokens that are judged at once."""
+        return judge_tokens(self.device, len(self.codec.tokenizer))
 
     def _nats(self, rows: Rows, inputs: Any, targets: torch.Tensor) -> np.ndarray:
         with mixed(self.bf16, self.device):

@@ -12,11 +12,14 @@ import torch
 
 from multistep import data
 from multistep.budget import Clock, parse_budget
+from multistep.config import OptimizerConfig
 from multistep.labels import task_for
 from multistep.tune import profile
 from multistep.tune.actions import Bench
 from multistep.tune.workbench import Workbench
 from multistep.types import UserError
+
+SETTINGS = OptimizerConfig(kind="adamw")
 
 
 @pytest.fixture
@@ -42,7 +45,7 @@ def test_a_few_updates_are_timed_and_leave_nothing(bench: Bench, bf16: bool, mon
 
     monkeypatch.setattr(profile, "train", watched)
     before = {k: v.clone() for k, v in bench.work.encoder().state_dict().items()}
-    assert profile._training(bench.work, bf16) > 0
+    assert profile._training(bench.work, bf16, SETTINGS, 32) > 0
     assert made == [bench.work.config.batch_size] * profile._UPDATES
     for name, values in bench.work.encoder().state_dict().items():
         assert torch.equal(values, before[name]), name
@@ -53,7 +56,7 @@ def test_no_update_is_begun_once_they_have_taken_long(bench: Bench, monkeypatch:
     made: list[Any] = []
     was = profile.train
     monkeypatch.setattr(profile, "train", lambda *a, **k: (made.append(m) or m for m in was(*a, **k)))
-    assert profile._training(bench.work, False) > 0 and len(made) == profile._WARM + 1
+    assert profile._training(bench.work, False, SETTINGS, 32) > 0 and len(made) == profile._WARM + 1
 
 
 @pytest.mark.parametrize(
@@ -66,10 +69,10 @@ def test_where_training_all_layers_does_not_fit_the_profile_goes_on(
         raise error
 
     monkeypatch.setattr(profile, "train", short)
-    assert profile._training(bench.work, False) == 0.0
+    assert profile._training(bench.work, False, SETTINGS, 32) == 0.0
     error = ValueError("another one")
     with pytest.raises(ValueError):
-        profile._training(bench.work, False)
+        profile._training(bench.work, False, SETTINGS, 32)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +82,7 @@ def test_where_training_all_layers_does_not_fit_the_profile_goes_on(
         ({"fp32": 2.0, "bf16": 1.0}, {"fp32": 20_000.0, "bf16": 30_000.0}, 0.0, "bf16"),
         ({"fp32": 1.0, "bf16": 2.0}, {"fp32": 20_000.0, "bf16": 30_000.0}, 0.5, "fp32"),  # features that differ
         ({"fp32": 1.0, "bf16": 2.0}, {"fp32": 0.0, "bf16": 15_000.0}, 0.0, "bf16"),  # no memory for fp32
-        ({"fp32": 2.0, "bf16": 1.0}, {"fp32": 0.0, "bf16": 0.0}, 0.0, "fp32"),
+        ({"fp32": 1.0, "bf16": 2.0}, {"fp32": 0.0, "bf16": 0.0}, 0.0, "bf16"),  # for none of them
     ],
 )
 def test_on_a_gpu_training_decides_the_precision(
@@ -97,9 +100,9 @@ def test_on_a_gpu_training_decides_the_precision(
     monkeypatch.setattr(bench.work, "encoder", lambda: model)
     monkeypatch.setattr(profile, "encode", encode)
     monkeypatch.setattr(profile.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(profile, "_training", lambda _, bf16: training["bf16" if bf16 else "fp32"])
+    monkeypatch.setattr(profile, "_training", lambda _, bf16, *__: training["bf16" if bf16 else "fp32"])
     monkeypatch.setattr(bench, "timed", lambda: True)
-    found = profile._throughput(bench, np.array([10, 12]), 32)
+    found = profile._throughput(bench, np.array([10, 12]), 32, SETTINGS, 32)
     assert found["precision"] == chosen and found.get("train_tokens_s", 0.0) == training[chosen]
     assert found["forward_tokens_s"] == pytest.approx(forward[chosen])
     assert set(found["trained_tokens_s"]) == ({"fp32"} if apart else {"fp32", "bf16"})

@@ -13,12 +13,17 @@ from multistep.models.decoder import new_decoder
 from multistep.models.seq2seq import new_seq2seq
 from multistep.objectives import NextToken, Seq2Seq
 from multistep.objectives.shapes import IGNORED, Hidden
-from multistep.sequences import BlockRows, PairRows, PromptRows, windows
+from multistep.sequences import BlockRows, PairRows, PromptRows, judge_tokens, windows
 
 IDS = {"pad": 0, "bos": 1, "eos": 2}
 RNG = np.random.default_rng(0)
 SOURCES = [RNG.integers(5, 60, size=n) for n in (4, 7, 3, 6)]
 TARGETS = [np.append(RNG.integers(5, 60, size=n), 2) for n in (5, 2, 8, 3)]
+
+
+def test_a_gpu_judges_as_much_at_once_as_its_logits_leave_room_for() -> None:
+    assert [judge_tokens("cpu", n) for n in (2, 150_000)] == [4096, 4096]
+    assert [judge_tokens("cuda", n) for n in (2, 8192, 16_384, 150_000)] == [32_768, 32_768, 16_384, 4096]
 
 
 def test_pairs_count_every_target_token_once(torch_seeded: None) -> None:
@@ -35,7 +40,7 @@ def test_pairs_count_every_target_token_once(torch_seeded: None) -> None:
         count += len(target)
     torch.testing.assert_close(float(together.detach()), one_by_one / count, rtol=1e-5, atol=1e-5)
     assert Seq2Seq().count(targets) == count == sum(rows.counts(np.arange(4)))
-    assert sorted(np.concatenate(rows.parts()).tolist()) == [0, 1, 2, 3]
+    assert sorted(np.concatenate(rows.parts(20)).tolist()) == [0, 1, 2, 3] and len(rows.parts(20)) > len(rows.parts(99))
     assert rows.tokens(np.array([0, 2])) == (4 + 6) + (3 + 9)
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-# Times the tokens of a batch on a CPU: 2 to 7 times as fast there, and more are no faster (LOG.md, 2026-11-27).
+# Times the tokens of a batch on a CPU: 2 to 8 times as fast there, and more are no faster (LOG.md, 2026-11-27).
 _ON_A_GPU = 16
 
 

@@ -15,10 +15,12 @@ import torch
 from torch import nn
 
 from multistep import team
+from multistep.allocation import out_of_memory, release
 from multistep.budget import Budget
 from multistep.controllers.choose import Facts, choose
 from multistep.controllers.language_plan import LanguageProblem
 from multistep.controllers.sizes import BATCH_TOKENS, RUNGS, SPANS_BATCH, UPDATES, dropout_for, weights_fit
+from multistep.data.cells import Record
 from multistep.objectives import NextToken, Seq2Seq, Span
 from multistep.predictors.decoding import Greedy
 from multistep.state import TrainState
@@ -44,6 +46,8 @@ LEAST_CONTEXT, MOST_CONTEXT = 256, 1024  # tokens of a source, or of a conversat
 TEMPLATE_TOKENS = 32  # that a chat template adds, about
 NEW_TOKENS = 200  # that a language model goes on with
 _GUESSED_S = {"cpu": 1e4, "cuda": 1e6}  # tokens a second, before anything is measured
+_BEYOND = 10.0  # times the speed of a product of 1,024-wide matrices: no model is faster
+_CHARACTERS = 8  # of a token, at most, about
 _UPDATES, _WRITTEN, _BEAMS = 4, 16, 5.0  # measured updates and texts; beams cost about so many times greedy
 
 
@@ -161,7 +165,7 @@ class Profiler:
         if self.timed and self.s.device == "cuda":
             return self._measured(self._from_above(rungs, shape, guessed), facts)
         for width, layers in rungs:
-            if best is not None and self.timed and time.monotonic() - begun > PROFILE_SHARE * self.problem.budget:
+            if best is not None and self._over(begun):
                 break
             rung = shape.with_(width=width, layers=layers)
             weights = hidden_weights(self.s.model(rung))
@@ -177,21 +181,40 @@ class Profiler:
 
     def _from_above(self, rungs: Sequence[tuple[int, int]], shape: Shape, facts: Mapping[str, Any]) -> Shape:
         """The largest rung that fits, else the smallest. On a GPU small models take as long as those many times their size, so that
-        going up would measure for longer than a short budget allows."""
+        going up would measure for longer than a short budget allows. What the data or the card cannot fill is not even made; a
+        smaller model is at least as fast as a larger one that was measured."""
+        bf16, different = self._precisions()[0], facts["train_tokens"]
+        peak, begun = matrix_peak(self.s.device, bf16), time.monotonic()
         *larger, smallest = [shape.with_(width=width, layers=layers) for width, layers in reversed(rungs)]
+        tokens = 0.0  # that the last rung would see
         for rung in larger:
-            if not weights_fit(
-                12 * rung.layers * rung.width**2, float("inf"), facts["train_tokens"]
-            ):  # at least so many
+            weights = 12 * rung.layers * rung.width**2  # about: tables are not counted
+            if weights_fit(weights, tokens, different):
+                return rung
+            most = self._tokens(_BEYOND * peak / (6 * weights))
+            if not weights_fit(weights, most, different):
                 continue
-            tokens = self._tokens(self._update(rung, facts, "adamw", bf16=self._precisions()[0]))
-            if weights_fit(hidden_weights(self.s.model(rung)), tokens, facts["train_tokens"]):
+            if self._over(begun):
+                continue
+            try:
+                tokens = self._tokens(self._update(rung, facts, "adamw", bf16))
+            except (MemoryError, RuntimeError, UserError) as error:  # the last: one example does not fit
+                if not isinstance(error, UserError) and not out_of_memory(error):
+                    raise
+                continue
+            finally:
+                release()
+            if weights_fit(weights, tokens, different):
                 return rung
         return smallest
 
+    def _over(self, begun: float) -> bool:
+        """Whether measuring sizes has taken its share."""
+        return self.timed and time.monotonic() - begun > PROFILE_SHARE * self.problem.budget
+
     def _update(self, shape: Shape, facts: Mapping[str, Any], optimizer: str, bf16: bool) -> float:
         """Tokens (not padding) a second, of the fastest of a few updates; of a team, times its processes."""
-        s = self.s
+        s, batch = self.s, max(1, facts["batch_rows"] // team.speed())  # of a team, each process takes its part
         objective = {"pairs": Seq2Seq(), "spans": Span()}.get(shape.reads, NextToken())
         settings = (
             self.config.optimizer
@@ -203,7 +226,9 @@ class Profiler:
             micro_batch=self.config.micro_batch, bf16=bf16,
         )  # fmt: skip
         state = TrainState(s.model(shape))
-        few = s.data.train[: max(64, (_UPDATES + 1) * facts["batch_rows"])] if shape.reads != "stream" else s.data.train
+        few = s.data.train[: max(64, (_UPDATES + 1) * batch)]
+        if shape.reads == "stream":
+            few = _beginning(s.data.train, (_UPDATES + 1) * batch * facts["row_tokens"] * _CHARACTERS)
         data, _ = s.rows(state.model, strategy, few)
         state.begin(strategy, Budget(amount=_UPDATES, unit="updates"))
         best, before, tokens = 0.0, time.monotonic(), 0
@@ -243,12 +268,12 @@ class Profiler:
         matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2) - sum(
             p.numel() for p in model.parameters() if id(p) in tables
         )
-        found["peak_share"] = round(
-            6 * matrices * found["tokens_s"] / team.speed() / matrix_peak(s.device, found["bf16"]), 4
-        )
         found |= self._batch(self._tokens(found["tokens_s"]), facts)
         if not 2 / 3 < found["batch_rows"] / merged["batch_rows"] < 3 / 2:  # another batch has another speed
             found["tokens_s"] = self._update(shape, {**facts, **found}, config.kind, found["bf16"])
+        found["peak_share"] = round(
+            6 * matrices * found["tokens_s"] / team.speed() / matrix_peak(s.device, found["bf16"]), 4
+        )
         shape = self._with_dropout(shape, found["tokens_s"], facts)
         found["shape"] = shape.model_dump()
         found["size"] = self._size_in_words(shape, found["weights"], facts)
@@ -323,6 +348,17 @@ def hidden_weights(model: nn.Module) -> int:
     """Weights outside of tables of embeddings."""
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     return sum(p.numel() for p in model.parameters() if id(p) not in tables)
+
+
+def _beginning(records: Sequence[Record], characters: float) -> list[Record]:
+    """The first records that have so many characters together, or all."""
+    found, count = [], 0
+    for record in records:
+        if count >= characters:
+            break
+        found.append(record)
+        count += len(record.targets[0])
+    return found
 
 
 def matrix_peak(device: str, bf16: bool) -> float:

@@ -11,9 +11,10 @@ import torch
 from multistep import team
 from multistep.allocation import out_of_memory, release
 from multistep.budget import Budget
+from multistep.config import OptimizerConfig
 from multistep.controllers.choose import Facts, choose
+from multistep.controllers.plan import LENGTHS as CUTS
 from multistep.evaluate import Rows, encode
-from multistep.optimizers import AdamW
 from multistep.optimizers.muon import hidden_matrices
 from multistep.state import TrainState
 from multistep.strategy import FineTune, Profile, Trial
@@ -53,12 +54,13 @@ def run_profile(bench: Bench, trial: Trial, action: Profile) -> Run:
             "p95_tokens": float(np.percentile(lengths, 95)),
             "n_layers": work.encoder().n_layers,
             "hidden": work.base().width,
-            **_throughput(bench, lengths, min(_PROFILE_LENGTH, reads)),
         }
+        chosen, facts["optimizer"] = _optimizer(work)
+        at_most = work.config.max_length or min((n for n in CUTS if n >= facts["p95_tokens"]), default=CUTS[-1])
+        facts |= _throughput(bench, lengths, min(_PROFILE_LENGTH, reads), chosen, min(at_most, reads))
         if (together := team.speed()) > 1:
             facts["processes"] = together
         bench.bf16 = facts["precision"] == "bf16"
-        facts["optimizer"] = _optimizer(work)
         yield "Noted", {"trial": trial.id, "what": "optimizer", "facts": facts["optimizer"]}
     yield "Noted", {"trial": trial.id, "what": "profiled", "facts": facts}
     return Outcome(facts=facts, cost=Cost(wall_s=time.monotonic() - started))
@@ -70,8 +72,8 @@ def _reads(work: Workbench) -> int:
     return LENGTHS[-1] if positions is None else max((n for n in LENGTHS if n <= positions), default=positions)
 
 
-def _optimizer(work: Workbench) -> dict[str, Any]:
-    """The settings of the optimizer that will train the encoder, and the rule that chose it."""
+def _optimizer(work: Workbench) -> tuple[OptimizerConfig, dict[str, Any]]:
+    """The optimizer that will train the encoder; its settings, and the rule that chose it."""
     named = [(n, p) for n, p in work.encoder().named_parameters() if not n.startswith("backbone.pooler.")]
     hidden = hidden_matrices([(n, p.ndim) for n, p in named])
     chosen, rule = choose(
@@ -84,11 +86,14 @@ def _optimizer(work: Workbench) -> dict[str, Any]:
             memory_bytes=device_memory(work.device),
         ),
     )
-    return {"settings": {k: v for k, v in chosen.model_dump().items() if v is not None}, "rule": rule}
+    return chosen, {"settings": {k: v for k, v in chosen.model_dump().items() if v is not None}, "rule": rule}
 
 
-def _throughput(bench: Bench, lengths: np.ndarray, longest: int) -> dict[str, Any]:
-    """Tokens a second of the forward pass, in fp32 and bf16 where that may be used, on a batch of typical length."""
+def _throughput(
+    bench: Bench, lengths: np.ndarray, longest: int, optimizer: OptimizerConfig, length: int
+) -> dict[str, Any]:
+    """Tokens a second of the forward pass, in fp32 and bf16 where that may be used, on a batch of typical length; on a GPU of training
+    as well, by `optimizer`, with texts cut at `length`."""
     work, wanted = bench.work, bench.work.config.precision
     assert work.tokenizer is not None
     if not bench.timed() and wanted == "auto":  # a measurement would make the run depend on the machine's mood
@@ -124,37 +129,44 @@ def _throughput(bench: Bench, lengths: np.ndarray, longest: int) -> dict[str, An
         work.device == "cuda" and bench.timed()
     ):  # small batches wait for kernels to be launched: no forward pass says that
         del model
-        training = {name: _training(work, name == "bf16") for name in (speed if agreement >= 0.999 else (best,))}
-        best = max(training, key=lambda k: training[k])
+        names = speed if agreement >= 0.999 else (best,)
+        training = {name: _training(work, name == "bf16", optimizer, length) for name in names}
         facts["trained_tokens_s"] = {k: round(v) for k, v in training.items()}
-        if training[best]:
+        if any(training.values()):
+            best = max(training, key=lambda k: training[k])
             facts["train_tokens_s"] = training[best]
     return {"precision": best, "forward_tokens_s": speed[best], **facts}
 
 
-def _training(work: Workbench, bf16: bool) -> float:
-    """Tokens (not padding) a second of a few updates of all layers, with batches as they will be; 0 where there is no memory for one:
-    fewer layers may fit."""
-    assert work.tokenizer is not None
-    size = work.config.batch_size
-    texts = work.texts["train"][: size * _UPDATES]
-    ids, _ = encode_ids(work.tokenizer, texts, min(_PROFILE_LENGTH, _reads(work)))
-    rows = Rows(ids, work.pad_id, work.device, torch.zeros(len(ids), dtype=torch.long))
-    strategy = FineTune(
-        trains="all", optimizer=AdamW(lr=1e-9), batch_size=size, micro_batch=work.config.micro_batch, bf16=bf16
-    )
-    tokens, since = [0], [time.monotonic()]
+def _training(work: Workbench, bf16: bool, optimizer: OptimizerConfig, length: int) -> float:
+    """Tokens (not padding) a second of training all layers, in batches and at a length as they will be; 0 where there is no memory for
+    that: fewer layers may fit."""
     try:
-        state = TrainState(work.encoder())
-        state.begin(strategy, Budget(amount=_UPDATES, unit="updates"))
-        for measure in train(state, rows, bf16=bf16):
-            tokens.append(measure.tokens)
-            since.append(time.monotonic())
-            if len(since) > _WARM + 1 and since[-1] - since[0] > _TRAINED_S:
-                break
+        return _timed_updates(work, bf16, optimizer, length)
     except (MemoryError, RuntimeError, UserError) as error:  # the last: one example does not fit
         if not isinstance(error, UserError) and not out_of_memory(error):
             raise
-        release()
-        return 0.0
+    release()
+    return 0.0
+
+
+def _timed_updates(work: Workbench, bf16: bool, optimizer: OptimizerConfig, length: int) -> float:
+    assert work.tokenizer is not None
+    size = max(1, work.config.batch_size // team.speed())  # of a team, each process takes its part
+    texts = work.texts["train"]
+    ids, _ = encode_ids(work.tokenizer, texts[:: max(1, len(texts) // (size * _UPDATES))], length)
+    rows = Rows(ids, work.pad_id, work.device, torch.zeros(len(ids), dtype=torch.long))
+    strategy = FineTune(
+        trains="all", optimizer=optimizer.at(1e-9), batch_size=size, micro_batch=work.config.micro_batch, bf16=bf16
+    )
+    state = TrainState(work.encoder())
+    state.begin(strategy, Budget(amount=_UPDATES, unit="updates"))
+    tokens, since = [0], [time.monotonic()]
+    for measure in train(state, rows, bf16=bf16):
+        if measure.event == "out of memory":  # it comes again in smaller parts
+            continue
+        tokens.append(measure.tokens)
+        since.append(time.monotonic())
+        if len(since) > _WARM + 1 and since[-1] - since[0] > _TRAINED_S:
+            break
     return (tokens[-1] - tokens[_WARM]) / (since[-1] - since[_WARM])

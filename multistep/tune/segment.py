@@ -139,7 +139,7 @@ def _begin_again(
     trial: Trial, measure: Measure, found: dict[str, Any], state: TrainState, data: TrainData, keeper: Keeper
 ) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Back to the beginning of the segment: the record of it, and what ends the segment ({}: it begins again with a tenth of the
-    learning rate, for what is left of it). A probe is not tried again: it has said what its rate does."""
+    learning rate, for what is left of it). Neither a probe, which has said what its rate does, nor a repetition is tried again."""
     assert state.strategy is not None
     strategy, course, lr_scale = state.strategy, keeper.course, state.counters.lr_scale
     order = data.order(strategy.batch_size, state.counters.seed + strategy.reshuffle)
@@ -150,7 +150,7 @@ def _begin_again(
     probe = not trial.commit and not trial.watch_gap
     if probe or keeper.restarts >= MAX_RESTARTS:
         keeper.to_beginning(state)
-        why = "a probe is not tried again" if probe else f"begun again {MAX_RESTARTS} times"
+        why = "a probe or a repetition is not tried again" if probe else f"begun again {MAX_RESTARTS} times"
         action = f"back to where it began, training ends ({why}): a lower learning rate, or a look at the rows that are named"
         words = f"at learning rate {numbers['lr']:.2g} {found['rule']}"
         fields = {"name": "divergence", "numbers": {**numbers, "rows": rows}, "words": words, "action": action}
