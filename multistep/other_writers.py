@@ -59,8 +59,8 @@ class Counted:
     def write(self, records: Sequence[Record]) -> list[Prediction]:
         decoding = plain(self.decoding)
         warm, seed = (decoding.temperature, decoding.seed) if isinstance(decoding, Sample) else (0.0, 0)
-        most = decoding.max_new_tokens
-        return [Prediction(self.ngram.go_on(r.source, most, warm, seed + n)) for n, r in enumerate(records)]
+        most, stop = decoding.max_new_tokens, decoding.stop
+        return [Prediction(self.ngram.go_on(r.source, most, warm, seed + n, stop)) for n, r in enumerate(records)]
 
 
 def _counted(records: Sequence[Record]) -> list[str]:

@@ -19,7 +19,7 @@ from multistep.models.decoder import new_decoder
 from multistep.models.ngram import NGram
 from multistep.models.seq2seq import new_seq2seq
 from multistep.other_writers import Counted
-from multistep.predictors.decoding import Greedy
+from multistep.predictors.decoding import Greedy, Sample
 from multistep.subwords import train_bytes
 from multistep.tasks.writing import Writing
 from multistep.tune.speakers import _tokenizer_config
@@ -113,3 +113,20 @@ def test_counts_write_the_likeliest_byte_though_it_is_unlikely(codec: Codec) -> 
     for decoding in (Greedy(max_new_tokens=4), Greedy(max_new_tokens=4, repetition_penalty=1.1)):
         found = Counted(ngram, codec, decoding).write([Record("q", ()), Record("q", ())])
         assert [p.value for p in found] == ["z好", "z好"]
+
+
+@pytest.mark.parametrize(
+    ("stop", "written"),
+    [
+        ((), "bcdef"),
+        (("d",), "bc"),
+        (("ef", "cd"), "b"),
+        (("cd", "bcd"), ""),  # of two that end together the one that begins first
+        (("ab", "ax"), "bcdef"),  # what begins in the prompt is none
+        (("好",), "bcdef"),
+    ],
+)
+def test_counts_end_at_a_stop_text(codec: Codec, stop: tuple[str, ...], written: str) -> None:
+    ngram = NGram.fit(["abcdef"] * 3)
+    for decoding in (Greedy(max_new_tokens=5, stop=stop), Sample(max_new_tokens=5, temperature=1e-3, stop=stop)):
+        assert [p.value for p in Counted(ngram, codec, decoding).write([Record("a", ())])] == [written]

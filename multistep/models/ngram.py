@@ -82,11 +82,11 @@ class NGram:
             p = direct + self._look(f"contexts.{length}", f"weights.{length}", context, 1.0) * p
         return p
 
-    def go_on(self, text: str, count: int, temperature: float, seed: int) -> str:
-        """At most `count` bytes after `text`, drawn one by one (temperature 0: the likeliest, the first of equals); bytes that make no
-        character are left out."""
+    def go_on(self, text: str, count: int, temperature: float, seed: int, stop: Sequence[str] = ()) -> str:
+        """At most `count` bytes after `text`, drawn one by one (temperature 0: the likeliest, the first of equals), up to the first stop
+        text; bytes that make no character are left out."""
         rng, so_far = np.random.default_rng(seed), text.encode("utf-8", "replace")
-        begun = len(so_far)
+        begun, ends = len(so_far), [s.encode("utf-8", "replace") for s in stop]
         for _ in range(count):
             p = self.next_byte(so_far[-self.order :])
             if temperature:
@@ -96,6 +96,9 @@ class NGram:
             else:
                 byte = int(p.argmax())
             so_far += bytes([byte])
+            found = [len(end) for end in ends if so_far.endswith(end, begun)]
+            if found:
+                return so_far[begun : len(so_far) - max(found)].decode("utf-8", "ignore")
         return so_far[begun:].decode("utf-8", "ignore")
 
     def _look(self, keys: str, values: str, wanted: np.ndarray, missing: float) -> np.ndarray:
