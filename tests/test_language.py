@@ -18,6 +18,7 @@ from multistep import cli, journal
 from multistep.api import load, resume
 from multistep.config import FitConfig
 from multistep.controllers.sizes import BATCH_TOKENS, RUNGS, dropout_for, weights_fit
+from multistep.data.cells import Record, Turn
 from multistep.language import check_used
 from multistep.other_writers import Mixed
 from multistep.strategy import Shape
@@ -329,6 +330,19 @@ def test_sizes_follow_their_rule() -> None:
     assert [dropout_for(e) for e in (1, 5, 15)] == [0.0, 0.1, 0.2]
     assert all(a < b for a, b in pairwise(RUNGS)) and all(w % 32 == 0 for w, _ in RUNGS)
     assert torch.get_num_threads() == 1
+
+
+def test_all_answers_of_a_conversation_are_learnt_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So all of them count where it is asked whether there are enough for a model from scratch."""
+    asked: list[int] = []
+    monkeypatch.setattr(measuring.Profiler, "_kind", lambda self, tokens: asked.append(tokens) or ("", None, "enough"))
+    said = (("system", "be kind"), ("user", "a"), ("assistant", "12345"), ("user", "b"), ("assistant", "123"))
+    records = [Record("b", ("123",), turns=tuple(Turn(*s) for s in said)), Record("q", ("1234567",))]
+    codec = Some(tokenizer="t", targets=lambda texts: [list(text) for text in texts])
+    speakers: Any = Some(codec=codec, data=Some(train=records), characters=True, facts={})
+    problem: Any = Some(unit="seconds", config=Some(max_length=None), task=Some(kind="chat"))
+    facts = measuring.Profiler(speakers, problem).facts()
+    assert asked == [5 + 3 + 7] and facts["target_tokens"] == 3 + 7, "what is written is one answer a row"
 
 
 def weights_of(shape: Shape) -> int:
