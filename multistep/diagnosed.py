@@ -47,7 +47,7 @@ class Measured(Spec):
 class Known(Spec):
     """What the rules read beside the trials. `report`: of the data, {} where there is none; `value`: of what stands, on the rows that
     decide; `untrained`: why there is no training although there is a model to train; `halved`: only half of the validation rows decide;
-    `served`: the states that what stands is made of."""
+    `served`: the states that what stands is made of; `classes`: of a classifier (0: of none, and in older journals)."""
 
     metric: str
     value: MetricValue | None
@@ -61,6 +61,7 @@ class Known(Spec):
     seed: int = 0
     halved: bool = True
     served: tuple[str, ...] = ()
+    classes: int = 0
     measured: Measured | None = None
 
     def fact(self) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def diagnoses(past: Past, known: Known, law: Mapping[str, Any] | None = None) ->
     """Of the labels, of training, of the splits, and of how much validation can decide. Where nothing can be learnt, nothing is said of
     how it was learnt. `law`: the numbers of a law that a journal has, which is then not looked for again."""
     of_labels = _of_labels(known.measured) if known.measured is not None else []
-    runs = _trained(past, known.served)
+    runs = _trained(past, known.served, known.classes)
     found = [
         *of_labels,
         of_training.divergence(runs, known.advice),
@@ -112,7 +113,7 @@ def _of_labels(m: Measured) -> list[Diagnosis | None]:
 # ---------------------------------------------------------------------------------------------- of the trials
 
 
-def _trained(past: Past, served: Sequence[str]) -> list[Trained]:
+def _trained(past: Past, served: Sequence[str], classes: int) -> list[Trained]:
     mine = _lineage(past, served)
     found = []
     for trial, outcome in past:
@@ -127,6 +128,8 @@ def _trained(past: Past, served: Sequence[str]) -> list[Trained]:
             diagnosed=diagnosis.get("name", ""), failed_lr=float(numbers.get("lr", lr * RESTART_LR**restarts)),
             rule=str(numbers.get("rule", "")), served=trial.id in mine,
             comparable=_comparable(trial.action.objective.model_dump()),
+            floor=_floor(trial.action.objective.model_dump(), classes),
+            end=outcome.metrics["log_loss"].value if "log_loss" in outcome.metrics else None,
             looks=tuple(Look(**look) for look in facts.get("looks", ())),
             curve=tuple(Curve(**point) for point in facts.get("curve", ())),
         ))  # fmt: skip
@@ -155,6 +158,16 @@ def _comparable(objective: Mapping[str, Any]) -> bool:
         not objective.get("label_smoothing") and not objective.get("class_weights") and not objective.get("focal_gamma")
     )
     return plain and "inner" not in objective
+
+
+def _floor(objective: Mapping[str, Any], classes: int) -> float | None:
+    """The least that the training loss of a classifier can be, in nats: the entropy of its smoothed labels. None where it is another loss
+    than validation's log-loss."""
+    smoothing = float(objective.get("label_smoothing") or 0.0)
+    if classes < 2 or objective["kind"] != "cross_entropy" or not _comparable({**objective, "label_smoothing": 0.0}):
+        return None
+    shares = np.array([1 - smoothing + smoothing / classes] + [smoothing / classes] * (classes - 1))
+    return float(-(shares * np.log(np.maximum(shares, 1e-300))).sum())
 
 
 def _small_validation(past: Past, known: Known) -> Diagnosis | None:

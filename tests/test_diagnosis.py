@@ -6,13 +6,16 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 
+from multistep.diagnosed import _floor
 from multistep.diagnosis import NAMES, Diagnosis, Gain, Name
 from multistep.diagnosis import rows as of_rows
 from multistep.diagnosis import training as of_training
 from multistep.diagnosis.rows import Leaks, Noise
 from multistep.diagnosis.training import Advice, Curve, Fit, Look, Trained
 from multistep.metrics.power import FEWEST_ROWS
+from multistep.objectives import CrossEntropy
 from multistep.types import Comparison
 
 ADVICE = Advice(
@@ -196,6 +199,42 @@ def test_budget(losses: list[float], expected: bool) -> None:
     points = tuple(Curve(progress=k.progress, updates=k.updates, train_loss=k.train_loss) for k in seen)
     of_train = of_training.budget([trained(curve=points), trained(stage="race", looks=seen)], "", ADVICE)
     assert of_train is not None and of_train.found == expected and of_train.numbers["loss_of"] == "training"
+
+
+@pytest.mark.parametrize(
+    ("loss", "floor", "end", "by_heart"),
+    [
+        (0.1997, 0.1985, 0.42, True),  # two classes, labels smoothed by 0.1: a run of sst2 that saw train ten times
+        (0.1985 + 0.104, 0.1985, 0.42, True),
+        (0.1985 + 0.106, 0.1985, 0.42, False),
+        (0.1997, None, 0.42, False),  # weighted, or no classifier
+        (0.1997, 0.1985, None, False),
+    ],
+)
+def test_who_knows_train_by_heart_at_the_end_overfits_and_needs_no_more_time(
+    loss: float, floor: float | None, end: float | None, by_heart: bool
+) -> None:
+    fall = [loss + 0.3 * (1 - i / 9) ** 2 for i in range(10)]
+    points = tuple(Curve(progress=(i + 1) / 10, updates=100 * (i + 1), train_loss=t) for i, t in enumerate(fall))
+    mine = trained(curve=points, floor=floor, end=end, comparable=False)
+    said = of_training.overfitting([mine], None, ADVICE)
+    assert found(said, "overfitting") == by_heart
+    assert said is None or f"it cannot be below {floor:.4f}" in said.words
+    assert not found(of_training.overfitting([mine], fit(0.1, 0.12), ADVICE), "overfitting"), "a gap was measured"
+    law = of_training.budget([mine], "", ADVICE)
+    assert law is not None and found(law, "budget too small") != by_heart
+    assert ("knows train by heart" in law.words) == by_heart
+
+
+def test_the_least_loss_of_a_classifier_is_the_entropy_of_its_smoothed_labels() -> None:
+    for classes, smoothing in ((2, 0.1), (77, 0.1), (5, 0.0)):
+        labels = torch.arange(classes)
+        shares = torch.full((classes, classes), smoothing / classes) + (1 - smoothing) * torch.eye(classes)
+        least = CrossEntropy(label_smoothing=smoothing).loss(shares.clamp_min(1e-30).log(), labels)
+        told = CrossEntropy(label_smoothing=smoothing).model_dump()
+        assert _floor(told, classes) == pytest.approx(float(least), abs=1e-5)
+        assert _floor(told, 0) is None and _floor({**told, "focal_gamma": 2.0}, classes) is None
+    assert _floor({"kind": "mse"}, 3) is None and _floor({"kind": "fgm", "inner": told}, 5) is None
 
 
 def test_the_law_is_that_of_the_trunk_not_of_its_cool_down() -> None:

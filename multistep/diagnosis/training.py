@@ -66,7 +66,8 @@ class Curve(Spec):
 class Trained(Spec):
     """A training, as the journal has it. `diagnosed`: what its watch named; `stopped`: by bad batches; `restarts`: how often it began again
     with a tenth of the rate, and `rollbacks` since then; `failed_lr`, `rule`: where and how it diverged last; `served`: what is served is made
-    of it; `comparable`: its training loss is what validation is measured by, without smoothing or anything added."""
+    of it; `comparable`: its training loss is what validation is measured by, without smoothing or anything added; `floor`: the least that
+    it can be, `end`: the log-loss of validation after it (None: another loss, or not known)."""
 
     trial: str
     stage: str
@@ -79,6 +80,8 @@ class Trained(Spec):
     rule: str = ""
     served: bool = False
     comparable: bool = True
+    floor: float | None = None
+    end: float | None = None
     looks: tuple[Look, ...] = ()
     curve: tuple[Curve, ...] = ()
 
@@ -167,7 +170,7 @@ def rise(seen: Sequence[Mapping[str, Any]]) -> str:
 
 def overfitting(trained: Sequence[Trained], fit: Fit | None, advice: Advice) -> Diagnosis | None:
     """By the gap, where it was measured and is one; else by what a watch saw, although what stands now may have no gap: the run went back;
-    else, where no gap was measured, by the losses of the last look."""
+    else, where no gap was measured, by the losses of the last look, or of the end."""
     action = f"add rows; without them, regularize: {advice.regularized}"
     if fit is not None and _by_heart(fit):
         words = (
@@ -180,14 +183,29 @@ def overfitting(trained: Sequence[Trained], fit: Fit | None, advice: Advice) -> 
         looks = [look.said() for look in risen.looks]
         words = f"{risen.trial}: {rise(looks)}"
         return Diagnosis(name="overfitting", numbers={"trial": risen.trial, "looks": looks}, words=words, action=action)
-    last = _last(trained)
-    if fit is not None or last is None or not last.comparable:
+    if fit is not None:
         return None
-    look = last.looks[-1]
-    if look.train_loss <= KNOWN_BY_HEART * look.validation_loss:
+    last = _last(trained)
+    if last is not None and last.comparable:
+        look = last.looks[-1]
+        if look.train_loss > KNOWN_BY_HEART * look.validation_loss:
+            return None
         words = f"{last.trial}: training loss {look.train_loss:.4f}, validation loss {look.validation_loss:.4f} at {look.progress:.0%}"
         return Diagnosis(name="overfitting", numbers={"trial": last.trial, **look.said()}, words=words, action=action)
-    return None
+    ended = _longest(trained)
+    if ended is None or not _ends_by_heart(ended):
+        return None
+    loss = ended.curve[-1].train_loss
+    words = f"{ended.trial}: training loss {loss:.4f} (it cannot be below {ended.floor:.4f}), validation loss {ended.end:.4f} at its end"
+    numbers = {"trial": ended.trial, "train_loss": loss, "floor": ended.floor, "validation_loss": ended.end}
+    return Diagnosis(name="overfitting", numbers=numbers, words=words, action=action)
+
+
+def _ends_by_heart(t: Trained) -> bool:
+    """Whether at the end of a training so little is left of its loss that it knows train by heart."""
+    if not t.curve or t.floor is None or t.end is None:
+        return False
+    return t.curve[-1].train_loss - t.floor <= KNOWN_BY_HEART * t.end
 
 
 def _by_heart(fit: Fit) -> bool:
@@ -301,6 +319,9 @@ def budget(
         f"the {which} loss of {last.trial} at {len(loss_S)} points fits L = {law.limit:.3g} + {law.scale:.3g} (t/T)^-{law.power:.2g}: "
         f"twice the training would lower it from {found.now:.3g} by about {with_error(found.value, found.stderr)}"
     )
+    if which == "training" and _ends_by_heart(last):
+        words = f"{said}: which says nothing of validation, for it knows train by heart"
+        return Diagnosis(name="budget too small", numbers=numbers, words=words)
     if found.beyond_noise and found.value >= WORTH * found.now:
         return Diagnosis(
             name="budget too small", numbers=numbers, words=said, action=f"give it more: {advice.more_time}"

@@ -120,7 +120,7 @@ def run_diagnose(bench: Bench, trial: Trial, action: Diagnose, past: Past, stood
         rows=len(stands.targets), advice=advice_of(config, str(work.out), bench.clock.budget),
         report=work.dataset.report.model_dump(mode="json"), near=near(work.texts), fit=fit,
         untrained=untrained, higher_is_better=higher_is_better(bench.metric), seed=config.seed, served=stood.states(),
-        measured=measured,
+        classes=work.task.n_outputs if work.task.kind == "classify" else 0, measured=measured,
     )  # fmt: skip
     said, outcome = told(trial, past, known, facts, started)
     yield from said
