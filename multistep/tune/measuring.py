@@ -70,9 +70,7 @@ class Profiler:
             "judge_s": 0.0, "calibration_s": 0.0, "test_s": 0.0, "judged_rows": JUDGED_ROWS[1], "test_rows": 0,
         }  # fmt: skip
         s.facts = facts
-        before = [
-            t.text for r in s.data.train for t in r.asked if t.role == "assistant"
-        ]  # in a conversation, learnt from as well
+        before = [t.text for r in s.data.train for t in r.asked if t.role == "assistant"]  # learnt from as well
         reads, name, why = self._kind(sum(targets) + sum(map(len, codec.targets(before))))
         facts |= {"reads": reads, "why_no_model": why}
         if why:
