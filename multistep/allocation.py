@@ -49,6 +49,17 @@ def room(shape: tuple[int, ...], device: str) -> Tensor:
     return torch.empty(shape)
 
 
+def if_it_fits(work: Callable[[], float]) -> float:
+    """What `work` gives; 0 where memory runs out for it, and what it held is given back."""
+    try:
+        return work()
+    except (MemoryError, RuntimeError, UserError) as error:  # the last: one example does not fit
+        if not (out_of_memory(error) or (isinstance(error, UserError) and _WORDS[-1] in str(error))):
+            raise
+    release()
+    return 0.0
+
+
 def in_halves(rows_N: np.ndarray, work: Callable[[np.ndarray], None]) -> None:
     """`work` on these rows; where memory runs out, on halves of them, down to one. Raises UserError where one does not fit."""
     try:

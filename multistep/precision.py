@@ -29,9 +29,8 @@ def mixed(bf16: bool, device: str) -> Iterator[None]:
             return
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        with sdpa_kernel(
-            [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        ):  # all but cuDNN's
+        all_but_cudnn = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        with sdpa_kernel(all_but_cudnn):
             yield
 
 

@@ -49,10 +49,7 @@ def agreed(device: torch.device, failed: bool = False) -> tuple[float, bool]:
 def fell_short(error: Exception) -> bool:
     """True where memory ran out in this one of several processes, which has to tell the others; any other error is raised."""
     if count() == 1 or not out_of_memory(error):
-        try:
-            raise error
-        finally:
-            del error  # its traceback holds this frame: a circle, and with it all that was being trained
+        raise error
     return True
 
 

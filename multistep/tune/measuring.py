@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from multistep import team
-from multistep.allocation import out_of_memory, release
+from multistep.allocation import if_it_fits
 from multistep.budget import Budget
 from multistep.controllers.choose import Facts, choose
 from multistep.controllers.language_plan import LanguageProblem
@@ -197,14 +198,8 @@ class Profiler:
                 continue
             if self._over(begun):
                 continue
-            try:
-                tokens = self._tokens(self._update(rung, facts, "adamw", bf16))
-            except (MemoryError, RuntimeError, UserError) as error:  # the last: one example does not fit
-                if not isinstance(error, UserError) and not out_of_memory(error):
-                    raise
-                continue
-            finally:
-                release()
+            speed = if_it_fits(partial(self._update, rung, facts, "adamw", bf16))
+            tokens = self._tokens(speed) if speed else 0.0
             if weights_fit(weights, tokens, different):
                 return rung
         return smallest
@@ -227,9 +222,11 @@ class Profiler:
             micro_batch=self.config.micro_batch, bf16=bf16,
         )  # fmt: skip
         state = TrainState(s.model(shape))
-        few = s.data.train[: max(64, (_UPDATES + 1) * batch)]
+        rows = (_UPDATES + 1) * batch
         if shape.reads == "stream":
-            few = _beginning(s.data.train, (_UPDATES + 1) * batch * facts["row_tokens"] * _CHARACTERS)
+            few = _beginning(s.data.train, rows * facts["row_tokens"] * _CHARACTERS)
+        else:
+            few = s.data.train[: max(64, rows)]
         data, _ = s.rows(state.model, strategy, few)
         state.begin(strategy, Budget(amount=_UPDATES, unit="updates"))
         best, before, tokens = 0.0, time.monotonic(), 0

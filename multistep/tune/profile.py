@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from multistep import team
-from multistep.allocation import out_of_memory, release
+from multistep.allocation import if_it_fits
 from multistep.budget import Budget
 from multistep.config import OptimizerConfig
 from multistep.controllers.choose import Facts, choose
@@ -23,7 +23,7 @@ from multistep.train import train
 from multistep.tune.actions import Bench, Run
 from multistep.tune.memory import device_memory
 from multistep.tune.workbench import Workbench
-from multistep.types import Cost, Outcome, UserError
+from multistep.types import Cost, Outcome
 
 LENGTHS = (32, 64, 128, 256, 512)
 _PROFILE_LENGTH = 128  # tokens; longer texts are cut for the measurement of speed
@@ -125,9 +125,8 @@ def _throughput(
         if best == "bf16" and agreement < 0.999:
             best = "fp32"
     facts: dict[str, Any] = {"tokens_s": {k: round(v) for k, v in speed.items()}, "agreement": agreement}
-    if (
-        work.device == "cuda" and bench.timed()
-    ):  # small batches wait for kernels to be launched: no forward pass says that
+    # On a GPU small batches wait for their kernels to be launched, which no forward pass on a large one says.
+    if work.device == "cuda" and bench.timed():
         del model
         names = speed if agreement >= 0.999 else (best,)
         training = {name: _training(work, name == "bf16", optimizer, length) for name in names}
@@ -141,13 +140,7 @@ def _throughput(
 def _training(work: Workbench, bf16: bool, optimizer: OptimizerConfig, length: int) -> float:
     """Tokens (not padding) a second of training all layers, in batches and at a length as they will be; 0 where there is no memory for
     that: fewer layers may fit."""
-    try:
-        return _timed_updates(work, bf16, optimizer, length)
-    except (MemoryError, RuntimeError, UserError) as error:  # the last: one example does not fit
-        if not isinstance(error, UserError) and not out_of_memory(error):
-            raise
-    release()
-    return 0.0
+    return if_it_fits(lambda: _timed_updates(work, bf16, optimizer, length))
 
 
 def _timed_updates(work: Workbench, bf16: bool, optimizer: OptimizerConfig, length: int) -> float:
